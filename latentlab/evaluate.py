@@ -1,0 +1,98 @@
+"""Accuracy of a latent reasoner on any list of problems.
+
+    pass@1     greedy answers of the clean model: what is deployed
+    mean       average accuracy of K sampled or masked answers: the policy that GRPO optimises
+    pass@k     the chance that one of k answers is right, unbiased from K
+    majority   the vote of K answers; unparsable ones have no vote
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from latentlab.masks import MaskSpec
+from latentlab.model import LatentReasoner
+from latentlab.problems import Problem
+from latentlab.reward import exact_answer, majority_vote
+from latentlab.rollout import rollout
+from latentlab.statistics import pass_at_k, wilson_interval
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Outcomes on n problems: correct [n, K] of 0/1, the answers' text (n * K), and thoughts' largest spread per problem."""
+
+    problems: tuple[Problem, ...]
+    correct: np.ndarray
+    text: tuple[str, ...]
+    thought_spread: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over problems and rollouts, in [0, 1]."""
+        return float(self.correct.mean())
+
+    def pass_at(self, k: int) -> float:
+        """Unbiased pass@k, in [0, 1]."""
+        return float(pass_at_k(self.correct.sum(1), self.correct.shape[1], k).mean())
+
+    def majority(self) -> np.ndarray:
+        """[n] of 0/1: is the majority answer right?"""
+        k = self.correct.shape[1]
+        votes = [majority_vote(self.text[i * k : (i + 1) * k]) for i in range(len(self.problems))]
+        return np.array([vote is not None and exact_answer(f"### {vote}", p) for vote, p in zip(votes, self.problems)], float)
+
+    def distinct_answers(self) -> float:
+        """Mean number of different answers among the K of a problem."""
+        k = self.correct.shape[1]
+        return float(np.mean([len(set(self.text[i * k : (i + 1) * k])) for i in range(len(self.problems))]))
+
+
+def evaluate(
+    model: LatentReasoner,
+    problems: Sequence[Problem],
+    *,
+    batch_size: int,
+    num_generations: int = 1,
+    mask: MaskSpec | None = None,
+    temperature: float = 0.0,
+    run_seed: int = 0,
+    edit=None,
+) -> Evaluation:
+    """Answer every problem `num_generations` times; the default is the clean greedy model."""
+    correct, text, spread = [], [], []
+    for start in range(0, len(problems), batch_size):
+        out = rollout(
+            model, problems[start : start + batch_size], num_generations=num_generations, masks=mask,
+            temperature=temperature, run_seed=run_seed, step=0, edit=edit,
+        )  # fmt: skip
+        correct.append(out.rewards(exact_answer))
+        text += out.text
+        grouped = out.thoughts.unflatten(0, (-1, num_generations))  # [B, K, L, D]
+        spread.append((grouped - grouped[:, :1]).abs().flatten(1).amax(1) if grouped.numel() else torch.zeros(len(grouped)))
+    return Evaluation(tuple(problems), torch.cat(correct).numpy(), tuple(text), torch.cat(spread).float().cpu().numpy())
+
+
+def summary(model: LatentReasoner, problems: Sequence[Problem], config) -> dict:
+    """Both deployments on one list: the clean greedy model, and K sampled answers under the preset's masks."""
+    e, k = config.evaluate, config.evaluate.num_generations
+    clean = evaluate(model, problems, batch_size=e.batch_size)
+    masked = evaluate(
+        model, problems, batch_size=max(1, e.batch_size // k), num_generations=k, mask=config.grpo.mask,
+        temperature=config.grpo.temperature, run_seed=config.seed,
+    )  # fmt: skip
+    correct = int(clean.correct.sum())
+    return {
+        "n": len(problems),
+        "greedy": {"correct": correct, "pass@1": clean.accuracy, "interval": list(wilson_interval(correct, len(problems)))},
+        "masked": {
+            "mean": masked.accuracy,
+            "pass@k": {str(j): masked.pass_at(j) for j in range(1, k + 1)},
+            "majority": float(masked.majority().mean()),
+        },
+        "weights": model.provenance,
+    }

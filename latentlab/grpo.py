@@ -1,0 +1,149 @@
+"""GRPO on latent rollouts: rollout -> reward -> advantage -> loss, once per iteration.
+
+One class of arms differs only in what makes the K rollouts of a group differ (config.arm_settings): nothing (`none`),
+the sampled answer (`temperature`), one mask per rollout (`shared`), a fresh mask per thought (`per_step`), one mask per
+rollout and greedy answers (`shared_greedy`: a heuristic, since log pi of an argmax is no score function). The reference
+`supervised` spends the same number of sequences on cross-entropy of the right answer instead.
+
+Masks are drawn once, stored with the rollouts and replayed in the update; `replay_gap` is logged at every iteration.
+
+    metric                  meaning (TRL's names where TRL has one)
+    reward, reward_std      mean reward; mean over groups of the standard deviation within a group
+    frac_reward_zero_std    share of groups whose K rewards are equal: nothing to learn there
+    replay_gap              max |re-scored - recorded| log-prob before the update, nats
+    loss, grad_norm         of the first update of the iteration; the norm before clipping
+    kl, clip_ratio/*        see loss.py
+    completions/mean_length answer tokens, eos included
+    validation_accuracy     greedy pass@1 of the clean model on the validation set
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from latentlab.advantage import group_advantages, group_diagnostics
+from latentlab.config import Config, arm_settings
+from latentlab.curriculum import curriculum_loss
+from latentlab.evaluate import evaluate
+from latentlab.loop import Run, batch_indices, set_learning_rate
+from latentlab.loss import grpo_loss, loss_denominator
+from latentlab.model import LatentReasoner
+from latentlab.problems import Problem
+from latentlab.reward import exact_answer
+from latentlab.rollout import Rollouts, replay_gap, rollout
+
+
+def fit_grpo(
+    model: LatentReasoner,
+    train: Sequence[Problem],
+    validation: Sequence[Problem],
+    config: Config,
+    *,
+    out: str,
+    resume: bool = False,
+    reward=exact_answer,
+) -> dict:
+    """Train one arm, in place; the model ends with the weights that were best on the validation set.
+
+    The run folder `out` gets metrics.jsonl, state.pt and best/. Raises ValueError for empty data, FileExistsError for a
+    used folder, FloatingPointError for a NaN (the last good checkpoint is kept).
+    """
+    if not train or not validation:
+        raise ValueError(f"data: got {len(train)} training and {len(validation)} validation problems, expected both")
+    g = config.grpo
+    reference = copy.deepcopy(model).requires_grad_(False) if g.beta else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=g.learning_rate, weight_decay=g.weight_decay)
+    run = Run(out, config, resume=resume)
+    start, best, rollouts_done = 0, -1.0, 0
+    if run.state:
+        start, best = run.state["next_step"], run.state["best"]
+        model.lm.load_state_dict(run.state["model"])
+        optimizer.load_state_dict(run.state["optimizer"])
+    else:
+        best = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
+        run.log({"step": -1, "validation_accuracy": best})
+        run.save_best(model)
+    for step in tqdm(range(start, g.steps), desc=f"grpo {g.arm}", initial=start, total=g.steps, leave=False):
+        set_learning_rate(optimizer, g.learning_rate * min(1.0, (step + 1) / max(1, g.warmup_steps)))
+        if g.arm == "supervised":
+            record = _supervised_step(model, optimizer, train, config, step)
+        else:
+            record = _grpo_step(model, reference, optimizer, train, config, step, reward)
+        record = {"step": step, "arm": g.arm, "rollouts": (step + 1) * g.num_problems * g.num_generations, **record}
+        if (step + 1) % g.eval_every == 0 or step + 1 == g.steps:
+            record["validation_accuracy"] = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
+        run.log(record)
+        if record.get("validation_accuracy", -1.0) > best:
+            best = record["validation_accuracy"]
+            run.save_best(model)
+        if "validation_accuracy" in record:
+            run.save(model=model.lm.state_dict(), optimizer=optimizer.state_dict(), next_step=step + 1, best=best)
+    model.lm.load_state_dict(LatentReasoner.from_pretrained(str(run.folder / "best")).lm.state_dict())
+    return {"validation_accuracy": best, "rollouts": g.steps * g.num_problems * g.num_generations}
+
+
+def _grpo_step(model, reference, optimizer, train, config: Config, step: int, reward) -> dict[str, float]:
+    """One batch of rollouts and its updates; returns the metrics of this iteration."""
+    g = config.grpo
+    problems = [train[i] for i in batch_indices(len(train), g.num_problems, seed=config.seed, step=step)]
+    mask, temperature = arm_settings(g, g.arm)
+    out = rollout(
+        model, problems, num_generations=g.num_generations, masks=mask, temperature=temperature,
+        run_seed=config.seed, step=step,
+    )  # fmt: skip
+    rewards = out.rewards(reward)  # [B, K]
+    record = {**group_diagnostics(rewards), "completions/mean_length": out.token_mask.sum(1).float().mean().item()}
+    advantages = group_advantages(rewards, baseline=g.baseline, scale=g.scale_rewards).flatten().to(out.logp)  # [R]
+    for iteration in range(g.num_iterations):
+        stats = policy_gradient(model, out, advantages, config, reference=reference)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), g.max_grad_norm).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if iteration == 0:
+            record |= {**stats, "grad_norm": norm}
+    return record
+
+
+def policy_gradient(
+    model: LatentReasoner, out: Rollouts, advantages: torch.Tensor, config: Config, *, reference=None
+) -> dict[str, float]:
+    """Add the gradient of the GRPO loss to `.grad`, in micro-batches of whole groups; advantages [R]. Returns stats."""
+    g, k = config.grpo, out.num_generations
+    denominator = loss_denominator(out.token_mask, g.loss_type, model.max_new_tokens)
+    size = g.micro_batch or len(out.problems)
+    total = {"loss": 0.0, "replay_gap": 0.0}
+    for start in range(0, len(out.problems), size):
+        part = out.take(slice(start, start + size))
+        logp = model.score(part, masks=part.masks)  # [R', A]: the masks are replayed
+        ref_logp = None
+        if g.beta:
+            with torch.no_grad():
+                ref_logp = reference.score(part, masks=part.masks)
+        loss, stats = grpo_loss(
+            logp, part.logp, advantages[start * k : (start + size) * k], part.token_mask, epsilon=g.epsilon,
+            epsilon_high=g.epsilon_high, beta=g.beta, ref_logp=ref_logp, loss_type=g.loss_type, denominator=denominator,
+        )  # fmt: skip
+        loss.backward()
+        share = part.token_mask.sum().item() / out.token_mask.sum().item()
+        total["loss"] += loss.item()
+        total["replay_gap"] = max(total["replay_gap"], replay_gap(logp, part))
+        for name, value in stats.items():
+            total[name] = total.get(name, 0.0) + share * value
+    return total
+
+
+def _supervised_step(model, optimizer, train, config: Config, step: int) -> dict[str, float]:
+    """The reference arm: cross-entropy of right answers on as many sequences as the other arms roll out."""
+    g = config.grpo
+    size = g.num_problems * g.num_generations
+    problems = [train[i] for i in batch_indices(len(train), size, seed=config.seed, step=step)]
+    loss, stats = curriculum_loss(model, problems, config.latent_stages, config, step=step)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), g.max_grad_norm).item()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss.item(), **stats, "grad_norm": norm}

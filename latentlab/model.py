@@ -1,0 +1,322 @@
+"""The latent reasoner: a Hugging Face causal LM whose last hidden state is fed back as its next input.
+
+    question <start>            z_1 = h(question, <start>)         the last hidden state, after the final norm
+    z_1 ... z_L                 z_{i+1} = h(..., z_i)              L thoughts, no token in between
+    z_L <end>                   logits of the first answer token   one pass
+    answer tokens               logits of the next one
+
+`prefix -> think -> answer` is the only path: sampling, scoring and the curriculum all take it. A mask multiplies the
+output of residual branches at the positions of its scope, by hooks that exist only during that forward pass.
+
+Deviations from the official Coconut code (arXiv 2412.06769): batched; the question runs once per problem under scope
+"latent" and its cache is repeated K times, gradient included; padding is never attended to; the head runs at answer
+positions only.
+
+Letters: B problems, K rollouts each, R = B * K rows, Q prompt tokens, L thoughts, A answer tokens, D width, S sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.pytorch_utils import Conv1D
+
+from latentlab.masks import Masks
+
+START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
+FEEDBACKS = ("thought", "pause", "none")
+
+Edit = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class State:
+    """Where a batch of rows stands: what is cached, and the one input vector not yet passed."""
+
+    cache: DynamicCache
+    valid: torch.Tensor  # [R, cached] bool: False at padding
+    position: torch.Tensor  # [R] position id of the next input
+    pending: torch.Tensor  # [R, 1, D] next input: the embedding of <start>, or the last thought
+    masks: Masks | None
+    slot: int = 0  # mask slot of `pending`: 0 question and start, i thought i, L + 1 + t answer token t
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all rows but `rows` [R'] (finished rows leave the batch)."""
+        self.cache.batch_select_indices(rows)
+        self.valid, self.position, self.pending = self.valid[rows], self.position[rows], self.pending[rows]
+        if self.masks is not None:
+            self.masks = self.masks.take(rows)
+
+
+class LatentReasoner(nn.Module):
+    """A causal LM with `num_thoughts` latent steps between question and answer.
+
+    lm: any GPT-2 or Llama-family `transformers` causal LM; tokenizer: has START, LATENT and END as single tokens.
+    feedback: "thought" (Coconut), or a control: "pause" (the embedding of <|latent|> is fed instead of the thought),
+    "none" (no latent step at all: the direct answer). max_new_tokens: longest answer, in tokens, eos included.
+    """
+
+    def __init__(self, lm, tokenizer, *, num_thoughts: int, max_new_tokens: int, feedback: str = "thought"):
+        super().__init__()
+        if feedback not in FEEDBACKS:
+            raise ValueError(f"feedback: got {feedback!r}, expected one of {', '.join(FEEDBACKS)}")
+        self.lm, self.tokenizer, self.feedback = lm, tokenizer, feedback
+        self.num_thoughts = 0 if feedback == "none" else num_thoughts
+        self.max_new_tokens = max_new_tokens
+        self.start_id, self.latent_id, self.end_id = (_single_token(tokenizer, text) for text in (START, LATENT, END))
+        self.eos_id = tokenizer.eos_token_id
+        self.provenance: dict = {}  # where the weights come from: kind, path, sha256
+        self.eval()
+
+    # -- what masks need to know ------------------------------------------------------------------------------------
+
+    @property
+    def width(self) -> int:
+        return self.lm.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm.dtype
+
+    def num_sites(self, sites: tuple[str, ...]) -> int:
+        """How many places S a mask on `sites` touches."""
+        return len(self._branch_modules(sites)) + ("embedding" in sites)
+
+    def num_slots(self, scope: str) -> int:
+        """How many slots a per_step mask has: question and start, each thought, and in scope "all" each answer token."""
+        return 1 + self.num_thoughts + (self.max_new_tokens if scope == "all" else 0)
+
+    def _branch_modules(self, sites: tuple[str, ...]) -> list[nn.Module]:
+        """The modules whose output is a residual branch's output, layer by layer, found by role (see below)."""
+        return [branch_output(layer, site) for layer in decoder_layers(self.lm) for site in sites if site != "embedding"]
+
+    # -- one forward pass -------------------------------------------------------------------------------------------
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [R, T] -> input vectors [R, T, D]."""
+        return self.lm.get_input_embeddings()(token_ids)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., D] -> logits [..., V] in float32 or wider."""
+        logits = self.lm.get_output_embeddings()(hidden)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _forward(self, state: State, inputs: torch.Tensor, valid: torch.Tensor, slots: list[int]) -> torch.Tensor:
+        """Pass `inputs` [R, T, D] on top of the cache; the first len(slots) positions are masked. -> hidden [R, T, D]."""
+        cached = state.valid.shape[1]
+        state.valid = torch.cat([state.valid, valid], 1)
+        steps = valid.long().cumsum(1)
+        positions = (state.position[:, None] + steps - 1).clamp(min=0)  # padding may take any position: it is not seen
+        state.position = state.position + steps[:, -1]
+        factors = state.masks.factors(slots) if state.masks is not None and slots else None
+        with self._masked(factors, state.masks, len(slots)):
+            if factors is not None and "embedding" in state.masks.spec.sites:
+                inputs = _scale_first(inputs, factors[:, :, -1], len(slots))
+            output = self.lm.base_model(
+                inputs_embeds=inputs,
+                attention_mask=_attention_mask(state.valid, cached),
+                position_ids=positions,
+                past_key_values=state.cache,
+                use_cache=True,
+            )
+        return output.last_hidden_state
+
+    @contextmanager
+    def _masked(self, factors: torch.Tensor | None, masks: Masks | None, count: int):
+        """While inside, branch outputs of the first `count` positions are multiplied by `factors` [R, 1 or count, S, D]."""
+        handles = []
+        if factors is not None:
+            for s, module in enumerate(self._branch_modules(masks.spec.sites)):
+                hook = lambda _, __, out, f=factors[:, :, s]: _scale_first(out, f, count)  # noqa: E731
+                handles.append(module.register_forward_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # -- prefix -> think -> answer ----------------------------------------------------------------------------------
+
+    def prefix(
+        self, prompt_ids: torch.Tensor, prompt_valid: torch.Tensor, *, num_generations: int, masks: Masks | None
+    ) -> State:
+        """Run the questions; prompts [B, Q] are left-padded and end with <start>, which stays pending.
+
+        The question is run once per problem and its cache repeated K times, unless the mask's scope covers it.
+        """
+        masked = masks is not None and masks.spec.scope != "latent"
+        if masked:
+            prompt_ids, prompt_valid = (x.repeat_interleave(num_generations, 0) for x in (prompt_ids, prompt_valid))
+        rows = len(prompt_ids)
+        state = State(
+            cache=DynamicCache(config=self.lm.config),
+            valid=prompt_valid[:, :0],
+            position=torch.zeros(rows, dtype=torch.long, device=self.device),
+            pending=self.embed(prompt_ids[:, -1:]),
+            masks=masks,
+        )
+        question = self.embed(prompt_ids[:, :-1])  # [B, Q - 1, D]
+        self._forward(state, question, prompt_valid[:, :-1], slots=[0] * question.shape[1] if masked else [])
+        if not masked and num_generations > 1:
+            state.cache.batch_repeat_interleave(num_generations)
+            state.valid, state.position, state.pending = (
+                x.repeat_interleave(num_generations, 0) for x in (state.valid, state.position, state.pending)
+            )
+        return state
+
+    def think(self, state: State, *, edit: Edit | None = None, num_thoughts: int | None = None) -> torch.Tensor:
+        """Take the latent steps: -> thoughts [R, L, D], the last one left pending.
+
+        `edit(i, z)` may replace thought i (1 ... L), [R, D], before it is fed back: the place for interventions.
+        """
+        thoughts = []
+        for i in range(1, 1 + (self.num_thoughts if num_thoughts is None else num_thoughts)):
+            z = self._forward(state, state.pending, _ones(state.pending), slots=[state.slot])[:, -1]  # [R, D]
+            z = z if edit is None else edit(i, z)
+            thoughts.append(z)
+            state.pending, state.slot = self._fed_back(z)[:, None], i
+        empty = state.pending[:, :0]  # [R, 0, D]
+        return torch.stack(thoughts, 1) if thoughts else empty
+
+    def _fed_back(self, z: torch.Tensor) -> torch.Tensor:
+        if self.feedback == "pause":
+            return self.embed(torch.full((len(z),), self.latent_id, device=z.device))
+        return z
+
+    def answer(self, state: State, tokens: torch.Tensor) -> torch.Tensor:
+        """Pass the last thought, <end> and `tokens` [R, T] at once: -> hidden [R, 1 + T, D], from <end> on.
+
+        Position t of the result predicts answer token t.
+        """
+        ids = torch.cat([tokens.new_full((len(tokens), 1), self.end_id), tokens], 1)  # [R, 1 + T]
+        inputs = torch.cat([state.pending, self.embed(ids)], 1)  # [R, 2 + T, D]
+        slots = ([state.slot] if state.masks is not None else []) + self._answer_slots(state, ids.shape[1])
+        state.slot += ids.shape[1]
+        return self._forward(state, inputs, _ones(inputs), slots)[:, 1:]
+
+    def next_token(self, state: State, tokens: torch.Tensor) -> torch.Tensor:
+        """Pass one more answer token [R]: -> hidden [R, D], which predicts the next."""
+        inputs = self.embed(tokens[:, None])
+        slots = self._answer_slots(state, 1)
+        state.slot += 1
+        return self._forward(state, inputs, _ones(inputs), slots)[:, 0]
+
+    def _answer_slots(self, state: State, count: int) -> list[int]:
+        """Slots of answer positions: only scope "all" masks them."""
+        if state.masks is None or state.masks.spec.scope != "all":
+            return []
+        return [state.slot + 1 + t for t in range(count)]
+
+    # -- scoring ----------------------------------------------------------------------------------------------------
+
+    def teacher_forced(
+        self,
+        prompt_ids: torch.Tensor,
+        prompt_valid: torch.Tensor,
+        tokens: torch.Tensor,
+        *,
+        num_generations: int = 1,
+        masks: Masks | None = None,
+        num_thoughts: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [R, A, D] that predict given answer tokens [R, A], and the thoughts [R, L, D], with gradient."""
+        state = self.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
+        thoughts = self.think(state, num_thoughts=num_thoughts)
+        return self.answer(state, tokens[:, :-1]), thoughts
+
+    def score(self, rollouts, *, masks: Masks | None) -> torch.Tensor:
+        """Log-probs of recorded answers under `masks`, with gradient: [R, A] nats, 0 after the end of an answer.
+
+        Under the masks that the rollouts were drawn with this equals `rollouts.logp` (tested; see `replay_gap`).
+        """
+        hidden, _ = self.teacher_forced(
+            rollouts.prompt_ids,
+            rollouts.prompt_valid,
+            rollouts.tokens,
+            num_generations=rollouts.num_generations,
+            masks=masks,
+        )
+        return token_logps(self.head(hidden), rollouts.tokens, rollouts.temperature) * rollouts.token_mask
+
+    # -- storage: see backbone.py -----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, **overrides) -> LatentReasoner:
+        """Load a folder or a Hub id that holds weights, tokenizer and latentlab.json; `backbone.load` says how."""
+        from latentlab import backbone
+
+        return backbone.load(name_or_path, **overrides)
+
+    def save_pretrained(self, folder) -> None:
+        """Write safetensors, tokenizer, config and latentlab.json into `folder`."""
+        from latentlab import backbone
+
+        backbone.save(self, folder)
+
+
+def token_logps(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probs [...] of `tokens` [...] under logits [..., V] at `temperature` (greedy, 0, is scored at 1)."""
+    return torch.log_softmax(logits / (temperature or 1.0), -1).gather(-1, tokens[..., None])[..., 0]
+
+
+def decoder_layers(lm: nn.Module) -> nn.ModuleList:
+    """The stack of decoder blocks: the first ModuleList whose members each have an attention and an MLP child."""
+    for module in lm.modules():
+        if isinstance(module, nn.ModuleList) and module and _children(module[0], "att") and _children(module[0], "mlp"):
+            return module
+    raise ValueError(f"backbone: got {type(lm).__name__}, expected blocks with an attention and an mlp child (GPT-2, Llama)")
+
+
+def branch_output(layer: nn.Module, site: str) -> nn.Module:
+    """The last linear map of a block's attention or MLP branch: what is added to the residual stream."""
+    branch = _children(layer, "att" if site == "attention" else "mlp")[0]
+    return [m for m in branch.modules() if isinstance(m, (nn.Linear, Conv1D))][-1]
+
+
+def _children(layer: nn.Module, word: str) -> list[nn.Module]:
+    """Child modules named after a role that hold a linear map (so not `input_layernorm`, `post_attention_layernorm`)."""
+    return [
+        child for name, child in layer.named_children()
+        if word in name and any(isinstance(m, (nn.Linear, Conv1D)) for m in child.modules())
+    ]  # fmt: skip
+
+
+def _scale_first(out: torch.Tensor, factors: torch.Tensor, count: int) -> torch.Tensor:
+    """Multiply the first `count` positions of out [R, T, D] by factors [R, 1 or count, D]."""
+    if count == out.shape[1]:
+        return out * factors
+    return torch.cat([out[:, :count] * factors, out[:, count:]], 1)
+
+
+def _attention_mask(valid: torch.Tensor, cached: int) -> torch.Tensor:
+    """Which key each new position may see: [R, 1, T, cached + T] bool; valid [R, cached + T] is False at padding.
+
+    Causal over the new positions. Each position sees itself, so that a row of padding is not a softmax over nothing.
+    """
+    new = valid.shape[1] - cached
+    index = torch.arange(valid.shape[1], device=valid.device)
+    query = index[cached:, None]  # [T, 1]
+    allowed = valid[:, None, :] & (index <= query)  # [R, T, cached + T]
+    if new > 1:
+        allowed = allowed | (index == query)
+    return allowed[:, None]
+
+
+def _ones(inputs: torch.Tensor) -> torch.Tensor:
+    return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+
+
+def _single_token(tokenizer, text: str) -> int:
+    ids = tokenizer.convert_tokens_to_ids([text])
+    if ids[0] is None or ids[0] == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(ids) != [text]:
+        raise ValueError(f"tokenizer: got no token {text}, expected the three latent tokens; load it through latentlab.backbone")
+    return ids[0]

@@ -1,0 +1,203 @@
+"""Intervals, paired tests and power for 0/1 outcomes: thin calls of scipy and statsmodels.
+
+Two arms answer the same n problems, so problem i gives d_i = a_i - b_i in {-1, 0, +1}, and
+
+    difference d = mean(d_i),    Var(d) = (discordance - d^2) / n,    discordance = share of d_i != 0.
+
+Differences and their bounds are in percentage points (100 x); shares, confidences and powers are in 0..1.
+Sources: Wilson 1927; McNemar 1947; Connor 1987 (power for paired proportions); Efron & Tibshirani 1993
+(bootstrap); Owen 2007 (bootstrap of crossed factors); Chen et al. 2021, arXiv:2107.03374 (pass@k).
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import brentq
+from scipy.stats import hypergeom, norm
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+
+def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval (low, high), shares in 0..1, for `correct` of `n` problems.
+
+    Raises ValueError unless 0 <= correct <= n and n >= 1.
+    """
+    _check_share("confidence", confidence)
+    if not (n >= 1 and 0 <= correct <= n):
+        raise ValueError(f"got correct = {correct} of n = {n}, expected 0 <= correct <= n and n >= 1: check the counts")
+    low, high = proportion_confint(correct, n, alpha=1 - confidence, method="wilson")
+    return float(low), float(high)
+
+
+def paired_comparison(
+    a: ArrayLike, b: ArrayLike, *, seed: int, confidence: float = 0.95, resamples: int = 10_000
+) -> dict[str, float | int]:
+    """Arm `a` minus arm `b` on the same problems; a, b [n] of 0/1 in the same order.
+
+    Returns n · difference, low, high (points; percentile bootstrap over problems) · only_a, only_b (problems
+    that one arm alone got right: McNemar's b and c) · discordance (their share) · p_value (exact two-sided
+    McNemar). Resampling n problems with replacement is a multinomial draw of the counts of -1, 0 and +1,
+    so that is what is drawn: the same distribution, n times cheaper. Where no problem is discordant
+    the interval is [0, 0] and says only that: see `detectable_difference`.
+    Raises ValueError for other values than 0/1, or unequal or empty arrays.
+    """
+    _check_share("confidence", confidence)
+    a, b = _outcomes(a, b, ndim=1)
+    only_a, only_b = int(np.sum(a > b)), int(np.sum(a < b))
+    means = _bootstrap((a - b)[None], np.random.default_rng(seed), resamples)  # [resamples]
+    low, high = _percentiles(means, confidence)
+    table = [[int(np.sum(a * b)), only_a], [only_b, int(np.sum((1 - a) * (1 - b)))]]
+    return {
+        "n": a.size,
+        "difference": 100 * (only_a - only_b) / a.size,
+        "low": low,
+        "high": high,
+        "only_a": only_a,
+        "only_b": only_b,
+        "discordance": (only_a + only_b) / a.size,
+        "p_value": float(mcnemar(table, exact=True).pvalue) if only_a + only_b else 1.0,
+    }
+
+
+def seed_comparison(
+    a: ArrayLike, b: ArrayLike, *, seed: int, confidence: float = 0.95, resamples: int = 10_000
+) -> dict[str, float | int | list[float]]:
+    """Arm `a` minus arm `b` over training seeds and problems; a, b [S, n] of 0/1.
+
+    Row s of both arms must be the same training seed (hence the same start), column i the same problem.
+    Hierarchical bootstrap of the differences d [S, n]: each resample draws S seeds and n problems with
+    replacement, the same problems for every seed and both arms, since all answered one test set. The
+    interval therefore has the variability of both, and pairing removes what the arms share.
+    With few seeds it is too short for new seeds: the seed part of the variance is low by (S - 1) / S.
+
+    Returns seeds, n · difference, low, high (points) · seed_differences [S] and their standard deviation
+    seed_sd (points). Raises ValueError for other values than 0/1, unequal shapes, or fewer than 2 seeds.
+    """
+    _check_share("confidence", confidence)
+    a, b = _outcomes(a, b, ndim=2)
+    if len(a) < 2:
+        raise ValueError(f"got {len(a)} seed, expected at least 2: run more seeds, or use paired_comparison for one")
+    d = a - b  # [S, n]
+    low, high = _percentiles(_bootstrap(d, np.random.default_rng(seed), resamples), confidence)
+    by_seed = 100 * d.mean(axis=1)  # [S]
+    return {
+        "seeds": len(d),
+        "n": d.shape[1],
+        "difference": float(by_seed.mean()),
+        "low": low,
+        "high": high,
+        "seed_differences": by_seed.tolist(),
+        "seed_sd": float(by_seed.std(ddof=1)),
+    }
+
+
+def pass_at_k(correct_counts: ArrayLike, n: int, k: int) -> np.ndarray:
+    """Unbiased estimate, per problem, that one of k rollouts is right: 1 - C(n - c, k) / C(n, k).
+
+    correct_counts [B]: right rollouts c among the n drawn for each problem. Returns [B], shares in 0..1;
+    their mean is pass@k. Raises ValueError unless 1 <= k <= n and every 0 <= c <= n is whole.
+    """
+    c = np.asarray(correct_counts)
+    if not 1 <= k <= n:
+        raise ValueError(f"got k = {k} and n = {n}, expected 1 <= k <= n: draw at least k rollouts a problem")
+    if c.size == 0 or not np.all((c >= 0) & (c <= n) & (c == np.floor(c))):
+        raise ValueError(f"got correct_counts {_short(c)}, expected whole numbers in 0..{n}, at least one: check them")
+    return hypergeom.sf(0, n, c, k)  # k drawn without replacement from n, c of which are right: at least one
+
+
+def power_at(difference: float, n: int, discordance: float, confidence: float = 0.95) -> float:
+    """Probability that a two-sided paired test resolves a true `difference` (points) on n problems.
+
+    discordance: share (0..1) of problems that exactly one arm gets right. Normal approximation (Connor 1987).
+    Raises ValueError unless n >= 1, 0 < discordance <= 1 and |difference| <= 100 x discordance.
+    """
+    _check_share("confidence", confidence)
+    d = difference / 100
+    if not (n >= 1 and 0 < discordance <= 1 and abs(d) <= discordance):
+        raise ValueError(
+            f"got difference = {difference} points, n = {n}, discordance = {discordance}, expected n >= 1, "
+            "0 < discordance <= 1 and |difference| <= 100 x discordance: check units"
+        )
+    bound = norm.isf((1 - confidence) / 2) * np.sqrt(discordance / n)  # |estimate| beyond this is significant
+    scale = np.sqrt(max(discordance - d**2, 1e-12) / n)
+    return float(norm.sf((bound - d) / scale) + norm.cdf((-bound - d) / scale))
+
+
+def detectable_difference(n: int, discordance: float, power: float = 0.8, confidence: float = 0.95) -> float:
+    """The smallest true difference (points) that n problems resolve with probability `power`.
+
+    Arguments and errors as in `power_at`, which it inverts; ValueError too where no difference suffices.
+    """
+    _check_share("power", power)
+    largest = 100 * discordance
+    if power_at(largest, n, discordance, confidence) < power:
+        raise ValueError(
+            f"got n = {n} with discordance = {discordance}, expected enough problems to reach power {power} "
+            "at some difference: use more problems"
+        )
+    if power <= 1 - confidence:
+        return 0.0  # the test's error rate alone
+    return float(brentq(lambda d: power_at(d, n, discordance, confidence) - power, 0.0, largest))
+
+
+def verdict(difference_points: float, low: float, high: float, target: float = 1.72) -> str:
+    """The study's rule for a paired difference with interval [low, high], all in points.
+
+    "reproduced" if low > 0 and high >= target · "smaller gain" if low > 0 and high < target · "not
+    reproduced" if low <= 0 and high < target · else "not resolved". target: the paper's gain, 27.29 -> 29.01 %.
+    Raises ValueError unless low <= difference_points <= high.
+    """
+    if not low <= difference_points <= high:  # also false for NaN
+        raise ValueError(
+            f"got difference {difference_points} with interval [{low}, {high}], expected low <= difference <= high: "
+            "pass the three of one comparison, in points"
+        )
+    if low > 0:
+        return "reproduced" if high >= target else "smaller gain"
+    return "not reproduced" if high < target else "not resolved"
+
+
+def _bootstrap(d: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
+    """Means [resamples] of d [S, n] over resampled rows and columns; with one row, over columns alone.
+
+    Columns that are equal are drawn together: a multinomial over the few distinct ones (3 where S = 1).
+    """
+    if resamples < 1:
+        raise ValueError(f"got resamples = {resamples}, expected at least 1: 10,000 is usual")
+    seeds, n = d.shape
+    patterns, counts = np.unique(d, axis=1, return_counts=True)  # [S, P], [P]
+    problem_weights = rng.multinomial(n, counts / n, size=resamples)  # [resamples, P]
+    seed_weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)  # [resamples, S]
+    return ((seed_weights @ patterns) * problem_weights).sum(axis=1) / (seeds * n)
+
+
+def _percentiles(means: np.ndarray, confidence: float) -> tuple[float, float]:
+    tail = (1 - confidence) / 2
+    low, high = 100 * np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _outcomes(a: ArrayLike, b: ArrayLike, *, ndim: int) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape or a.ndim != ndim or a.size == 0:
+        shape = "[n]" if ndim == 1 else "[seeds, n]"
+        raise ValueError(
+            f"got shapes {a.shape} and {b.shape}, expected two equal {shape}, not empty: use the same problems"
+        )
+    for x in (a, b):
+        if not np.isin(x, (0, 1)).all():
+            raise ValueError(
+                f"got outcomes {_short(x[~np.isin(x, (0, 1))])}, expected 0 or 1: pass right/wrong per problem"
+            )
+    return a.astype(np.int64), b.astype(np.int64)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(
+            f"got {name} = {value}, expected a share between 0 and 1, such as 0.95: divide per cent by 100"
+        )
+
+
+def _short(values: np.ndarray) -> str:
+    return np.array2string(np.ravel(values)[:5], separator=", ").replace("\n", "") + (" …" if values.size > 5 else "")
