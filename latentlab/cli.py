@@ -93,6 +93,8 @@ class Study:
     def __call__(self, config: Config) -> None:
         from latentlab import study
 
+        if config != load_preset(config.preset):
+            raise ValueError("study: got a changed field, expected a preset as it is; put the change into a preset file")
         study.run_study(config.preset, only=self.only or None)
 
 

@@ -20,7 +20,6 @@ from latentlab.evaluate import evaluate
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
 from latentlab.statistics import paired_comparison, seed_comparison, wilson_interval
-from latentlab.sweep import read_done
 
 
 def write_compare(config: Config, folder: Path, chosen: dict, started: float) -> Path:
@@ -33,6 +32,10 @@ def write_compare(config: Config, folder: Path, chosen: dict, started: float) ->
     metrics = {
         "chosen_on_validation": chosen,
         "tuning": json.loads((folder / "tuning.json").read_text())["trials"],
+        "curriculum": {
+            run: {key: read_done(folder, run)[key] for key in ("stages", "seconds")}
+            for run in (f"{name}-s{seed}" for seed in s.seeds for name in ("coconut", *s.controls))
+        },
         "main_contrast": _main_contrast(outcomes, s.seeds),
         "weights_unchanged": {f"none-s{seed}": _same_weights(folder, seed) for seed in s.seeds if "none" in s.arms},
         "swapped_thoughts": {
@@ -114,3 +117,15 @@ def swap_thoughts(model: LatentReasoner, problems: list[Problem]) -> dict:
         "follows_donor": float(np.mean([b == c for _, b, c in pairs])),
         "same_by_chance": float(np.mean([a == c for a, _, c in pairs])),
     }
+
+
+def read_done(folder: Path, name: str) -> dict:
+    """done.json of a finished run."""
+    return json.loads((folder / name / "done.json").read_text())
+
+
+def read_outcomes(path: Path) -> dict[str, np.ndarray]:
+    """{run name: [n] of 0/1} from a compare_outcomes.npz."""
+    with np.load(path) as packed:
+        n = int(packed["n"])
+        return {name: np.unpackbits(packed[name])[:n] for name in packed.files if name != "n"}

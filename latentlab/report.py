@@ -304,8 +304,10 @@ def _readme_results(results: list[dict], folder: str) -> str:
 
 def _section(result: dict) -> str:
     """One result in RESULTS.md: headline, how it was made, arms, scalar metrics, skipped sections."""
-    keys = ("started", "seconds", "commit", "parameters", "environment")
-    made = " · ".join(f"{_cell(k.split('.')[-1])} {_cell(v)}" for k, v in _leaves({k: result.get(k) for k in keys}))
+    about = {key: result.get(key) for key in ("started", "seconds", "commit")} | result["parameters"]
+    about |= dict(_leaves(result["environment"]))
+    made = [f"{_cell(k)} {_cell(v)}" for k, v in about.items() if not isinstance(v, (dict, list))]
+    link = f"[all of it]({result['preset']}/{result['name']}.json)"
     skipped, metrics = [], []
     for path, value in _leaves(result["metrics"]):
         if path.split(".")[-1] == "skipped":
@@ -315,13 +317,21 @@ def _section(result: dict) -> str:
     parts = [
         f"## {_cell(result['preset'])} · {_cell(result['name'])}",
         _cell(result.get("headline")),
-        made,
+        " · ".join([f"`{_command(result)}`", *made, link]),
         _arms_by_seed(result["arms"]) if result["name"] == "compare" else "",
         _arms_table(result["arms"]),
         _table(["Metric", "Value"], metrics) if metrics else "",
         _table(["Skipped", "Why"], skipped) if skipped else "",
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _command(result: dict) -> str:
+    """The command that makes this result."""
+    name, preset = result["name"], result["preset"]
+    notebook = re.match(r"(\d\d)_", name)
+    verb = f"study --only {notebook[1]}" if notebook else f"sweep {name}"
+    return f"latentlab {verb} --preset {preset}"
 
 
 def _arms_by_seed(arms: list[dict]) -> str:

@@ -22,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from latentlab.config import Config, to_dict
+from latentlab.compare import read_done, write_compare
+from latentlab.config import Config, load_preset, to_dict
+from latentlab.report import commit
 
 # Two processes on two cores: one thread each. The malloc settings keep freed memory instead of handing it back to the
 # system; page faults otherwise cost a fifth of a step (measured on two-core x86 machines).
@@ -53,11 +53,9 @@ def run_sweep(name: str, config: Config, *, out: str) -> Path:
     overrides = _fields(config)
     run_jobs([_sft("coconut", seed) for seed in seeds], folder, config, overrides)
     chosen = _tune(folder, config, overrides)
-    jobs = [_grpo(arm, seed, config, folder, chosen[_family(arm)]) for seed in seeds for arm in config.sweep.arms]
-    jobs += [_sft(control, seed) for seed in seeds for control in config.sweep.controls]
+    jobs = [_sft(control, seed) for seed in seeds for control in config.sweep.controls]  # the longest first
+    jobs += [_grpo(arm, seed, config, folder, chosen[_family(arm)]) for seed in seeds for arm in config.sweep.arms]
     run_jobs(jobs, folder, config, overrides)
-    from latentlab.compare import write_compare
-
     return write_compare(config, folder, chosen, started)
 
 
@@ -89,7 +87,7 @@ def _run(job: Job, folder: Path, config: Config, overrides: list[str]) -> str | 
     if done.returncode:
         return job.name
     summary = json.loads(done.stdout.strip().splitlines()[-1])
-    (target / "done.json").write_text(json.dumps({**summary, "seconds": seconds, "command": " ".join(words)}) + "\n")
+    (target / "done.json").write_text(json.dumps({**summary, "seconds": seconds, "command": " ".join(words), "commit": commit()}) + "\n")
     return None
 
 
@@ -133,22 +131,8 @@ def _tune(folder: Path, config: Config, overrides: list[str]) -> dict[str, dict]
     return chosen
 
 
-def read_done(folder: Path, name: str) -> dict:
-    """done.json of a finished run."""
-    return json.loads((folder / name / "done.json").read_text())
-
-
-def read_outcomes(path: Path) -> dict[str, np.ndarray]:
-    """{run name: [n] of 0/1} from a compare_outcomes.npz."""
-    with np.load(path) as packed:
-        n = int(packed["n"])
-        return {name: np.unpackbits(packed[name])[:n] for name in packed.files if name != "n"}
-
-
 def _fields(config: Config) -> list[str]:
     """The fields that differ from the preset, as command-line words, so that every run gets them."""
-    from latentlab.config import load_preset
-
     base, words = _flat(to_dict(load_preset(config.preset))), []
     for key, value in _flat(to_dict(config)).items():
         if value != base[key] and not key.startswith("sweep."):

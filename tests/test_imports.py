@@ -10,13 +10,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "latentlab"
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if not path.stem.startswith("__")}
 # One page each, understood alone: they may import nothing of the package but these two.
-LEAVES = {"problems", "config", "masks", "advantage", "loss", "statistics", "report", "sources", "perturb", "reward"}
+LEAVES = {"problems", "config", "masks", "advantage", "loss", "statistics", "report", "perturb", "reward"}
+LEAVES |= {"word_problems", "smollm2"}
 SHARED = {"problems", "config"}
 # Modules import only from their left; training evaluates on its validation problems, so `evaluate` comes before it.
 # A new module gets its place here.
 ORDER = (
-    "problems config sources perturb statistics masks backbone model rollout reward evaluate advantage loss loop"
-    " curriculum grpo theory verify report study sweep bench cli"
+    "problems config word_problems sources perturb statistics masks smollm2 backbone model rollout reward evaluate"
+    " advantage loss loop curriculum grpo theory verify report study sweep compare bench cli"
 ).split()
 HEAVY = {"torch", "transformers", "datasets", "tyro", "papermill"}
 

@@ -145,6 +145,10 @@ def test_the_report_is_generated_from_whatever_there_is(reports):
     assert "![Arms of preset tiny](reports/tiny/compare.png)" in text
     assert (reports / "tiny" / "compare.png").is_file()
     assert "| real | no Hub |" in results
+    assert (
+        "`latentlab study --only 01 --preset tiny` · " in results
+        and "`latentlab sweep compare --preset tiny`" in results
+    )
     assert "- list.json" in results and "- zeta/broken.json" in results
     assert "smoke is no result" not in results + text
     assert text.startswith("# T\n") and "\nbetween\n" in text

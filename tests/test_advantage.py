@@ -1,0 +1,70 @@
+"""advantage.py: baselines by hand, exact zeros for collapsed groups, refusals."""
+
+import pytest
+import torch
+
+from latentlab.advantage import group_advantages, group_diagnostics, is_collapsed
+
+REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "first_row"),
+    [("mean", [0.75, -0.25, -0.25, -0.25]), ("leave_one_out", [1.0, -1 / 3, -1 / 3, -1 / 3]), ("none", [1.0, 0, 0, 0])],
+)
+def test_baselines_by_hand(baseline, first_row):
+    torch.testing.assert_close(group_advantages(REWARDS, baseline=baseline)[0], torch.tensor(first_row).double())
+
+
+def test_leave_one_out_subtracts_the_mean_of_the_others():
+    rewards = torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = group_advantages(rewards, baseline="leave_one_out")
+    for b in range(3):
+        for k in range(5):
+            others = [rewards[b, j].item() for j in range(5) if j != k]
+            assert got[b, k].item() == pytest.approx(rewards[b, k].item() - sum(others) / 4, abs=1e-12)
+
+
+def test_std_scaling_reweights_a_group_by_one_positive_factor():
+    plain, scaled = group_advantages(REWARDS), group_advantages(REWARDS, scale="std")
+    factors = scaled / plain
+    torch.testing.assert_close(factors, factors[:, :1].expand_as(factors))
+    torch.testing.assert_close(factors[0, 0].item(), 1 / (0.5 + 1e-4))  # 1, 0, 0, 0 has sample deviation 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", ["none", "std"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.7, 1 / 3, 1e-8, -2.3])
+def test_equal_rewards_give_exactly_zero(value, baseline, scale, dtype):
+    rewards = torch.full((2, 7), value, dtype=dtype)
+    assert torch.count_nonzero(group_advantages(rewards, baseline=baseline, scale=scale)) == 0
+
+
+def test_rewards_are_left_untouched():
+    rewards = REWARDS.clone()
+    for baseline in ("mean", "none"):
+        group_advantages(rewards, baseline=baseline).add_(5)
+    assert torch.equal(rewards, REWARDS)
+
+
+def test_diagnostics_count_collapsed_groups_not_batches():
+    rewards = torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    assert is_collapsed(rewards).tolist() == [True, True, False, True]
+    stats = group_diagnostics(rewards)
+    assert stats["frac_reward_zero_std"] == 0.75
+    assert stats["reward"] == 0.5
+    assert stats["reward_std"] == pytest.approx(0.5**0.5 / 4)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "settings"),
+    [
+        (torch.zeros(3, 1), {}), (torch.zeros(3), {}), (REWARDS, {"baseline": "median"}), (REWARDS, {"scale": "batch"}),
+        (torch.tensor([[0.0, float("nan")]]), {}), (torch.tensor([[0.0, float("inf")]]), {}),
+    ],
+)  # fmt: skip
+def test_wrong_use_is_one_line(rewards, settings):
+    with pytest.raises(ValueError, match="got .*expected") as error:
+        group_advantages(rewards, **settings)
+    assert "\n" not in str(error.value)
