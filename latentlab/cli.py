@@ -134,9 +134,9 @@ class Report:
     """Rebuild reports/RESULTS.md and the README's tables and figure from the result files."""
 
     def __call__(self, config: Config) -> None:
-        from latentlab import report
+        from latentlab import tables
 
-        print(report.build_report())
+        print(tables.build_report())
 
 
 VERBS = {"study": Study, "sft": Sft, "grpo": Grpo, "evaluate": Evaluate, "sweep": Sweep, "data": Data, "report": Report}

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from latentlab import report, sources
 from latentlab.config import Config, to_dict
-from latentlab.evaluate import evaluate
+from latentlab.evaluate import evaluate, summary
+from latentlab.loop import read_metrics
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
 from latentlab.statistics import paired_comparison, seed_comparison, wilson_interval
@@ -35,6 +36,11 @@ def write_compare(config: Config, folder: Path, chosen: dict, started: float) ->
         "curriculum": {
             run: {key: read_done(folder, run)[key] for key in ("stages", "seconds")}
             for run in (f"{name}-s{seed}" for seed in s.seeds for name in ("coconut", *s.controls))
+        },
+        "curves": {f"{arm}-s{seed}": _curves(folder / f"{arm}-s{seed}") for seed in s.seeds for arm in s.arms},
+        "deployments": {
+            f"{name}-s{seed}": summary(LatentReasoner.from_pretrained(folder / f"{name}-s{seed}" / "best"), test[:1000], config)
+            for seed in s.seeds for name in ("coconut", "temperature", "shared")
         },
         "main_contrast": _main_contrast(outcomes, s.seeds),
         "weights_unchanged": {f"none-s{seed}": _same_weights(folder, seed) for seed in s.seeds if "none" in s.arms},
@@ -73,10 +79,26 @@ def _arm(name: str, seed: int, outcomes: dict, folder: Path) -> dict:
         "name": name, "seed": seed, "n": n, "correct": correct, "interval": list(wilson_interval(correct, n)),
         "rollouts": done.get("rollouts", 0), "seconds": done["seconds"], "validation_accuracy": done["validation_accuracy"],
     }  # fmt: skip
+    gaps = [line["replay_gap"] for line in read_metrics(folder / f"{name}-s{seed}") if "replay_gap" in line]
+    if gaps:
+        row["replay_gap"] = max(gaps)
     if name != "coconut":
         pair = paired_comparison(mine, base, seed=0)
         row["difference"] = {"points": pair["difference"], **{k: pair[k] for k in ("low", "high", "only_a", "only_b", "p_value")}}
     return row
+
+
+def _curves(run: Path) -> dict[str, list]:
+    """Every tenth iteration of a run's metrics, and its validations, as lists to plot."""
+    lines = [line for line in read_metrics(run) if line["step"] >= 0]
+    kept = lines[::10]
+    curves = {key: [line[key] for line in kept if key in line] for key in ("step", "reward", "frac_reward_zero_std")}
+    checks = [line for line in read_metrics(run) if "validation_accuracy" in line]
+    return {
+        **curves,
+        "validation_step": [line["step"] for line in checks],
+        "validation_accuracy": [line["validation_accuracy"] for line in checks],
+    }
 
 
 def _main_contrast(outcomes: dict, seeds: tuple[int, ...]) -> dict:

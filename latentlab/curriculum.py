@@ -65,13 +65,17 @@ def curriculum_loss(
     tokens, token_mask = encode_answers(model.tokenizer, texts, model.device)
     masks = None
     if stage > 0:
-        masks = draw_masks(c.mask, model, rollout_seeds(config.seed, step, [p.id for p in problems], 1))
+        seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)
+        slots = 1 + model.num_thoughts + (tokens.shape[1] if c.mask.scope == "all" else 0)
+        masks = draw_masks(c.mask, model, seeds, num_slots=slots)
     hidden, thoughts = model.teacher_forced(prompt_ids, prompt_valid, tokens, masks=masks)
     answer_loss = cross_entropy(model.head(hidden[token_mask]), tokens[token_mask])
     stats = {"loss/answer": answer_loss.item()}
     if not c.decode_weight or thoughts.shape[1] == 0:
         return answer_loss, stats
     targets = result_tokens(model.tokenizer, problems, thoughts.shape[1], c.c_thought, model.device)
+    if (targets == IGNORE).all():  # no problem of this batch has a step: a mean over nothing is NaN
+        return answer_loss, stats
     decode_loss = cross_entropy(model.head(thoughts).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
     stats["loss/decode"] = decode_loss.item()
     return answer_loss + c.decode_weight * decode_loss, stats
@@ -101,7 +105,7 @@ def fit_curriculum(
     if run.state:
         first_stage, stages = run.state["next_stage"], run.state["stages"]
         model.lm.load_state_dict(run.state["model"])
-    best = -1.0
+    best = stages.get(str(config.latent_stages), -1.0)
     for stage in range(first_stage, config.latent_stages + 1):
         accuracy = best = _fit_stage(model, train, validation, config, stage, run)
         stages[str(stage)] = accuracy

@@ -20,6 +20,7 @@ Masks are drawn once, stored with the rollouts and replayed in the update; `repl
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -103,7 +104,7 @@ def _grpo_step(model, reference, optimizer, train, config: Config, step: int, re
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), g.max_grad_norm).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if iteration == 0:
+        if iteration == 0 or not math.isfinite(norm):  # a NaN of a later update must reach the log, which stops the run
             record |= {**stats, "grad_norm": norm}
     return record
 
@@ -131,6 +132,7 @@ def policy_gradient(
         share = part.token_mask.sum().item() / out.token_mask.sum().item()
         total["loss"] += loss.item()
         total["replay_gap"] = max(total["replay_gap"], replay_gap(logp, part))
+        total["ratio_max_deviation"] = max(total.get("ratio_max_deviation", 0.0), stats.pop("ratio_max_deviation"))
         for name, value in stats.items():
             total[name] = total.get(name, 0.0) + share * value
     return total

@@ -36,7 +36,9 @@ class Run:
         if stored.exists():
             _same_config(json.loads(stored.read_text()), to_dict(config))
             if (self.folder / "state.pt").exists():
-                self.state = torch.load(self.folder / "state.pt", weights_only=True, map_location="cpu")
+                self.state = _read_state(self.folder / "state.pt")
+            if (self.folder / "best.old").exists() and not (self.folder / "best").exists():
+                (self.folder / "best.old").rename(self.folder / "best")  # killed between the two renames of save_best
         self.folder.mkdir(parents=True, exist_ok=True)
         stored.write_text(json.dumps(to_dict(config), indent=1) + "\n")
         self.metrics = open(self.folder / "metrics.jsonl", "ab")
@@ -70,6 +72,16 @@ class Run:
             best.rename(old)
         temporary.rename(best)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _read_state(path: Path) -> dict:
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # cut off, foreign, or a pickle that weights_only refuses: torch raises many kinds
+        raise ValueError(
+            f"resume: could not read {path} ({type(error).__name__}), expected a checkpoint of this run; "
+            "delete it to start this run again, or use another --out"
+        ) from error
 
 
 def _same_config(stored: dict, asked: dict, where: str = "") -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from latentlab import report
+from latentlab import report, tables
 
 NOTEBOOKS = "[0-9][0-9]_*.ipynb"
 SAFE_OUTPUTS = {"text/plain", "image/png"}
@@ -53,7 +53,7 @@ def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, repor
     for i, path in enumerate(chosen, 1):
         _run_unless_finished(path, parameters[path.stem], folder, library, f"[{i}/{len(chosen)}] {path.stem}")
     index = _write_index(preset, notebooks, folder)
-    report.build_report(reports)
+    tables.build_report(reports)
     print(f"report: {index}")
     return index
 

@@ -33,6 +33,7 @@ from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
 from latentlab.rollout import Rollouts, encode_prompts, rollout
 
+SPEC = MaskSpec(rate=0.3)  # of the worked example: with `tiny_reasoner` 2 sites x 4 features, 256 masks
 FRESH_FORMS = ("detached", "token_ratio", "clipped", "sequence_ratio")
 
 
@@ -68,15 +69,18 @@ class Moments:
 # -- the policies ---------------------------------------------------------------------------------------------------
 
 
-def tiny_reasoner(*, seed: int = 0, num_thoughts: int = 2, SC=25) -> LatentReasoner:
-    """A float64 GPT-2 of 324 weights, 6 tokens and answers of at most 2 tokens; large weights, so that masks matter."""
+def tiny_reasoner(*, seed: int = 26, num_thoughts: int = 2) -> LatentReasoner:
+    """A float64 GPT-2 of 324 weights, 6 tokens and answers of at most 2 tokens; large weights, so that masks matter.
+
+    The default seed is one of those under which masks change greedy answers, so that every bias is large enough to see.
+    """
     model = build(
         ("1",), n_layer=1, n_embd=4, n_head=2, n_positions=12, num_thoughts=num_thoughts, max_new_tokens=2, seed=seed
     ).double()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
-                weight.mul_(SC)  # GPT-2's 0.02 becomes 0.5
+                weight.mul_(25)  # GPT-2's 0.02 becomes 0.5
     return model
 
 

@@ -74,7 +74,7 @@ def gpt2(make_model):
 @pytest.fixture(scope="session")
 def problems():
     """Four problems whose questions differ in length, so that a batch of them is padded."""
-    return [word_problems("train", 1, seed=0, steps=steps)[0] for steps in (2, 1, 3, 1)]
+    return [word_problems("train", 1, seed=0, steps=steps)[0] for steps in (2, 1, 3, 4)]
 
 
 @pytest.fixture(scope="session")

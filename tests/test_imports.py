@@ -17,7 +17,7 @@ SHARED = {"problems", "config"}
 # A new module gets its place here.
 ORDER = (
     "problems config word_problems sources perturb statistics masks smollm2 backbone model rollout reward evaluate"
-    " advantage loss loop curriculum grpo theory verify report study sweep compare bench cli"
+    " advantage loss loop curriculum grpo collapse reference theory verify report tables study compare sweep bench cli"
 ).split()
 HEAVY = {"torch", "transformers", "datasets", "tyro", "papermill"}
 

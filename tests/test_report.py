@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from latentlab import report
+from latentlab import report, tables
 
 FIXED = {"parameters": {"seed": 0}, "started": 0.0, "seconds": 61.25, "environment": {"device": "cpu"}}
 ARMS = [
@@ -128,7 +128,7 @@ def test_the_report_is_generated_from_whatever_there_is(reports):
     blocks = "<!-- {0}:begin -->\nold\n<!-- {0}:end -->\n"
     readme.write_text("# T\n" + blocks.format("notebooks") + "between\n" + blocks.format("results"))
     reports.mkdir()
-    report.build_report()
+    tables.build_report()
     assert "No results yet" in readme.read_text()
     assert "old" not in readme.read_text()
 
@@ -138,7 +138,7 @@ def test_the_report_is_generated_from_whatever_there_is(reports):
     write("aside", preset="zeta")
     (reports / "zeta" / "broken.json").write_text("{")
     (reports / "list.json").write_text("[]")
-    results = report.build_report().read_text()
+    results = tables.build_report().read_text()
     text = readme.read_text()
     assert "| [01_toy](notebooks/01_toy.ipynb) | Why? | tiny | 61.25 | cpu | all &lt;b&gt;zero&lt;/b&gt; \\| ok" in text
     assert "| temperature | 75.0, +4.00 [+1.00, +7.00] | 75.5, +3.00 [+0.00, +6.00] |  |" in text
@@ -154,7 +154,7 @@ def test_the_report_is_generated_from_whatever_there_is(reports):
     assert text.startswith("# T\n") and "\nbetween\n" in text
 
     before = results, text
-    assert (report.build_report().read_text(), readme.read_text()) == before
+    assert (tables.build_report().read_text(), readme.read_text()) == before
 
 
 def test_the_commit_is_unknown_outside_a_repository(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from latentlab.report import build_report
+from latentlab.tables import build_report
 
 ROOT = Path(__file__).parent.parent
 REPORTS = ROOT / "reports"

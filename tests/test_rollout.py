@@ -42,7 +42,7 @@ def uneven(monkeypatch):
     def uneven_head(self, hidden):
         logits = head(self, hidden)
         is_eos = torch.nn.functional.one_hot(torch.tensor(self.eos_id), logits.shape[-1]).bool()
-        return torch.where(is_eos, logits.logsumexp(-1, keepdim=True) + 3 * hidden[..., :1] - 2, logits)
+        return torch.where(is_eos, logits.amax(-1, keepdim=True) + 3 * hidden[..., 1:2] - 1, logits)
 
     monkeypatch.setattr(LatentReasoner, "head", uneven_head)
 
