@@ -95,8 +95,8 @@ def load(
 ) -> LatentReasoner:
     """Load a folder or a Hub id. A folder written by `save` knows its number of thoughts; others must be told.
 
-    Published Coconut checkpoints (published.py) take their recipe's numbers; `base` is the base model of a `checkpoint_N`
-    state dict, a folder or a Hub id.
+    Published Coconut checkpoints (published.py) take their recipe's numbers; `base` is the base model of a
+    `checkpoint_N` state dict, a folder or a Hub id.
     Raises FileNotFoundError (no such checkpoint, Hub out of reach) or ValueError, one line each.
     """
     name = str(name_or_path)
@@ -145,9 +145,13 @@ def _load_pair(name: str, dtype: torch.dtype):
     _quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+        )
+        if info["missing_keys"]:  # transformers would draw these weights at random and go on
+            raise ValueError(f"no weights for {min(info['missing_keys'])}, expected all that config.json describes")
     except Exception as error:  # transformers raises many kinds: missing files, damaged files, no network
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if os.path.isdir(name):
             raise ValueError(f"checkpoint {name}: could not be read ({reason}); it is damaged or incomplete, use another") from error
         raise FileNotFoundError(
@@ -158,14 +162,25 @@ def _load_pair(name: str, dtype: torch.dtype):
 
 def _stored_settings(name: str) -> dict:
     path = Path(name) / STATE_FILE
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        stored = json.loads(path.read_bytes())
+    except ValueError:  # not JSON, or not UTF-8
+        stored = None
+    kinds = {"num_thoughts": int, "max_new_tokens": int, "feedback": str}
+    known = isinstance(stored, dict) and stored.keys() <= kinds.keys()
+    if not known or any(type(v) is not kinds[k] or v == "" or (type(v) is int and v < 0) for k, v in stored.items()):
+        raise ValueError(f"{path}: got {str(stored)[:80]}, expected {', '.join(kinds)} as `save` writes them; restore the file")
+    return stored
 
 
 def add_latent_tokens(lm, tokenizer) -> None:
     """Make START, LATENT, END single tokens; new rows start as the row of "<<" (as the official code does)."""
-    before = len(tokenizer)
+    before, rows = len(tokenizer), lm.get_input_embeddings().weight.shape[0]
+    if before > rows:
+        raise ValueError(f"tokenizer: got {before} tokens for {rows} embedding rows, expected the tokenizer of these weights")
     tokenizer.add_special_tokens({"additional_special_tokens": [START, LATENT, END]})
-    rows = lm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if len(tokenizer) > before:
@@ -189,6 +204,7 @@ def no_native_dropout(lm) -> None:
 
 def save(model: LatentReasoner, folder: str | Path) -> None:
     """Write the model into `folder` (made if need be): what plain transformers loads, plus latentlab.json."""
+    _quiet()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.lm.save_pretrained(folder)

@@ -191,19 +191,46 @@ def check(config: Config) -> None:
         _among("sweep.controls", control, tuple(CONTROLS))
     _at_least("grpo.num_generations", g.num_generations, 2, "a group needs two rollouts to compare")
     _at_least("curriculum.steps", len(c.steps), 2, "stage 0 and at least one latent stage")
-    for name, value in (
-        ("curriculum.c_thought", c.c_thought), ("curriculum.batch_size", c.batch_size), ("grpo.steps", g.steps),
-        ("grpo.num_problems", g.num_problems), ("grpo.num_iterations", g.num_iterations), ("max_new_tokens", config.max_new_tokens),
-        ("data.validation_size", config.data.validation_size), ("data.test_size", config.data.test_size),
-        ("evaluate.batch_size", config.evaluate.batch_size), ("sweep.workers", s.workers), ("data.steps", config.data.steps),
-        ("curriculum.eval_every", c.eval_every), ("grpo.eval_every", g.eval_every), ("sweep.seeds", len(s.seeds)),
-    ):  # fmt: skip
-        _at_least(name, value, 1)
-    for name, value in (("curriculum.learning_rate", c.learning_rate), ("grpo.learning_rate", g.learning_rate)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name}: got {value}, expected a number between 0 and 1, such as 3.0e-5")
-    if g.temperature <= 0:
-        raise ValueError(f"grpo.temperature: got {g.temperature}, expected > 0; greedy answers are arms of their own")
+    _at_least("curriculum.betas", len(c.betas), 2)
+    for text, (holds, names) in _RANGES.items():
+        for name in names:
+            value = _field(config, name)
+            for item in value if isinstance(value, tuple) else (value,):
+                if item is not None and not holds(item):
+                    raise ValueError(f"{name}: got {item}, expected {text}")
+    for name in ("seeds", "learning_rates", "rates", "temperatures"):
+        _at_least(f"sweep.{name}", len(getattr(s, name)), 1)
+    if config.backbone.n_embd % config.backbone.n_head:
+        raise ValueError(f"backbone.n_head: got {config.backbone.n_head}, expected a divisor of n_embd={config.backbone.n_embd}")
+
+
+# What each number, or each item of a list, must be; a NaN fails all of them.
+_RANGES = {
+    "at least 1": (lambda x: x >= 1, (
+        "max_new_tokens", "data.validation_size", "data.test_size", "data.steps", "backbone.n_layer", "backbone.n_embd",
+        "backbone.n_head", "backbone.n_positions", "curriculum.steps", "curriculum.c_thought", "curriculum.batch_size",
+        "curriculum.eval_every", "grpo.steps", "grpo.num_problems", "grpo.num_iterations", "grpo.eval_every",
+        "evaluate.batch_size", "evaluate.num_generations", "sweep.tune_steps", "sweep.workers",
+    )),
+    "at least 0": (lambda x: x >= 0, (
+        "data.train_size", "curriculum.warmup_steps", "curriculum.weight_decay", "curriculum.decode_weight",
+        "grpo.micro_batch", "grpo.warmup_steps", "grpo.weight_decay", "grpo.epsilon", "grpo.epsilon_high", "grpo.beta",
+    )),
+    "a number above 0": (lambda x: x > 0, ("curriculum.max_grad_norm", "grpo.max_grad_norm")),
+    "a number above 0; greedy answers are arms of their own": (lambda x: x > 0, ("grpo.temperature", "sweep.temperatures")),
+    "a number between 0 and 1, such as 3.0e-5": (
+        lambda x: 0 < x < 1, ("curriculum.learning_rate", "grpo.learning_rate", "sweep.learning_rates"),
+    ),
+    "a number in [0, 1)": (lambda x: 0 <= x < 1, ("curriculum.betas", "sweep.rates")),
+    "a number in [0, 1]": (lambda x: 0 <= x <= 1, ("curriculum.final_lr_fraction",)),
+}  # fmt: skip
+
+
+def _field(config: Config, name: str):
+    """The value of a dotted name, as in "grpo.steps"."""
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
 
 
 def _among(name: str, value, allowed: tuple) -> None:

@@ -100,7 +100,7 @@ def fit_curriculum(
         raise ValueError(f"data: got {len(train)} training and {len(validation)} validation problems, expected both")
     c = config.curriculum
     model.feedback = CONTROLS[c.control]
-    run = Run(out, config, resume=resume)
+    run = Run(out, config, loop="curriculum", resume=resume)
     stages: dict[str, float] = {}
     if run.state:
         first_stage, stages = run.state["next_stage"], run.state["stages"]

@@ -64,6 +64,8 @@ def evaluate(
     edit=None,
 ) -> Evaluation:
     """Answer every problem `num_generations` times; the default is the clean greedy model."""
+    if not problems:
+        raise ValueError("problems: got an empty list, expected at least one; check the data source and its filters")
     correct, text, spread = [], [], []
     for start in range(0, len(problems), batch_size):
         out = rollout(

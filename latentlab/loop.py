@@ -24,10 +24,10 @@ from latentlab.config import Config, to_dict
 
 
 class Run:
-    """A run folder. `resume=True` goes on from state.pt; without it a folder that holds a run is refused."""
+    """A run folder of `loop`, "curriculum" or "grpo". `resume=True` goes on from state.pt; without it a folder that holds a run is refused."""
 
-    def __init__(self, folder: str | Path, config: Config, *, resume: bool = False):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, config: Config, *, loop: str, resume: bool = False):
+        self.folder, self.loop = Path(folder), loop
         self.started = time.time()
         self.state = None
         stored = self.folder / "config.json"
@@ -36,7 +36,7 @@ class Run:
         if stored.exists():
             _same_config(json.loads(stored.read_text()), to_dict(config))
             if (self.folder / "state.pt").exists():
-                self.state = _read_state(self.folder / "state.pt")
+                self.state = _read_state(self.folder / "state.pt", loop)
             if (self.folder / "best.old").exists() and not (self.folder / "best").exists():
                 (self.folder / "best.old").rename(self.folder / "best")  # killed between the two renames of save_best
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ class Run:
     def save(self, **state) -> None:
         """Write state.pt: tensors, state dicts and plain numbers."""
         temporary = self.folder / "state.pt.partial"
-        torch.save({**state, "metrics_offset": self.metrics.tell()}, temporary)
+        torch.save({**state, "loop": self.loop, "metrics_offset": self.metrics.tell()}, temporary)
         os.replace(temporary, self.folder / "state.pt")
 
     def save_best(self, model) -> None:
@@ -74,14 +74,17 @@ class Run:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _read_state(path: Path) -> dict:
+def _read_state(path: Path, loop: str) -> dict:
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # cut off, foreign, or a pickle that weights_only refuses: torch raises many kinds
         raise ValueError(
             f"resume: could not read {path} ({type(error).__name__}), expected a checkpoint of this run; "
             "delete it to start this run again, or use another --out"
         ) from error
+    if state.get("loop", loop) != loop:
+        raise ValueError(f"resume: got a run of loop {state['loop']} in {path.parent}, expected {loop}; use another --out")
+    return state
 
 
 def _same_config(stored: dict, asked: dict, where: str = "") -> None:

@@ -153,6 +153,11 @@ class LatentReasoner(nn.Module):
 
         The question is run once per problem and its cache repeated K times, unless the mask's scope covers it.
         """
+        if masks is not None and len(masks.values) != len(prompt_ids) * num_generations:
+            raise ValueError(
+                f"masks: got {len(masks.values)} rows for {len(prompt_ids)} x {num_generations} rollouts, expected one mask "
+                "per rollout; draw them from the seeds of these rollouts"
+            )
         masked = masks is not None and masks.spec.scope != "latent"
         if masked:
             prompt_ids, prompt_valid = (x.repeat_interleave(num_generations, 0) for x in (prompt_ids, prompt_valid))
@@ -216,6 +221,16 @@ class LatentReasoner(nn.Module):
             return []
         return [state.slot + 1 + t for t in range(count)]
 
+    def check_length(self, prompt: int, answer: int) -> None:
+        """Raise ValueError if Q prompt tokens, the thoughts, <end> and all answer tokens but the last do not fit."""
+        limit = self.lm.config.max_position_embeddings
+        need = prompt + self.num_thoughts + answer
+        if need > limit:
+            raise ValueError(
+                f"length: got {need} positions ({prompt} prompt + {self.num_thoughts} thoughts + {answer} answer), expected at "
+                f"most {limit}; drop long problems, or lower max_new_tokens"
+            )
+
     # -- scoring ----------------------------------------------------------------------------------------------------
 
     def teacher_forced(
@@ -229,6 +244,7 @@ class LatentReasoner(nn.Module):
         num_thoughts: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [R, A, D] that predict given answer tokens [R, A], and the thoughts [R, L, D], with gradient."""
+        self.check_length(prompt_ids.shape[1], tokens.shape[1])
         state = self.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
         thoughts = self.think(state, num_thoughts=num_thoughts)
         return self.answer(state, tokens[:, :-1]), thoughts

@@ -1,7 +1,7 @@
-"""The rows of `latentlab verify` that hold by proof: enumerated in float64 on the tiny policy of theory.py.
+"""The rows of `latentlab verify` that hold by proof: enumerated in float64 on the tiny policy of enumeration.py.
 
-Each function returns one Property. `value` must not exceed `bound`, or, where a theorem's condition is broken on purpose,
-must reach it (`at_least`): a bias that is not seen would mean that the check sees nothing.
+Each function returns one Property. `value` must not exceed `bound`, or, where a theorem's condition is broken on
+purpose, must reach it (`at_least`): a bias that is not seen would mean that the check sees nothing.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from latentlab import theory
+from latentlab import enumeration, theory
+from latentlab.enumeration import SPEC
 from latentlab.masks import draw_masks, rollout_seeds
-from latentlab.theory import SPEC, direction_error, group_moments, relative_error
+from latentlab.theory import direction_error, group_moments, relative_error
 
 EXACT = 1e-10  # relative, for enumerated sums
 SIZES = (2, 4, 8)  # K
@@ -31,7 +32,9 @@ class Property:
     at_least: bool = False
 
 
-def judge(name: str, value: float, bound: float, note: str = "", *, at_least: bool = False, also: bool = True) -> Property:
+def judge(
+    name: str, value: float, bound: float, note: str = "", *, at_least: bool = False, also: bool = True
+) -> Property:
     """A Property whose `ok` follows from value and bound, and from `also`. NaN is never ok."""
     ok = value >= bound if at_least else value <= bound
     return Property(name, float(value), float(bound), bool(ok and also), note, at_least)
@@ -50,10 +53,10 @@ class Example:
 
 def example() -> Example:
     """The worked example of all exact rows."""
-    model, problems = theory.tiny_reasoner(), (theory.tiny_problem(1), theory.tiny_problem(2))
-    policies = tuple(theory.enumerate_policy(model, problem, SPEC) for problem in problems)
-    rewards = tuple(theory.reward_table(p, rate) for p, rate in zip(policies, (0.5, 0.05), strict=True))
-    gradients = tuple(theory.objective(model, p, SPEC, r)[1] for p, r in zip(problems, rewards, strict=True))
+    model, problems = enumeration.tiny_reasoner(), (enumeration.tiny_problem(1), enumeration.tiny_problem(2))
+    policies = tuple(enumeration.enumerate_policy(model, problem, SPEC) for problem in problems)
+    rewards = tuple(enumeration.reward_table(p, rate) for p, rate in zip(policies, (0.5, 0.05), strict=True))
+    gradients = tuple(enumeration.objective(model, p, SPEC, r)[1] for p, r in zip(problems, rewards, strict=True))
     return Example(model, problems, policies, rewards, gradients)
 
 
@@ -89,10 +92,10 @@ def _worst(x: Example, baseline: str, factor) -> float:
 
 
 def std_factor(k: int, pass_rate: float, epsilon: float = 1e-4) -> float:
-    """c_K(p): what division by the group's standard deviation multiplies one problem's ∇J by, 0/1 rewards, mean baseline.
+    """c_K(p): what division by the group's standard deviation multiplies one problem's ∇J by; 0/1 rewards.
 
-    c_K(p) = Σ_j C(K-1, j) p^j (1-p)^(K-1-j) [A(1 | j+1 right) - A(0 | j right)], A(r | n right) = (r - n/K) / (σ_n + ε),
-    σ_n² = n (K - n) / (K (K - 1)).
+    c_K(p) = Σ_j C(K-1, j) p^j (1-p)^(K-1-j) [A(1 | j+1 right) - A(0 | j right)],
+    A(r | n right) = (r - n/K) / (σ_n + ε), σ_n² = n (K - n) / (K (K - 1)).
     """
 
     def a(r: int, n: int) -> float:
@@ -134,7 +137,7 @@ def fresh_mask(x: Example) -> Property:
 
 def greedy(x: Example) -> Property:
     """Greedy answers under masks: log π of an argmax is no score function. The bias, which must be there."""
-    probs = theory.greedy_probs(x.model, x.problems[0], SPEC)
+    probs = enumeration.greedy_probs(x.model, x.problems[0], SPEC)
     m = group_moments(x.policies[0], x.rewards[0], 8, baseline="leave_one_out", probs=probs)
     turn = direction_error(m.mean, x.gradients[0])
     note = f"bias |E[g] - ∇J| / |∇J| of argmax answers (a heuristic); sine of the angle to ∇J {turn:.2f}"
@@ -161,20 +164,20 @@ def loss_types(x: Example) -> Property:
 
 def latent_gradient(x: Example) -> Property:
     """∇ log π through all thoughts, mask fixed, against central differences; each thought's path counts."""
-    model = theory.tiny_reasoner(num_thoughts=3)
+    model = enumeration.tiny_reasoner(num_thoughts=3)
     rows = _one_of_each(model, x.problems[0])
     weights = list(model.parameters())
     full = torch.autograd.grad(model.score(rows, masks=rows.masks).sum(), weights)
-    worst = max(_difference_error(model, rows, weight, g, n) for n, (weight, g) in enumerate(zip(weights, full, strict=True)))
+    errors = [_difference_error(model, rows, w, g, n) for n, (w, g) in enumerate(zip(weights, full, strict=True))]
     cut = [_change_when_cut(model, rows, full, thought) for thought in range(1, model.num_thoughts + 1)]
     note = "against central differences; cutting thought 1, 2, 3 changes it by " + ", ".join(f"{c:.2g}" for c in cut)
-    return judge("latent_gradient", worst, 1e-6, note, also=min(cut) > 1e-6)
+    return judge("latent_gradient", max(errors), 1e-6, note, also=min(cut) > 1e-6)
 
 
 def _one_of_each(model, problem):
     """Every answer once, under eight masks as training draws them."""
     seeds = rollout_seeds(0, 0, [problem.id], 8)
-    return theory.enumerated_rollouts(model, problem, draw_masks(SPEC, model, seeds))
+    return enumeration.enumerated_rollouts(model, problem, draw_masks(SPEC, model, seeds))
 
 
 def _difference_error(model, rows, weight, gradient, n: int, h: float = 1e-5) -> float:
@@ -206,17 +209,13 @@ def _change_when_cut(model, rows, full, thought: int) -> float:
 def baseline_variance(x: Example) -> Property:
     """0 < b < 2 E[r|s|²] / E[|s|²] predicts whether a constant baseline helps; where leave-one-out stops helping."""
     k, wrong, rows = 8, 0, []
-    right_wrong = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    for tenth in range(1, 10):
-        policies = [(theory.one_logit(tenth / 10), right_wrong)]
-        policies.append((x.policies[0], theory.reward_table(x.policies[0], tenth / 10)))
-        for policy, rewards in policies:
-            row = theory.variance_row(policy, rewards, k)
-            rows.append(row)
-            for b, variance in [(row["pass_rate"], row["constant"]), *_around(policy, rewards, k, row["bound"])]:
-                wrong += (b < row["bound"]) != (variance < row["none"])
-            wrong += not math.isclose(row["leave_one_out"], row["mean_rescaled"], rel_tol=1e-9)
-    ratio = [row["leave_one_out"] / row["none"] for row in rows[::2]]  # one logit, pass rates 0.1 ... 0.9
+    for policy, rewards in theory.pass_rate_cases() + theory.pass_rate_cases(x.policies[0]):
+        row = theory.variance_row(policy, rewards, k)
+        rows.append(row)
+        for b, variance in [(row["pass_rate"], row["constant"]), *_around(policy, rewards, k, row["bound"])]:
+            wrong += (b < row["bound"]) != (variance < row["none"])
+        wrong += not math.isclose(row["leave_one_out"], row["mean_rescaled"], rel_tol=1e-9)
+    ratio = [row["leave_one_out"] / row["none"] for row in rows]  # the first nine: one logit, pass rates 0.1 ... 0.9
     closed, measured = 2 * (k - 2) / (3 * k - 5), theory.crossover(k)
     note = (
         f"wrong signs in {len(rows)} rows; one logit, K = 8: leave-one-out / none {ratio[2]:.2f} at pass rate 0.3, "

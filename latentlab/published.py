@@ -1,9 +1,9 @@
 """Coconut checkpoints as others publish them, read into a plain causal LM and its tokenizer.
 
-    checkpoint_N    the official trainer's torch.save of a state dict. Keys `base_causallm.*`, and `embedding.weight`, the
-                    input embedding once more. The embedding has three rows more than the base model's tokenizer has
-                    tokens: <|start-latent|>, <|end-latent|>, <|latent|>, in this order. Config and tokenizer are not in it:
-                    they come from the base model, a folder or a Hub id.
+    checkpoint_N    the official trainer's torch.save of a state dict. Keys `base_causallm.*`, and `embedding.weight`,
+                    the input embedding once more. The embedding has three rows more than the base model's tokenizer
+                    has tokens: <|start-latent|>, <|end-latent|>, <|latent|>, in this order. Config and tokenizer are
+                    not in it: they come from the base model, a folder or a Hub id.
     a HF folder     config.json (model_type gpt2) with latent_id, latent_start_id, latent_end_id (negative: not set),
                     safetensors, and a tokenizer with the three tokens.
 
@@ -26,7 +26,7 @@ PREFIX = "base_causallm."
 
 
 def state_dict_file(name: str) -> Path | None:
-    """The file of a `checkpoint_N` state dict: `name` itself, or the only one in the folder `name`; None if there is none.
+    """The file of a `checkpoint_N` state dict: `name` itself, or the only one in the folder `name`; else None.
 
     Raises ValueError for a folder with several.
     """
@@ -38,7 +38,9 @@ def state_dict_file(name: str) -> Path | None:
     files = sorted(path.glob("checkpoint_*")) if path.is_dir() else []
     files = [file for file in files if file.is_file()]
     if len(files) > 1:
-        raise ValueError(f"checkpoint: got {len(files)} files in {path.name}, expected one; name it: {path.name}/{files[-1].name}")
+        raise ValueError(
+            f"checkpoint: got {len(files)} files in {path.name}, expected one; name one, as {files[-1].name}"
+        )
     return files[0] if files else None
 
 
@@ -52,7 +54,7 @@ def load_state_dict(file: Path, base: str, dtype: torch.dtype):
         config, tokenizer = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     except Exception as error:  # transformers raises many kinds: missing files, no network
         raise FileNotFoundError(
-            f"base model: could not get config and tokenizer of {base} for {file.name}; pass base=, a folder that has them"
+            f"base model: could not get config and tokenizer of {base} for {file.name}; pass base=, a folder with both"
         ) from error
     tokenizer.add_tokens([token for token in TOKENS if token not in tokenizer.get_vocab()], special_tokens=True)
     embedding = next(weights[key] for key in weights if key.endswith(("wte.weight", "embed_tokens.weight")))
@@ -79,20 +81,24 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         ) from error
     keys = [key.removeprefix("module.") for key in state] if isinstance(state, dict) else []
     if not any(key.startswith(PREFIX) for key in keys):
-        raise ValueError(f"checkpoint {file.name}: got no key {PREFIX}*, expected a Coconut state dict; use a checkpoint_N file")
+        raise ValueError(
+            f"checkpoint {file.name}: got no key {PREFIX}*, expected a Coconut state dict; use a checkpoint_N file"
+        )
     named = zip(keys, state.values(), strict=True)
     return {key.removeprefix(PREFIX): value for key, value in named if key.startswith(PREFIX)}
 
 
 def _fill(lm, weights: dict[str, torch.Tensor], file: Path, base: str) -> None:
-    """Load `weights` into `lm`: all of them, into everything. Older causal-mask buffers and the tied head may differ."""
+    """Load all `weights` into all of `lm`; only older causal-mask buffers and the tied head may differ."""
     buffers = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
     weights = {key: value for key, value in weights.items() if not key.endswith(buffers)}
     try:
         missing, unexpected = lm.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"checkpoint {file.name}: does not fit the base model {base} ({reason}); pass another base=") from error
+        raise ValueError(
+            f"checkpoint {file.name}: does not fit the base model {base} ({reason}); pass another base="
+        ) from error
     lm.tie_weights()
     missing = [key for key in missing if key != "lm_head.weight" or not lm.config.tie_word_embeddings]
     if missing or unexpected:
@@ -105,7 +111,7 @@ def _fill(lm, weights: dict[str, torch.Tensor], file: Path, base: str) -> None:
 def name_latent_tokens(config, tokenizer) -> bool:
     """Whether `config` is of a published HF folder; its tokenizer then has the three tokens where the config says.
 
-    Tokens that the tokenizer lacks are added in the order of the config's ids. Raises ValueError where the two disagree.
+    Tokens that the tokenizer lacks are added in the order of the config's ids. ValueError where the two disagree.
     """
     ids = {token: getattr(config, key, None) for token, key in zip(TOKENS, CONFIG_IDS, strict=True)}
     if None in ids.values():
@@ -115,5 +121,7 @@ def name_latent_tokens(config, tokenizer) -> bool:
     tokenizer.add_tokens([t for t in sorted(ids, key=ids.get) if t not in vocabulary], special_tokens=True)
     got = {token: tokenizer.convert_tokens_to_ids(token) for token in ids}
     if got != ids:
-        raise ValueError(f"checkpoint: got the latent tokens {got} in the tokenizer, expected the config's {ids}; use its tokenizer")
+        raise ValueError(
+            f"checkpoint: got the latent tokens {got} in the tokenizer, expected the config's {ids}; use its tokenizer"
+        )
     return True

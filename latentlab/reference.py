@@ -14,56 +14,78 @@ from latentlab.masks import uniforms
 
 
 def naive_rollout(
-    lm, tokenizer, question: str, *, thoughts: int, limit: int, temperature: float, seed, mask=None, spec=None, tokens=None
+    lm,
+    tokenizer,
+    question: str,
+    *,
+    thoughts: int,
+    limit: int,
+    temperature: float,
+    seed,
+    mask=None,
+    spec=None,
+    tokens=None,
 ) -> tuple[list[int], list[float]]:
-    """One answer of at most `limit` tokens and its log-probs, straight from the definition; `tokens` forces the answer.
+    """One answer of at most `limit` tokens and its log-probs; `tokens` forces what is said, not what would be chosen.
 
-    mask: one row's values [S, D], or [slots, S, D] per step. seed: the row's, an int64 tensor [1].
+    mask: one row's values [S, D], per_step [slots, S, D]. seed: the row's, an int64 tensor [1].
     """
-    blocks = lm.base_model.h if hasattr(lm.base_model, "h") else lm.base_model.layers
     ids = tokenizer(question + "\n<|start-latent|>", add_special_tokens=False)["input_ids"]
-    end, start = tokenizer.convert_tokens_to_ids("<|end-latent|>"), len(ids) - 1
-    embed = lm.get_input_embeddings()
+    embed, start = lm.get_input_embeddings(), len(ids) - 1
     sequence = list(embed(torch.tensor(ids, device=lm.device)))  # input vectors [D]
 
-    def factor(position: int) -> torch.Tensor | None:  # [S, D] at this position, None where unmasked
-        inside = {"latent": start <= position <= start + thoughts, "prompt+latent": position <= start + thoughts, "all": True}
-        if mask is None or not inside[spec.scope]:
-            return None
-        return mask[max(position - start, 0)] if spec.scheme == "per_step" else mask
-
-    def last_hidden() -> torch.Tensor:
-        factors = [factor(i) for i in range(len(sequence))]
-        inputs, hooks, s = torch.stack(sequence)[None], [], 0
-        for block in blocks if mask is not None else ():
-            gpt2 = hasattr(block, "attn")
-            for site in [site for site in spec.sites if site != "embedding"]:
-                attention, mlp = (block.attn.c_proj, block.mlp.c_proj) if gpt2 else (block.self_attn.o_proj, block.mlp.down_proj)
-                scale = torch.stack([torch.ones_like(sequence[0]) if f is None else f[s] for f in factors])  # [T, D]
-                hook = lambda _, __, out, scale=scale: out * scale  # noqa: E731
-                hooks.append((attention if site == "attention" else mlp).register_forward_hook(hook))
-                s += 1
-        if mask is not None and "embedding" in spec.sites:
-            inputs = inputs * torch.stack([torch.ones_like(sequence[0]) if f is None else f[s] for f in factors])
-        hidden = lm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state[0, -1]
-        for hook in hooks:
-            hook.remove()
-        return hidden
+    def hidden() -> torch.Tensor:  # [D], of the last position
+        factors = None
+        if mask is not None:
+            factors = torch.stack([_factor(i - start, thoughts, mask, spec) for i in range(len(sequence))])
+        return _last_hidden(lm, torch.stack(sequence), factors, spec)
 
     for _ in range(thoughts):
-        sequence.append(last_hidden())
-    sequence.append(embed.weight[end])
+        sequence.append(hidden())
+    sequence.append(embed.weight[tokenizer.convert_tokens_to_ids("<|end-latent|>")])
     answer, logps = [], []
     for t in range(limit):
-        logits = lm.get_output_embeddings()(last_hidden())
+        logits = lm.get_output_embeddings()(hidden())
         logits = logits if logits.dtype == torch.float64 else logits.float()
         answer.append(_choose(logits, seed, t, temperature))
-        given = answer[t] if tokens is None else tokens[t]
-        logps.append(torch.log_softmax(logits / (temperature or 1.0), -1)[given].item())
-        if given == tokenizer.eos_token_id:
+        said = answer[t] if tokens is None else tokens[t]
+        logps.append(torch.log_softmax(logits / (temperature or 1.0), -1)[said].item())
+        if said == tokenizer.eos_token_id:
             break
-        sequence.append(embed.weight[given])
+        sequence.append(embed.weight[said])
     return answer, logps
+
+
+def _factor(offset: int, thoughts: int, mask: torch.Tensor, spec) -> torch.Tensor:
+    """What multiplies the sites at `offset` positions behind <|start-latent|>: [S, D]."""
+    inside = {"latent": 0 <= offset <= thoughts, "prompt+latent": offset <= thoughts, "all": True}[spec.scope]
+    if spec.scheme == "shared":
+        return mask if inside else torch.ones_like(mask)
+    return mask[max(offset, 0)] if inside else torch.ones_like(mask[0])
+
+
+def _last_hidden(lm, inputs: torch.Tensor, factors: torch.Tensor | None, spec) -> torch.Tensor:
+    """One pass over inputs [T, D], sites multiplied by factors [T, S, D]: the last position's hidden state [D]."""
+    hooks = []
+    if factors is not None:
+        for s, linear in enumerate(branches(lm, spec.sites)):
+            hooks.append(linear.register_forward_hook(lambda _, __, out, f=factors[:, s]: out * f))
+        if "embedding" in spec.sites:
+            inputs = inputs * factors[:, -1]
+    hidden = lm.base_model(inputs_embeds=inputs[None], use_cache=False).last_hidden_state[0, -1]
+    for hook in hooks:
+        hook.remove()
+    return hidden
+
+
+def branches(lm, sites) -> list:
+    """The last linear maps of the named branches, layer by layer, by the names that GPT-2 and Llama give them."""
+    base = lm.base_model
+    if hasattr(base, "h"):
+        pairs = [{"attention": block.attn.c_proj, "mlp": block.mlp.c_proj} for block in base.h]
+    else:
+        pairs = [{"attention": layer.self_attn.o_proj, "mlp": layer.mlp.down_proj} for layer in base.layers]
+    return [pair[site] for pair in pairs for site in sites if site != "embedding"]
 
 
 def _choose(logits: torch.Tensor, seed: torch.Tensor, t: int, temperature: float) -> int:

@@ -95,7 +95,7 @@ def rollout(
         )
     model.eval()
     prompt_ids, prompt_valid = encode_prompts(model.tokenizer, problems, model.device)
-    _check_length(model, prompt_ids.shape[1])
+    model.check_length(prompt_ids.shape[1], model.max_new_tokens)
     seeds = rollout_seeds(run_seed, step, [p.id for p in problems], num_generations)
     if isinstance(masks, MaskSpec):
         masks = draw_masks(masks, model, seeds)
@@ -156,13 +156,3 @@ def choose(logits: torch.Tensor, seeds: torch.Tensor, t: int, temperature: float
 def replay_gap(logp: torch.Tensor, rollouts: Rollouts) -> float:
     """Largest |re-scored - recorded| log-prob over the answers' tokens, in nats: 0 up to rounding if masks replay."""
     return (logp - rollouts.logp).abs().max().item()
-
-
-def _check_length(model: LatentReasoner, prompt: int) -> None:
-    limit = model.lm.config.max_position_embeddings
-    need = prompt + model.num_thoughts + 1 + model.max_new_tokens
-    if need > limit:
-        raise ValueError(
-            f"length: got {need} positions ({prompt} prompt + {model.num_thoughts} thoughts + 1 + "
-            f"{model.max_new_tokens} answer), expected at most {limit}; drop long problems or lower max_new_tokens"
-        )

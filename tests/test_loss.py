@@ -43,7 +43,10 @@ def test_kl_shares_the_normalisation_of_the_policy_loss(loss_type):
     beta = 0.3
     ratio = [[1.5, 0.5, 1.1], [1.5], [0.9, 1.3]]
     gap = [[0.3, -0.2, 0.0], [0.5], [-1.0, 0.1]]
-    k3 = [[math.exp(g - math.log(r)) - (g - math.log(r)) - 1 for g, r in zip(*rows, strict=True)] for rows in zip(gap, ratio, strict=True)]  # fmt: skip # noqa: E501
+    k3 = [
+        [math.exp(g - math.log(r)) - (g - math.log(r)) - 1 for g, r in zip(*rows, strict=True)]
+        for rows in zip(gap, ratio, strict=True)
+    ]
     tokens = [[t + beta * k for t, k in zip(*rows, strict=True)] for rows in zip(TOKENS, k3, strict=True)]
     loss, stats = grpo_loss(LOGP, OLD, ADVANTAGES, MASK, loss_type=loss_type, beta=beta, ref_logp=REF)
     assert loss.item() == pytest.approx(by_hand(tokens, loss_type), abs=1e-12)
@@ -93,7 +96,9 @@ def test_what_lies_behind_the_end_of_an_answer_does_not_count():
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1), (1, 2)])
 def test_micro_batches_under_the_global_denominator_add_up(loss_type, sizes):
-    whole, _ = grpo_loss(LOGP, OLD, ADVANTAGES, MASK, loss_type=loss_type, beta=0.2, ref_logp=REF, max_completion_length=7)
+    whole, _ = grpo_loss(
+        LOGP, OLD, ADVANTAGES, MASK, loss_type=loss_type, beta=0.2, ref_logp=REF, max_completion_length=7
+    )
     denominator = loss_denominator(MASK, loss_type, 7)
     parts = zip(*(x.split(sizes) for x in (LOGP, OLD, ADVANTAGES, MASK, REF)), strict=True)
     total = sum(

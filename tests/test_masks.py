@@ -76,7 +76,9 @@ def test_the_share_of_zeros_is_the_rate_and_the_mean_is_kept(gpt2, rate):
 
 
 def test_neighbouring_features_and_rollouts_are_uncorrelated(gpt2):
-    dropped = (draw_masks(MaskSpec(rate=0.5), gpt2, rollout_seeds(0, 0, ["a"], 500)).values == 0).double().flatten(1) - 0.5
+    dropped = (draw_masks(MaskSpec(rate=0.5), gpt2, rollout_seeds(0, 0, ["a"], 500)).values == 0).double().flatten(
+        1
+    ) - 0.5
     for a, b in ((dropped[:, 1:], dropped[:, :-1]), (dropped[1:], dropped[:-1]), (dropped[:, 32:], dropped[:, :-32])):
         assert abs((a * b).mean().item()) < 5 * 0.25 / a.numel() ** 0.5
 

@@ -106,7 +106,7 @@ def test_a_site_is_the_last_linear_map_of_its_branch_and_as_wide_as_the_stream(m
             branch = next(child for name, child in layer.named_children() if word in name and "norm" not in name)
             seen = []
             handles = [
-                m.register_forward_hook(lambda m, _, out: seen.append((m, out.shape[-1])))
+                m.register_forward_hook(lambda m, _, out, seen=seen: seen.append((m, out.shape[-1])))
                 for m in branch.modules() if isinstance(m, (nn.Linear, Conv1D))
             ]  # fmt: skip
             model.lm(torch.tensor([[1, 2]]))
@@ -182,7 +182,12 @@ def test_the_embedding_site_multiplies_the_input_vectors(gpt2, problems, scope, 
     masks = masks_for(gpt2, 1, scope=scope, sites=("embedding",))
     seen = []
     forward = gpt2.lm.base_model.forward
-    monkeypatch.setattr(gpt2.lm.base_model, "forward", lambda **kw: (seen.append(kw["inputs_embeds"]), forward(**kw))[1])
+
+    def watched(**arguments):
+        seen.append(arguments["inputs_embeds"])
+        return forward(**arguments)
+
+    monkeypatch.setattr(gpt2.lm.base_model, "forward", watched)
     prompt, valid = prompts(gpt2, problems[:1])
     tokens = answers(gpt2, 1)
     with torch.no_grad():
@@ -262,7 +267,8 @@ def test_gradients_through_the_thoughts_equal_finite_differences(gpt2, problems)
         return token_logps(gpt2.head(hidden), tokens, 1.0).sum()
 
     loss().backward()
-    for parameter in (gpt2.lm.transformer.h[0].mlp.c_fc.weight, gpt2.lm.transformer.ln_f.weight, gpt2.lm.transformer.wpe.weight):
+    lm = gpt2.lm.transformer
+    for parameter in (lm.h[0].mlp.c_fc.weight, lm.ln_f.weight, lm.wpe.weight):
         place = parameter.grad.abs().argmax()
         with torch.no_grad():
             values = []

@@ -255,10 +255,23 @@ def test_wrong_use_is_one_line(gpt2, problems, change, message):
     assert "\n" not in str(error.value) and "expected" in str(error.value)
 
 
-def test_a_question_too_long_for_the_backbone_is_one_line_before_any_forward(problems):
-    model = tiny_gpt2(n_positions=32)
-    long = dataclasses.replace(problems[0], question=problems[0].question * 2)
-    with pytest.raises(ValueError, match="^length: got .* positions .* expected at most 32"):
-        rollout(model, [problems[1], long], masks=None, **SETTINGS)
-    fits = tiny_gpt2(n_positions=encode_prompts(model.tokenizer, problems[1:2], "cpu")[0].shape[1] + 2 + 1 + 5)
-    assert len(rollout(fits, problems[1:2], masks=None, **SETTINGS).text) == 3
+def test_a_question_too_long_for_the_backbone_is_one_line_and_one_that_just_fits_runs(problems):
+    need = encode_prompts(tiny_gpt2().tokenizer, problems[1:2], "cpu")[0].shape[1] + 2 + 5
+    out = rollout(tiny_gpt2(n_positions=need), problems[1:2], masks=None, **SETTINGS)
+    model = tiny_gpt2(n_positions=need - 1)
+    with pytest.raises(
+        ValueError, match=f"^length: got {need} positions .* expected at most {need - 1}; drop"
+    ) as error:
+        rollout(model, problems[1:2], masks=None, **SETTINGS)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="^length: got"):
+        model.score(dataclasses.replace(out, tokens=torch.zeros(3, 5, dtype=torch.long)), masks=None)
+
+
+def test_masks_of_another_number_of_rollouts_are_one_line(gpt2, problems):
+    for rows in (1, 11, 13):
+        masks = draw_masks(MaskSpec(), gpt2, rollout_seeds(0, 0, ["a"], rows))
+        with pytest.raises(
+            ValueError, match=f"^masks: got {rows} rows for 4 x 3 rollouts, expected one mask per rollout"
+        ):
+            rollout(gpt2, problems, masks=masks, **SETTINGS)

@@ -1,0 +1,90 @@
+"""evaluate.py: what the accuracies mean, and that they do not depend on the batch size."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import sharpen, tiny_gpt2
+
+from latentlab import evaluate as module
+from latentlab.evaluate import Evaluation, evaluate, summary
+from latentlab.masks import MaskSpec
+from latentlab.problems import Problem
+from latentlab.rollout import rollout
+
+
+def outcomes(texts, answers, k):
+    problems = tuple(Problem(str(i), "?", (), answer, "test") for i, answer in enumerate(answers))
+    correct = np.array(
+        [[float(t == f"### {p.answer}") for t in texts[i * k : i * k + k]] for i, p in enumerate(problems)]
+    )
+    return Evaluation(problems, correct, tuple(texts), np.zeros(len(problems)))
+
+
+def test_accuracies_by_hand():
+    texts = ["### 1", "### 1", "### 2", "none", "### 5", "none", "none", "### 6"]
+    result = outcomes(texts, ["1", "6"], 4)
+    assert result.accuracy == 3 / 8
+    assert result.pass_at(1) == pytest.approx(3 / 8)
+    assert result.pass_at(2) == pytest.approx(((1 - 1 / 6) + (1 - 3 / 6)) / 2)  # 1 - C(4 - c, 2) / C(4, 2)
+    assert result.pass_at(4) == 1.0
+    assert result.majority().tolist() == [1.0, 0.0]  # 5 and 6 have one vote each: the first wins; "none" has no vote
+    assert result.distinct_answers() == 3.0
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_generations": 3, "mask": MaskSpec(rate=0.3), "temperature": 1.0}])
+def test_results_do_not_depend_on_the_batch_size(problems, settings):
+    model = sharpen(tiny_gpt2())
+    results = [evaluate(model, problems, batch_size=size, **settings) for size in (1, 3, 100)]
+    for result in results[1:]:
+        assert result.text == results[0].text and np.array_equal(result.correct, results[0].correct)
+        np.testing.assert_allclose(result.thought_spread, results[0].thought_spread, atol=1e-5)
+    assert results[0].correct.shape == (4, settings.get("num_generations", 1))
+
+
+def test_thoughts_spread_under_masks_and_only_there(problems):
+    model = sharpen(tiny_gpt2())
+    settings = {"batch_size": 2, "num_generations": 3, "temperature": 1.0}
+    assert (evaluate(model, problems, **settings).thought_spread == 0.0).all()
+    masked = evaluate(model, problems, mask=MaskSpec(rate=0.3), **settings).thought_spread
+    out = rollout(
+        model, problems, num_generations=3, masks=MaskSpec(rate=0.3), temperature=1.0, run_seed=0, step=0
+    ).thoughts.view(4, 3, -1)
+    expected = (out - out[:, :1]).abs().amax((1, 2))
+    np.testing.assert_allclose(masked, expected.numpy(), atol=1e-5)
+    assert (masked > 0.1).all()
+
+
+def test_the_default_is_the_clean_greedy_model(problems):
+    model = sharpen(tiny_gpt2())
+    greedy = rollout(model, problems, num_generations=1, masks=None, temperature=0.0, run_seed=9, step=9)
+    assert evaluate(model, problems, batch_size=4).text == greedy.text
+
+
+def test_right_answers_are_counted(problems, monkeypatch):
+    texts = iter(["### 7", "### 8", "7", "### 7.0"])
+    grade = module.exact_answer
+    monkeypatch.setattr(module, "exact_answer", lambda _, problem: grade(next(texts), problem))
+    fitting = [dataclasses.replace(problem, answer="7") for problem in problems]
+    assert evaluate(tiny_gpt2(), fitting, batch_size=3).correct[:, 0].tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_a_summary_names_both_deployments(problems, config):
+    model = sharpen(tiny_gpt2())
+    result = summary(model, problems, config())
+    assert result["n"] == 4 and result["greedy"]["pass@1"] == result["greedy"]["correct"] / 4
+    shares = [result["masked"]["pass@k"][str(k)] for k in range(1, 5)]
+    assert shares == sorted(shares) and result["masked"]["mean"] == pytest.approx(shares[0])
+
+
+def test_no_problems_is_one_line():
+    with pytest.raises(ValueError, match="^problems: got an empty list, expected at least one"):
+        evaluate(tiny_gpt2(), [], batch_size=4)
+
+
+def test_an_edit_reaches_the_thoughts(problems):
+    model = sharpen(tiny_gpt2())
+    settings = {"batch_size": 4, "num_generations": 2, "mask": MaskSpec(rate=0.3)}
+    assert (evaluate(model, problems, **settings).thought_spread > 0).all()
+    assert (evaluate(model, problems, edit=lambda i, z: torch.zeros_like(z), **settings).thought_spread == 0).all()
