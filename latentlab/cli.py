@@ -5,6 +5,7 @@
     grpo       train one GRPO arm                                      --out FOLDER --init-from CHECKPOINT
     evaluate   accuracy of a checkpoint on a benchmark                 CHECKPOINT --benchmark gsm8k
     sweep      arms x seeds: `latentlab sweep compare --preset tiny`
+    verify     exact theory, exact replay: a self-check                --device cuda --dtype bfloat16
     data       print or write problems                                 --split test --n 5
     report     rebuild RESULTS.md and the README's tables from the result files
 
@@ -35,11 +36,12 @@ class Sft:
     threads: int = 0  # torch threads; 0 leaves torch's default
 
     def __call__(self, config: Config) -> None:
-        from latentlab import backbone, curriculum, sources
+        from latentlab import curriculum, sources
+        from latentlab.model import LatentReasoner
 
         out = self.out or f"runs/{config.preset}/sft-{config.curriculum.control}-s{config.seed}"
         train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
-        model = backbone.from_config(config, init_from=self.init_from)
+        model = LatentReasoner.from_config(config, init_from=self.init_from)
         summary = curriculum.fit_curriculum(model, train, validation, config, out=out, resume=self.resume)
         print(json.dumps({"out": out, **summary}))
 
@@ -55,9 +57,10 @@ class Grpo:
 
     def __call__(self, config: Config) -> None:
         from latentlab import backbone, grpo, sources
+        from latentlab.model import LatentReasoner
 
         out = self.out or f"runs/{config.preset}/grpo-{config.grpo.arm}-s{config.seed}"
-        model = backbone.load(self.init_from or backbone.shipped_checkpoint(config.preset))
+        model = LatentReasoner.from_pretrained(self.init_from or backbone.shipped_checkpoint(config.preset))
         train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
         summary = grpo.fit_grpo(model, train, validation, config, out=out, resume=self.resume)
         print(json.dumps({"out": out, **summary}))
@@ -75,8 +78,9 @@ class Evaluate:
 
     def __call__(self, config: Config) -> None:
         from latentlab import backbone, evaluate, sources
+        from latentlab.model import LatentReasoner
 
-        model = backbone.load(self.checkpoint or backbone.shipped_checkpoint(config.preset))
+        model = LatentReasoner.from_pretrained(self.checkpoint or backbone.shipped_checkpoint(config.preset))
         problems = sources.benchmark(self.benchmark) if self.benchmark else sources.load(config.data, "test")
         result = evaluate.summary(model, problems[: self.limit or None], config)
         print(json.dumps(result, indent=1))
@@ -112,6 +116,20 @@ class Sweep:
 
 
 @dataclass
+class Verify:
+    """Check the theory exactly, and that this machine replays rollouts to rounding error."""
+
+    device: str = "cpu"  # cpu | cuda
+    dtype: Literal["float64", "float32", "bfloat16"] = "float32"
+    json_file: str = ""  # write the table here as well
+
+    def __call__(self, config: Config) -> int:
+        from latentlab import verify
+
+        return verify.main(self.device, self.dtype, self.json_file or None)
+
+
+@dataclass
 class Data:
     """Print problems as JSON lines, or write them into a file."""
 
@@ -139,7 +157,7 @@ class Report:
         print(tables.build_report())
 
 
-VERBS = {"study": Study, "sft": Sft, "grpo": Grpo, "evaluate": Evaluate, "sweep": Sweep, "data": Data, "report": Report}
+VERBS = {"study": Study, "sft": Sft, "grpo": Grpo, "evaluate": Evaluate, "sweep": Sweep, "verify": Verify, "data": Data, "report": Report}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,13 +174,12 @@ def main(argv: list[str] | None = None) -> int:
             import torch
 
             torch.set_num_threads(verb.threads)
-        verb(config)
+        return verb(config) or 0
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if debug:
             raise
         print(f"latentlab: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, OSError)) else 1
-    return 0
 
 
 def parse(argv: list[str]):

@@ -17,7 +17,6 @@ import torch
 from torch.func import functional_call, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from latentlab.backbone import build
 from latentlab.masks import Masks, MaskSpec
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
@@ -52,7 +51,7 @@ def tiny_reasoner(*, seed: int = 26, num_thoughts: int = 2) -> LatentReasoner:
 
     The default seed is one of those under which masks change greedy answers, so that every bias is large enough to see.
     """
-    model = build(
+    model = LatentReasoner.build(
         ("1",), n_layer=1, n_embd=4, n_head=2, n_positions=12, num_thoughts=num_thoughts, max_new_tokens=2, seed=seed
     ).double()
     with torch.no_grad():

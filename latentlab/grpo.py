@@ -59,7 +59,7 @@ def fit_grpo(
     reference = copy.deepcopy(model).requires_grad_(False) if g.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=g.learning_rate, weight_decay=g.weight_decay)
     run = Run(out, config, loop="grpo", resume=resume)
-    start, best, rollouts_done = 0, -1.0, 0
+    start, best = 0, -1.0
     if run.state:
         start, best = run.state["next_step"], run.state["best"]
         model.lm.load_state_dict(run.state["model"])

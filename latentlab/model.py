@@ -26,9 +26,11 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
+from latentlab import backbone
+from latentlab.backbone import END, LATENT, START
+from latentlab.config import Config
 from latentlab.masks import Masks
 
-START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 FEEDBACKS = ("thought", "pause", "none")
 
 Edit = Callable[[int, torch.Tensor], torch.Tensor]
@@ -263,20 +265,34 @@ class LatentReasoner(nn.Module):
         )
         return token_logps(self.head(hidden), rollouts.tokens, rollouts.temperature) * rollouts.token_mask
 
-    # -- storage: see backbone.py -----------------------------------------------------------------------------------
+    # -- where it comes from, how it is stored: backbone.py -----------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, **overrides) -> LatentReasoner:
-        """Load a folder or a Hub id that holds weights, tokenizer and latentlab.json; `backbone.load` says how."""
-        from latentlab import backbone
+    def from_backbone(cls, parts: backbone.Backbone) -> LatentReasoner:
+        """Put weights, tokenizer and settings to use."""
+        model = cls(parts.lm, parts.tokenizer, **parts.settings)
+        model.provenance = parts.provenance
+        return model
 
-        return backbone.load(name_or_path, **overrides)
+    @classmethod
+    def from_pretrained(cls, name_or_path, **overrides) -> LatentReasoner:
+        """Load a folder, a Hub id, "smollm2" or a published Coconut checkpoint; see `backbone.load` for the options."""
+        return cls.from_backbone(backbone.load(name_or_path, **overrides))
+
+    @classmethod
+    def from_config(cls, config: Config, *, init_from: str | None = None) -> LatentReasoner:
+        """The untrained model of a preset, or the checkpoint `init_from`."""
+        return cls.from_backbone(backbone.from_config(config, init_from=init_from))
+
+    @classmethod
+    def build(cls, words: tuple[str, ...], **shape) -> LatentReasoner:
+        """A small GPT-2 with one token a word, weights from a seed; see `backbone.build` for the shape."""
+        return cls.from_backbone(backbone.build(words, **shape))
 
     def save_pretrained(self, folder) -> None:
         """Write safetensors, tokenizer, config and latentlab.json into `folder`."""
-        from latentlab import backbone
-
-        backbone.save(self, folder)
+        settings = {"num_thoughts": self.num_thoughts, "max_new_tokens": self.max_new_tokens, "feedback": self.feedback}
+        backbone.save(backbone.Backbone(self.lm, self.tokenizer, settings, self.provenance), folder)
 
 
 def token_logps(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:

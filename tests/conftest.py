@@ -9,8 +9,8 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from latentlab.backbone import build, load
 from latentlab.config import from_dict, load_preset, to_dict
+from latentlab.model import LatentReasoner
 from latentlab.word_problems import WORDS, word_problems
 
 torch.set_num_threads(1)
@@ -37,7 +37,7 @@ def tiny_gpt2(**changes):
         "max_new_tokens": 5,
         "seed": 0,
     }
-    return build(WORDS, **{**shape, **changes})
+    return LatentReasoner.build(WORDS, **{**shape, **changes})
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +65,7 @@ def make_model(llama_folder):
     """make_model("gpt2" | "llama"): a fresh model with sharpened weights."""
 
     def make(name):
-        return sharpen(tiny_gpt2() if name == "gpt2" else load(llama_folder, num_thoughts=2, max_new_tokens=5))
+        return sharpen(tiny_gpt2() if name == "gpt2" else LatentReasoner.from_pretrained(llama_folder, num_thoughts=2, max_new_tokens=5))
 
     return make
 

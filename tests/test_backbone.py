@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from latentlab import backbone
-from latentlab.backbone import build, from_config, load, save, weights_hash, word_tokenizer
+from latentlab.backbone import weights_hash, word_tokenizer
 from latentlab.model import END, LATENT, START, LatentReasoner
 from latentlab.reward import exact_answer
 from latentlab.rollout import rollout
@@ -25,13 +25,13 @@ SIZE = {"num_thoughts": 2, "max_new_tokens": 5}
 
 def refused(error_type, name, message, **settings):
     with pytest.raises(error_type, match=message) as error:
-        load(name, **(settings or SIZE))
+        LatentReasoner.from_pretrained(name, **(settings or SIZE))
     assert "\n" not in str(error.value)
 
 
 @pytest.fixture
 def saved(tmp_path):
-    save(tiny_gpt2(), tmp_path / "model")
+    tiny_gpt2().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -76,12 +76,12 @@ def test_weights_follow_from_the_seed_and_leave_the_global_generator_alone():
 
 
 def test_a_preset_without_checkpoint_is_built_from_its_shape(config):
-    model = from_config(config(backbone={"n_layer": 3}))
+    model = LatentReasoner.from_config(config(backbone={"n_layer": 3}))
     assert len(model.lm.transformer.h) == 3 and model.num_thoughts == 2 and model.provenance["kind"] == "from scratch"
 
 
 def test_init_from_keeps_what_the_checkpoint_says(config, saved):
-    model = from_config(config(max_new_tokens=9), init_from=str(saved))
+    model = LatentReasoner.from_config(config(max_new_tokens=9), init_from=str(saved))
     assert (model.num_thoughts, model.max_new_tokens) == (2, 5)
 
 
@@ -137,7 +137,7 @@ def test_a_foreign_checkpoint_gets_three_latent_tokens_that_start_as_its_marker(
     vocabulary = AutoTokenizer.from_pretrained(llama_folder).get_vocab()
     plain = AutoModelForCausalLM.from_pretrained(llama_folder)
     assert START not in vocabulary
-    model = load(llama_folder, **SIZE)
+    model = LatentReasoner.from_pretrained(llama_folder, **SIZE)
     ids = [model.start_id, model.latent_id, model.end_id]
     assert sorted(ids) == [len(vocabulary) + i for i in range(3)]
     for new, old in ((model.lm.get_input_embeddings(), plain.model.embed_tokens), (model.lm.lm_head, plain.lm_head)):
@@ -160,7 +160,7 @@ def test_special_tokens_that_were_there_stay_special(llama_folder, tmp_path):
     lm = AutoModelForCausalLM.from_pretrained(llama_folder)
     lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     lm.save_pretrained(tmp_path / "chat")
-    model = load(tmp_path / "chat", **SIZE)
+    model = LatentReasoner.from_pretrained(tmp_path / "chat", **SIZE)
     ids = model.tokenizer("<|im_start|>### 7")["input_ids"]
     assert model.tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "###7"
 
@@ -174,7 +174,7 @@ def test_native_dropout_is_switched_off(tmp_path):
     assert config.attn_pdrop == config.resid_pdrop == config.embd_pdrop == 0.1
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model = load(tmp_path, **SIZE)
+    model = LatentReasoner.from_pretrained(tmp_path, **SIZE)
     model.train()
     assert not [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p]
     ids = torch.tensor([[5, 6, 7]])
@@ -252,12 +252,12 @@ def test_no_pickle_is_read(saved, tmp_path):
     """A folder with a pickle beside or instead of the safetensors: it is not touched."""
     payload = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
     (saved / "pytorch_model.bin").write_bytes(payload)
-    load(saved)
+    LatentReasoner.from_pretrained(saved)
     (saved / "model.safetensors").unlink()
     refused(FileNotFoundError, saved, "without config.json and .*safetensors")
     assert not (tmp_path / "ran").exists()
 
 
 def test_build_needs_no_more_than_words():
-    model = build(("1", "###"), n_layer=1, n_embd=8, n_head=1, n_positions=16, seed=0, **SIZE)
+    model = LatentReasoner.build(("1", "###"), n_layer=1, n_embd=8, n_head=1, n_positions=16, seed=0, **SIZE)
     assert len(model.tokenizer) == 7

@@ -8,7 +8,6 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latentlab import curriculum
-from latentlab.backbone import from_config
 from latentlab.curriculum import (
     IGNORE,
     curriculum_loss,
@@ -55,7 +54,7 @@ def test_the_last_thought_of_a_step_is_decoded_to_its_result(gpt2):
 def test_only_text_after_end_carries_loss(config, word_sets):
     """The loss by the book: one problem at a time, whole sequences, no cache."""
     c = config(curriculum={"mask": {"scheme": "none"}, "decode_weight": 0.0})
-    model, batch = from_config(c), word_sets[0][:3]
+    model, batch = LatentReasoner.from_config(c), word_sets[0][:3]
     for stage in range(3):
         model.num_thoughts = stage
         loss, stats = curriculum_loss(model, batch, stage, c, step=0)
@@ -80,7 +79,7 @@ def test_only_text_after_end_carries_loss(config, word_sets):
 
 def test_stage_zero_wears_no_mask_and_later_stages_do(config, word_sets):
     bare, masked = (config(curriculum={"mask": {"scheme": scheme, "rate": 0.5}}) for scheme in ("none", "shared"))
-    model = from_config(bare)
+    model = LatentReasoner.from_config(bare)
     for stage, equal in ((0, True), (1, False)):
         model.num_thoughts = stage
         losses = [curriculum_loss(model, word_sets[0][:4], stage, c, step=0)[0].item() for c in (bare, masked)]
@@ -89,7 +88,7 @@ def test_stage_zero_wears_no_mask_and_later_stages_do(config, word_sets):
 
 def test_the_decoding_loss_is_added_with_its_weight(config, word_sets):
     c, without = config(curriculum={"decode_weight": 0.3}), config(curriculum={"decode_weight": 0.0})
-    model = from_config(c)
+    model = LatentReasoner.from_config(c)
     loss, stats = curriculum_loss(model, word_sets[0][:4], 2, c, step=0)
     plain, _ = curriculum_loss(model, word_sets[0][:4], 2, without, step=0)
     assert loss.item() == pytest.approx(plain.item() + 0.3 * stats["loss/decode"])
@@ -100,7 +99,7 @@ def test_the_decoding_loss_is_added_with_its_weight(config, word_sets):
 @pytest.mark.parametrize("scope", ["latent", "all"])
 def test_training_texts_longer_than_the_validation_ones_have_slots(config, scope):
     c = config(curriculum={"mask": {"scheme": "per_step", "rate": 0.1, "scope": scope}})
-    model = from_config(c)
+    model = LatentReasoner.from_config(c)
     short = Problem("s", "Leo has 2 books.", ("<<2+3=5>>",), "5", "test")
     set_stage(model, c, 1, [short])
     assert torch.isfinite(curriculum_loss(model, [PROBLEM], 1, c, step=0)[0])
@@ -110,7 +109,7 @@ def test_the_controls_differ_only_in_what_is_fed_back(config, word_sets, tmp_pat
     settings = {}
     for control in ("coconut", "pause", "direct"):
         c = config(curriculum={"control": control})
-        model = from_config(c)
+        model = LatentReasoner.from_config(c)
         fit_curriculum(model, *word_sets, c, out=tmp_path / control)
         settings[control] = (model.feedback, model.num_thoughts)
         stored = json.loads((tmp_path / control / "best" / "latentlab.json").read_text())
@@ -122,7 +121,7 @@ def test_the_controls_differ_only_in_what_is_fed_back(config, word_sets, tmp_pat
 
 def test_a_run_writes_its_steps_and_a_checkpoint_that_transformers_loads(config, word_sets, tmp_path):
     c = config()
-    model = from_config(c)
+    model = LatentReasoner.from_config(c)
     summary = fit_curriculum(model, *word_sets, c, out=tmp_path / "run")
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(9))
@@ -140,7 +139,7 @@ def test_a_run_writes_its_steps_and_a_checkpoint_that_transformers_loads(config,
 
 def test_the_last_stage_stops_at_its_accuracy(config, word_sets, tmp_path):
     c = config(curriculum={"stop_accuracy": 0.0})
-    fit_curriculum(from_config(c), *word_sets, c, out=tmp_path / "run")
+    fit_curriculum(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run")
     assert [line["step"] for line in read_metrics(tmp_path / "run")][-1] == 6  # its first validation
 
 
@@ -164,18 +163,18 @@ def interrupt_at(monkeypatch, module, name, call):
 @pytest.mark.parametrize("call", [1, 3, 4, 6, 9])  # within stage 0, at the start of stage 1, within the last
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(config, word_sets, tmp_path, monkeypatch, call):
     c = config()
-    whole = from_config(c)
+    whole = LatentReasoner.from_config(c)
     expected = fit_curriculum(whole, *word_sets, c, out=tmp_path / "whole")
     with monkeypatch.context() as killed, pytest.raises(Interrupted):
         interrupt_at(killed, curriculum, "curriculum_loss", call)
-        fit_curriculum(from_config(c), *word_sets, c, out=tmp_path / "run")
-    resumed = from_config(c)
+        fit_curriculum(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run")
+    resumed = LatentReasoner.from_config(c)
     assert fit_curriculum(resumed, *word_sets, c, out=tmp_path / "run", resume=True) == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert without_seconds(tmp_path / "run") == without_seconds(tmp_path / "whole")
     best = [(tmp_path / name / "best" / "model.safetensors").read_bytes() for name in ("whole", "run")]
     assert best[0] == best[1]
-    again = fit_curriculum(from_config(c), *word_sets, c, out=tmp_path / "run", resume=True)  # nothing left to do
+    again = fit_curriculum(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run", resume=True)  # nothing left to do
     assert again == expected
 
 
@@ -190,21 +189,21 @@ def test_a_nan_stops_the_run_and_keeps_the_last_checkpoint(config, word_sets, tm
 
     with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="at step 4, expected a finite number"):
         patch.setattr(curriculum, "curriculum_loss", poisoned)
-        fit_curriculum(from_config(c), *word_sets, c, out=tmp_path / "run")
+        fit_curriculum(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run")
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert state["next_stage"] == 1 and all(torch.isfinite(w).all() for w in state["model"].values())
-    fit_curriculum(from_config(c), *word_sets, c, out=tmp_path / "run", resume=True)
+    fit_curriculum(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run", resume=True)
 
 
 def test_wrong_use_is_one_line_before_anything_is_written(config, word_sets, tmp_path):
     c = config()
     for train, validation in (([], word_sets[1]), (word_sets[0], [])):
         with pytest.raises(ValueError, match="^data: got .* expected both"):
-            fit_curriculum(from_config(c), train, validation, c, out=tmp_path / "run")
+            fit_curriculum(LatentReasoner.from_config(c), train, validation, c, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    fit_curriculum(from_config(c), *word_sets, c, out=tmp_path / "run")
+    fit_curriculum(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run")
     with pytest.raises(FileExistsError, match="^run folder"):
-        fit_curriculum(from_config(c), *word_sets, c, out=tmp_path / "run")
+        fit_curriculum(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run")
 
 
 def test_a_mask_is_drawn_per_problem_and_step(config, word_sets, monkeypatch):
@@ -217,7 +216,7 @@ def test_a_mask_is_drawn_per_problem_and_step(config, word_sets, monkeypatch):
 
     monkeypatch.setattr(curriculum, "draw_masks", watched)
     c = config(curriculum={"mask": {"rate": 0.2}})
-    model = from_config(c)
+    model = LatentReasoner.from_config(c)
     for step in (0, 1):
         curriculum_loss(model, word_sets[0][:3], 1, c, step=step)
     assert len(set(torch.cat(seen).tolist())) == 6

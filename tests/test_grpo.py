@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latentlab import grpo
 from latentlab.advantage import group_advantages
-from latentlab.backbone import from_config
 from latentlab.config import ARMS, arm_settings
 from latentlab.grpo import fit_grpo, policy_gradient
 from latentlab.loop import read_metrics
@@ -61,7 +60,7 @@ def test_an_arm_rolls_out_with_its_settings(config, word_sets, tmp_path, monkeyp
     seen, original = [], grpo.rollout
     monkeypatch.setattr(grpo, "rollout", lambda *a, **kw: (seen.append(original(*a, **kw)), seen[-1])[1])
     c = config(grpo={"arm": arm, "mask": {"rate": 0.4}})
-    fit_grpo(sharpen(from_config(c)), *word_sets, c, out=tmp_path / "run", reward=graded)
+    fit_grpo(sharpen(LatentReasoner.from_config(c)), *word_sets, c, out=tmp_path / "run", reward=graded)
     mask, temperature = arm_settings(c.grpo, arm)
     assert [out.temperature for out in seen] == [temperature] * 4
     assert [out.masks and out.masks.spec for out in seen] == [mask] * 4
@@ -75,7 +74,7 @@ def test_an_arm_rolls_out_with_its_settings(config, word_sets, tmp_path, monkeyp
 
 def test_the_supervised_arm_lowers_the_loss_of_right_answers(config, word_sets, tmp_path):
     c = config(grpo={"arm": "supervised", "learning_rate": 1.0e-2, "steps": 6})
-    fit_grpo(from_config(c), *word_sets, c, out=tmp_path / "run")
+    fit_grpo(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run")
     lines = read_metrics(tmp_path / "run")
     assert lines[-1]["loss"] < lines[1]["loss"] - 0.5
 
@@ -102,7 +101,7 @@ def test_without_noise_advantage_and_every_gradient_are_exactly_zero(make_model,
 
 def test_ten_steps_of_arm_none_leave_every_weight_bit_identical(config, word_sets, tmp_path):
     c = config(grpo={"arm": "none", "steps": 10, "learning_rate": 1.0e-2})
-    model = from_config(c)
+    model = LatentReasoner.from_config(c)
     before = weights(model)
     fit_grpo(model, *word_sets, c, out=tmp_path / "run", reward=graded)
     last = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
@@ -115,7 +114,7 @@ def test_ten_steps_of_arm_none_leave_every_weight_bit_identical(config, word_set
 
 def test_arm_shared_moves_them(config, word_sets, tmp_path):
     c = config(grpo={"arm": "shared", "steps": 2})
-    model = from_config(c)
+    model = LatentReasoner.from_config(c)
     before = weights(model)
     fit_grpo(model, *word_sets, c, out=tmp_path / "run", reward=graded)
     assert not same(torch.load(tmp_path / "run" / "state.pt", weights_only=True)["model"], before)
@@ -161,7 +160,7 @@ def test_a_wrong_mask_in_the_update_shows_in_the_logged_gap(config, word_sets, t
     score = LatentReasoner.score
     monkeypatch.setattr(LatentReasoner, "score", lambda self, out, masks: score(self, out, masks=None))
     c = config(grpo={"steps": 2, "mask": {"rate": 0.3}})
-    fit_grpo(from_config(c), *word_sets, c, out=tmp_path / "run", reward=graded)
+    fit_grpo(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run", reward=graded)
     assert all(line["replay_gap"] > 1e-5 for line in read_metrics(tmp_path / "run")[1:])
 
 
@@ -175,7 +174,7 @@ def test_a_run_keeps_and_returns_the_weights_that_were_best_on_validation(config
     monkeypatch.setattr(grpo.Run, "save_best", lambda self, model: (saved.append(weights(model)), best(self, model))[1])
     monkeypatch.setattr(grpo, "evaluate", lambda *a, **kw: type("E", (), {"accuracy": next(accuracies)}))
     c = config()
-    model = from_config(c)
+    model = LatentReasoner.from_config(c)
     before = weights(model)
     summary = fit_grpo(model, *word_sets, c, out=tmp_path / "run", reward=graded)
     assert summary["validation_accuracy"] == 0.6 and summary["rollouts"] == 48
@@ -194,7 +193,7 @@ def test_a_run_keeps_and_returns_the_weights_that_were_best_on_validation(config
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(config, word_sets, tmp_path, monkeypatch, name, call, beta):
     c = config(grpo={"num_iterations": 2, "beta": beta, "learning_rate": 1.0e-3, "warmup_steps": 3})
-    initial = from_config(c)
+    initial = LatentReasoner.from_config(c)
     whole = copy.deepcopy(initial)
     expected = fit_grpo(whole, *word_sets, c, out=tmp_path / "whole", reward=graded)
     with monkeypatch.context() as killed, pytest.raises(Interrupted):
@@ -208,7 +207,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(config, word_sets, tmp_p
     assert same(states[0]["model"], states[1]["model"])
     for a, b in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
-    assert fit_grpo(from_config(c), *word_sets, c, out=tmp_path / "run", reward=graded, resume=True) == expected
+    assert fit_grpo(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run", reward=graded, resume=True) == expected
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
@@ -226,7 +225,7 @@ def test_a_nan_keeps_the_last_good_checkpoint(config, word_sets, tmp_path, monke
     monkeypatch.setattr(grpo, "policy_gradient", poisoned)
     c = config(grpo={"num_iterations": iterations})
     with pytest.raises(FloatingPointError, match="^grad_norm: got nan at step 3"):
-        fit_grpo(from_config(c), *word_sets, c, out=tmp_path / "run", reward=graded)
+        fit_grpo(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run", reward=graded)
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert state["next_step"] == 2 and all(torch.isfinite(w).all() for w in state["model"].values())
     best = LatentReasoner.from_pretrained(str(tmp_path / "run" / "best"))
@@ -236,7 +235,7 @@ def test_a_nan_keeps_the_last_good_checkpoint(config, word_sets, tmp_path, monke
 
 def test_a_nan_reward_stops_the_run_before_the_update(config, word_sets, tmp_path):
     c = config()
-    model = from_config(c)
+    model = LatentReasoner.from_config(c)
     before = weights(model)
     with pytest.raises(ValueError, match="^rewards: got a NaN or infinite value"):
         fit_grpo(model, *word_sets, c, out=tmp_path / "run", reward=lambda text, problem: float("nan"))
@@ -247,11 +246,11 @@ def test_wrong_use_is_one_line(config, word_sets, tmp_path):
     c = config(grpo={"steps": 1})
     for train, validation in (([], word_sets[1]), (word_sets[0], [])):
         with pytest.raises(ValueError, match="^data: got .* expected both"):
-            fit_grpo(from_config(c), train, validation, c, out=tmp_path / "run")
+            fit_grpo(LatentReasoner.from_config(c), train, validation, c, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    fit_grpo(from_config(c), *word_sets, c, out=tmp_path / "run")
+    fit_grpo(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run")
     with pytest.raises(FileExistsError, match="^run folder"):
-        fit_grpo(from_config(c), *word_sets, c, out=tmp_path / "run")
+        fit_grpo(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run")
     with pytest.raises(ValueError, match=r"^resume: got grpo\.num_problems=4, expected 3 "):
         changed = config(grpo={"steps": 1, "num_problems": 4})
-        fit_grpo(from_config(c), *word_sets, changed, out=tmp_path / "run", resume=True)
+        fit_grpo(LatentReasoner.from_config(c), *word_sets, changed, out=tmp_path / "run", resume=True)

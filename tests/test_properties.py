@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentlab.advantage import group_advantages, group_diagnostics, is_collapsed
-from latentlab.backbone import build
 from latentlab.checks import WORDS
 from latentlab.masks import MaskSpec, draw_masks, rollout_seeds, uniforms
+from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
 from latentlab.rollout import rollout
 
@@ -128,7 +128,7 @@ question = st.lists(st.sampled_from(WORDS[:6]), min_size=1, max_size=12).map(" "
 @pytest.fixture(scope="module")
 def model():
     shape = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32}
-    small = build(WORDS, **shape, num_thoughts=2, max_new_tokens=4, seed=0).double()
+    small = LatentReasoner.build(WORDS, **shape, num_thoughts=2, max_new_tokens=4, seed=0).double()
     with torch.no_grad():
         for weight in small.parameters():
             if weight.dim() > 1:

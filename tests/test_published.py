@@ -29,8 +29,8 @@ def load(source):
 
     def make(layout, **settings):
         if layout == "hf":
-            return backbone.load(source["folder"] / "hf", **settings)
-        return backbone.load(
+            return LatentReasoner.from_pretrained(source["folder"] / "hf", **settings)
+        return LatentReasoner.from_pretrained(
             source["folder"] / "meta" / "checkpoint_3", base=str(source["folder"] / "base"), **settings
         )
 
@@ -93,7 +93,7 @@ def test_a_distributed_prefix_and_old_buffers_do_not_matter(source, tmp_path):
     state = torch.load(source["folder"] / "meta" / "checkpoint_3", weights_only=True)
     state["base_causallm.transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
     torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "checkpoint_9")
-    model = backbone.load(tmp_path / "checkpoint_9", base=str(source["folder"] / "base"))
+    model = LatentReasoner.from_pretrained(tmp_path / "checkpoint_9", base=str(source["folder"] / "base"))
     ids = source["tokenizer"](TEXT)["input_ids"]
     assert torch.equal(logits(model.lm, ids), logits(source["lm"], ids))
 
@@ -125,7 +125,7 @@ def edited(source, edit, path):
 def test_a_state_dict_that_does_not_fit_is_one_clear_line(source, tmp_path, edit, message):
     path = edited(source, edit, tmp_path / "checkpoint_1")
     with pytest.raises(ValueError, match=message) as caught:
-        backbone.load(path, base=str(source["folder"] / "base"))
+        LatentReasoner.from_pretrained(path, base=str(source["folder"] / "base"))
     assert "\n" not in str(caught.value)
 
 
@@ -137,21 +137,21 @@ def test_a_damaged_or_malicious_file_is_refused(source, tmp_path):
     for content in (b"", b"not a checkpoint", pickle.dumps(Run(), protocol=2)):
         (tmp_path / "checkpoint_1").write_bytes(content)
         with pytest.raises(ValueError, match="checkpoint_1: could not be read"):
-            backbone.load(tmp_path / "checkpoint_1", base=str(source["folder"] / "base"))
+            LatentReasoner.from_pretrained(tmp_path / "checkpoint_1", base=str(source["folder"] / "base"))
 
 
 def test_several_checkpoints_or_no_base_are_one_clear_line(source, tmp_path):
     for n in (1, 2):
         (tmp_path / f"checkpoint_{n}").write_bytes(b"")
     with pytest.raises(ValueError, match="got 2 files"):
-        backbone.load(tmp_path)
+        LatentReasoner.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="base model: could not get"):
-        backbone.load(source["folder"] / "meta" / "checkpoint_3", base=str(tmp_path / "nothing"))
+        LatentReasoner.from_pretrained(source["folder"] / "meta" / "checkpoint_3", base=str(tmp_path / "nothing"))
 
 
 def rewritten(source, tmp_path, **config):
     """The HF folder with other values in config.json."""
-    model = backbone.load(source["folder"] / "hf")
+    model = LatentReasoner.from_pretrained(source["folder"] / "hf")
     model.lm.save_pretrained(tmp_path)
     model.tokenizer.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -161,16 +161,16 @@ def rewritten(source, tmp_path, **config):
 
 def test_config_ids_that_are_not_set_are_taken_from_the_tokenizer(source, tmp_path):
     unset = dict.fromkeys(published.CONFIG_IDS, -100)  # the published class's default
-    assert backbone.load(rewritten(source, tmp_path, **unset)).latent_id == 12
+    assert LatentReasoner.from_pretrained(rewritten(source, tmp_path, **unset)).latent_id == 12
 
 
 def test_config_ids_that_disagree_with_the_tokenizer_are_refused(source, tmp_path):
     with pytest.raises(ValueError, match="expected the config's"):
-        backbone.load(rewritten(source, tmp_path, latent_id=5))
+        LatentReasoner.from_pretrained(rewritten(source, tmp_path, latent_id=5))
 
 
 def test_a_tokenizer_without_the_tokens_gets_them_where_the_config_says(source, tmp_path):
     folder = rewritten(source, tmp_path, latent_id=10, latent_start_id=11, latent_end_id=12)
     AutoTokenizer.from_pretrained(source["folder"] / "base").save_pretrained(folder)
-    model = backbone.load(folder)
+    model = LatentReasoner.from_pretrained(folder)
     assert (model.latent_id, model.start_id, model.end_id) == (10, 11, 12)

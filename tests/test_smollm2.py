@@ -127,12 +127,12 @@ def test_the_real_wheel_becomes_a_model_that_plain_transformers_loads():
     """Uses the usual cache (LATENTLAB_CACHE), so that a machine converts once."""
     from transformers import AutoModelForCausalLM
 
-    from latentlab.backbone import load
+    from latentlab.model import LatentReasoner
     from latentlab.rollout import rollout
     from latentlab.word_problems import word_problems
 
     assert AutoModelForCausalLM.from_pretrained(smollm2.smollm2_folder()).config.model_type == "llama"
-    model = load("smollm2", num_thoughts=1, max_new_tokens=2)
+    model = LatentReasoner.from_pretrained("smollm2", num_thoughts=1, max_new_tokens=2)
     out = rollout(
         model, word_problems("test", 1, seed=0), num_generations=1, masks=None, temperature=0.0, run_seed=0, step=0
     )
