@@ -23,6 +23,8 @@ def group_advantages(rewards: torch.Tensor, *, baseline: str = "mean", scale: st
         raise ValueError(f"rewards: got shape {list(rewards.shape)}, expected [B, K] with K >= 2; raise num_generations")
     if baseline not in BASELINES or scale not in SCALES:
         raise ValueError(f"advantage: got baseline={baseline!r}, scale={scale!r}, expected {BASELINES} and {SCALES}")
+    if baseline == "none" and scale == "std":
+        raise ValueError("advantage: got scale='std' without a baseline, expected one: equal rewards would be divided by 0")
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards: got a NaN or infinite value, expected finite numbers; check the reward function")
     k = rewards.shape[1]

@@ -170,8 +170,8 @@ def to_dict(config: Config) -> dict:
 
 
 def arm_settings(grpo: GRPOConfig, arm: str) -> tuple[MaskSpec | None, float]:
-    """(mask, temperature) of an arm; `supervised` wears the shared mask and samples nothing."""
-    masked = {"shared": "shared", "shared_greedy": "shared", "supervised": "shared", "per_step": "per_step"}
+    """(mask, temperature) of an arm; `supervised` samples nothing and wears the curriculum's mask."""
+    masked = {"shared": "shared", "shared_greedy": "shared", "per_step": "per_step"}
     mask = dataclasses.replace(grpo.mask, scheme=masked[arm]) if arm in masked else None
     greedy = arm in ("none", "shared_greedy")
     return mask, 0.0 if greedy else grpo.temperature

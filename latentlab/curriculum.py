@@ -91,7 +91,7 @@ def fit_curriculum(
     resume: bool = False,
     first_stage: int = 0,
 ) -> dict:
-    """Train through the stages, in place; the returned summary has each stage's validation accuracy.
+    """Train through the stages, in place; the model ends with its best weights, and the returned summary has each stage's validation accuracy.
 
     The run folder `out` gets metrics.jsonl, state.pt after every stage, and best/: the last stage's checkpoint with the
     best validation accuracy. Raises ValueError for empty data, FileExistsError for a used folder.
@@ -110,6 +110,7 @@ def fit_curriculum(
         accuracy = best = _fit_stage(model, train, validation, config, stage, run)
         stages[str(stage)] = accuracy
         run.save(model=model.lm.state_dict(), next_stage=stage + 1, stages=stages)
+    run.load_best(model)
     return {"stages": stages, "validation_accuracy": best}
 
 

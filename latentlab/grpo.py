@@ -83,7 +83,7 @@ def fit_grpo(
             run.save_best(model)
         if "validation_accuracy" in record:
             run.save(model=model.lm.state_dict(), optimizer=optimizer.state_dict(), next_step=step + 1, best=best)
-    model.lm.load_state_dict(LatentReasoner.from_pretrained(str(run.folder / "best")).lm.state_dict())
+    run.load_best(model)
     return {"validation_accuracy": best, "rollouts": g.steps * g.num_problems * g.num_generations}
 
 

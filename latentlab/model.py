@@ -45,7 +45,7 @@ class State:
     position: torch.Tensor  # [R] position id of the next input
     pending: torch.Tensor  # [R, 1, D] next input: the embedding of <start>, or the last thought
     masks: Masks | None
-    slot: int = 0  # mask slot of `pending`: 0 question and start, i thought i, L + 1 + t answer token t
+    slot: int = 0  # mask slot of `pending`: 0 question and start, i thought i, L + 1 + t the position predicting answer token t
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows but `rows` [R'] (finished rows leave the batch)."""
@@ -180,13 +180,13 @@ class LatentReasoner(nn.Module):
             )
         return state
 
-    def think(self, state: State, *, edit: Edit | None = None, num_thoughts: int | None = None) -> torch.Tensor:
+    def think(self, state: State, *, edit: Edit | None = None) -> torch.Tensor:
         """Take the latent steps: -> thoughts [R, L, D], the last one left pending.
 
         `edit(i, z)` may replace thought i (1 ... L), [R, D], before it is fed back: the place for interventions.
         """
         thoughts = []
-        for i in range(1, 1 + (self.num_thoughts if num_thoughts is None else num_thoughts)):
+        for i in range(1, self.num_thoughts + 1):
             z = self._forward(state, state.pending, _ones(state.pending), slots=[state.slot])[:, -1]  # [R, D]
             z = z if edit is None else edit(i, z)
             thoughts.append(z)
@@ -243,12 +243,11 @@ class LatentReasoner(nn.Module):
         *,
         num_generations: int = 1,
         masks: Masks | None = None,
-        num_thoughts: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [R, A, D] that predict given answer tokens [R, A], and the thoughts [R, L, D], with gradient."""
         self.check_length(prompt_ids.shape[1], tokens.shape[1])
         state = self.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
-        thoughts = self.think(state, num_thoughts=num_thoughts)
+        thoughts = self.think(state)
         return self.answer(state, tokens[:, :-1]), thoughts
 
     def score(self, rollouts, *, masks: Masks | None) -> torch.Tensor:

@@ -51,7 +51,7 @@ def test_what_each_arm_wears_and_samples(config):
         "shared": (mask["shared"], 0.8),
         "per_step": (mask["per_step"], 0.8),
         "shared_greedy": (mask["shared"], 0.0),
-        "supervised": (mask["shared"], 0.8),
+        "supervised": (None, 0.8),
     }
 
 
