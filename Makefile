@@ -1,10 +1,10 @@
-# make study [PRESET=smoke|tiny|smol|paper] · make test · make lab · make lint
+# make study [PRESET=smoke|tiny|smol|paper] · make test · make lab · make lint · make bench
 PRESET ?= tiny
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: study test lab lint
+.PHONY: study test lab lint bench
 
 study: $(READY)
 	@$(BIN)/latentlab study --preset $(PRESET)
@@ -21,6 +21,10 @@ lab: $(READY)
 
 lint: $(READY)
 	@$(BIN)/ruff check .
+
+bench: $(READY)
+	@$(BIN)/latentlab bench --shape tiny
+	@$(BIN)/latentlab bench --shape gpt2
 
 # The stamp is written last: an interrupted installation starts again.
 $(READY): pyproject.toml constraints.txt

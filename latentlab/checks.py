@@ -59,7 +59,9 @@ class Engine:
 
 def _gpt2() -> LatentReasoner:
     return _sharpened(
-        LatentReasoner.build(WORDS, n_layer=2, n_embd=32, n_head=4, n_positions=64, num_thoughts=3, max_new_tokens=6, seed=0)
+        LatentReasoner.build(
+            WORDS, n_layer=2, n_embd=32, n_head=4, n_positions=64, num_thoughts=3, max_new_tokens=6, seed=0
+        )
     )
 
 

@@ -6,6 +6,7 @@
     evaluate   accuracy of a checkpoint on a benchmark                 CHECKPOINT --benchmark gsm8k
     sweep      arms x seeds: `latentlab sweep compare --preset tiny`
     verify     exact theory, exact replay: a self-check                --device cuda --dtype bfloat16
+    bench      time the engine                                         --shape gpt2
     data       print or write problems                                 --split test --n 5
     report     rebuild RESULTS.md and the README's tables from the result files
 
@@ -73,7 +74,7 @@ class Evaluate:
     checkpoint: str = ""  # folder or Hub id; default the one shipped for the preset
     benchmark: str = ""  # gsm8k | svamp | multiarith | gsm_hard; default the preset's own test split
     limit: int = 0  # problems; 0 takes all
-    json_file: str = ""  # write the result here as well
+    json: str = ""  # write the result here as well
     threads: int = 0
 
     def __call__(self, config: Config) -> None:
@@ -84,8 +85,8 @@ class Evaluate:
         problems = sources.benchmark(self.benchmark) if self.benchmark else sources.load(config.data, "test")
         result = evaluate.summary(model, problems[: self.limit or None], config)
         print(json.dumps(result, indent=1))
-        if self.json_file:
-            Path(self.json_file).write_text(json.dumps(result, indent=1) + "\n")
+        if self.json:
+            Path(self.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 @dataclass
@@ -98,7 +99,9 @@ class Study:
         from latentlab import study
 
         if config != load_preset(config.preset):
-            raise ValueError("study: got a changed field, expected a preset as it is; put the change into a preset file")
+            raise ValueError(
+                "study: got a changed field, expected a preset as it is; put the change into a preset file"
+            )
         study.run_study(config.preset, only=self.only or None)
 
 
@@ -121,19 +124,33 @@ class Verify:
 
     device: str = "cpu"  # cpu | cuda
     dtype: Literal["float64", "float32", "bfloat16"] = "float32"
-    json_file: str = ""  # write the table here as well
+    json: str = ""  # write the table here as well
 
     def __call__(self, config: Config) -> int:
         from latentlab import verify
 
-        return verify.main(self.device, self.dtype, self.json_file or None)
+        return verify.main(self.device, self.dtype, self.json or None)
+
+
+@dataclass
+class Bench:
+    """Time the engine against the plain definition."""
+
+    shape: Literal["tiny", "gpt2"] = "gpt2"
+    device: str = "cpu"  # cpu | cuda
+    threads: int = 0
+
+    def __call__(self, config: Config) -> int:
+        from latentlab import bench
+
+        return bench.main(self.shape, self.device)
 
 
 @dataclass
 class Data:
     """Print problems as JSON lines, or write them into a file."""
 
-    split: str = "test"  # train | validation | test
+    split: Literal["train", "validation", "test"] = "test"
     n: int = 5  # problems
     out: str = ""  # file to write; default stdout
 
@@ -157,7 +174,17 @@ class Report:
         print(tables.build_report())
 
 
-VERBS = {"study": Study, "sft": Sft, "grpo": Grpo, "evaluate": Evaluate, "sweep": Sweep, "verify": Verify, "data": Data, "report": Report}
+VERBS = {
+    "study": Study,
+    "sft": Sft,
+    "grpo": Grpo,
+    "evaluate": Evaluate,
+    "sweep": Sweep,
+    "verify": Verify,
+    "bench": Bench,
+    "data": Data,
+    "report": Report,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -190,7 +217,7 @@ def parse(argv: list[str]):
 
     kind, words = VERBS[argv[0]], argv[1:]
     preset, words = _take_preset(words)
-    if words and not words[0].startswith("-"):  # the first field may go without its flag: sweep compare
+    if words and not words[0].startswith("-") and dataclasses.fields(kind):  # the first field may go without its flag
         words = [f"--{dataclasses.fields(kind)[0].name.replace('_', '-')}", *words]
 
     @dataclass
@@ -205,9 +232,12 @@ def parse(argv: list[str]):
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = " ".join(re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", said.getvalue()).split())
+        text = " ".join(re.sub(r"\x1b\[[0-9;]*m|╭.*╮|[─-╿]", " ", said.getvalue()).split())  # no colours, no box
         raise ValueError(f"{argv[0]}: {text}") from None
     check(call.config)
+    for name in ("threads", "limit"):
+        if getattr(call.verb, name, 0) < 0:
+            raise ValueError(f"--{name}: got {getattr(call.verb, name)}, expected at least 0; 0 is the default")
     return call.verb, call.config
 
 

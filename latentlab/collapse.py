@@ -5,7 +5,7 @@
     frac_reward_zero_std     share of groups with equal rewards
     grad_norm                norm of the GRPO gradient, backward pass run and read from `.grad`
 
-`spread_by_step` and `principal_plane` look inside: how far thoughts lie apart at each latent step, and along which lines.
+`spread_by_step` and `principal_plane` look inside: how far thoughts lie apart at each step, and along which lines.
 """
 
 from __future__ import annotations
@@ -41,12 +41,20 @@ def measure_groups(
     The gradient is that of one GRPO step on all problems: batches are summed, each weighted by its share. The model's
     gradients are cleared before and after. Raises ValueError for an empty problem list.
     """
+    if not problems:
+        raise ValueError("problems: got an empty list, expected at least one; check the data source and its filters")
     model.zero_grad(set_to_none=True)
     rewards, spreads, distinct, gap = [], [], [], 0.0
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
         out = rollout(
-            model, batch, num_generations=num_generations, masks=mask, temperature=temperature, run_seed=run_seed, step=0
+            model,
+            batch,
+            num_generations=num_generations,
+            masks=mask,
+            temperature=temperature,
+            run_seed=run_seed,
+            step=0,
         )
         values = out.rewards(reward)  # [B, K]
         advantages = group_advantages(values, baseline=config.grpo.baseline, scale=config.grpo.scale_rewards)
@@ -54,7 +62,9 @@ def measure_groups(
         gap = max(gap, policy_gradient(model, out, weighted, config)["replay_gap"])
         rewards.append(values)
         grouped = out.thoughts.unflatten(0, (-1, num_generations))  # [B, K, L, D]
-        spreads.append((grouped - grouped[:, :1]).abs().max().item())
+        spreads.append(
+            (grouped - grouped[:, :1]).abs().max().item() if grouped.numel() else 0.0
+        )  # control "direct": L = 0
         distinct += [len(set(out.text[i : i + num_generations])) for i in range(0, len(out.text), num_generations)]
     reward_table = torch.cat(rewards)  # [n, K]
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()

@@ -28,7 +28,9 @@ def write_compare(config: Config, folder: Path, chosen: dict, started: float) ->
     test = sources.load(config.data, "test")
     s = config.sweep
     names = ["coconut", *s.controls, *s.arms]
-    outcomes = {f"{name}-s{seed}": _outcomes(folder / f"{name}-s{seed}", test, config) for seed in s.seeds for name in names}
+    outcomes = {
+        f"{name}-s{seed}": _outcomes(folder / f"{name}-s{seed}", test, config) for seed in s.seeds for name in names
+    }
     arms = [_arm(name, seed, outcomes, folder) for seed in s.seeds for name in names]
     metrics = {
         "chosen_on_validation": chosen,
@@ -39,18 +41,25 @@ def write_compare(config: Config, folder: Path, chosen: dict, started: float) ->
         },
         "curves": {f"{arm}-s{seed}": _curves(folder / f"{arm}-s{seed}") for seed in s.seeds for arm in s.arms},
         "deployments": {
-            f"{name}-s{seed}": summary(LatentReasoner.from_pretrained(folder / f"{name}-s{seed}" / "best"), test[:1000], config)
-            for seed in s.seeds for name in ("coconut", "temperature", "shared")
+            f"{name}-s{seed}": summary(
+                LatentReasoner.from_pretrained(folder / f"{name}-s{seed}" / "best"), test[:1000], config
+            )
+            for seed in s.seeds
+            for name in ("coconut", "temperature", "shared")
         },
         "main_contrast": _main_contrast(outcomes, s.seeds),
         "weights_unchanged": {f"none-s{seed}": _same_weights(folder, seed) for seed in s.seeds if "none" in s.arms},
         "swapped_thoughts": {
-            f"coconut-s{seed}": swap_thoughts(LatentReasoner.from_pretrained(folder / f"coconut-s{seed}" / "best"), test[:1000])
+            f"coconut-s{seed}": swap_thoughts(
+                LatentReasoner.from_pretrained(folder / f"coconut-s{seed}" / "best"), test[:1000]
+            )
             for seed in s.seeds
         },
     }
     packed = io.BytesIO()
-    np.savez_compressed(packed, n=len(test), **{name: np.packbits(values.astype(bool)) for name, values in outcomes.items()})
+    np.savez_compressed(
+        packed, n=len(test), **{name: np.packbits(values.astype(bool)) for name, values in outcomes.items()}
+    )
     report.write_atomically(report.reports_folder() / config.preset / "compare_outcomes.npz", packed.getvalue())
     return report.write_result(
         "compare",
@@ -77,14 +86,18 @@ def _arm(name: str, seed: int, outcomes: dict, folder: Path) -> dict:
     n, correct = len(mine), int(mine.sum())
     row = {
         "name": name, "seed": seed, "n": n, "correct": correct, "interval": list(wilson_interval(correct, n)),
-        "rollouts": done.get("rollouts", 0), "seconds": done["seconds"], "validation_accuracy": done["validation_accuracy"],
+        "rollouts": done.get("rollouts", 0), "seconds": done["seconds"],
+        "validation_accuracy": done["validation_accuracy"],
     }  # fmt: skip
     gaps = [line["replay_gap"] for line in read_metrics(folder / f"{name}-s{seed}") if "replay_gap" in line]
     if gaps:
         row["replay_gap"] = max(gaps)
     if name != "coconut":
         pair = paired_comparison(mine, base, seed=0)
-        row["difference"] = {"points": pair["difference"], **{k: pair[k] for k in ("low", "high", "only_a", "only_b", "p_value")}}
+        row["difference"] = {
+            "points": pair["difference"],
+            **{k: pair[k] for k in ("low", "high", "only_a", "only_b", "p_value")},
+        }
     return row
 
 
@@ -103,8 +116,12 @@ def _curves(run: Path) -> dict[str, list]:
 
 def _main_contrast(outcomes: dict, seeds: tuple[int, ...]) -> dict:
     """shared - temperature over all seeds, and per seed."""
-    shared, temperature = (np.stack([outcomes[f"{arm}-s{seed}"] for seed in seeds]) for arm in ("shared", "temperature"))
-    by_seed = {str(seed): paired_comparison(a, b, seed=0) for seed, a, b in zip(seeds, shared, temperature, strict=True)}
+    shared, temperature = (
+        np.stack([outcomes[f"{arm}-s{seed}"] for seed in seeds]) for arm in ("shared", "temperature")
+    )
+    by_seed = {
+        str(seed): paired_comparison(a, b, seed=0) for seed, a, b in zip(seeds, shared, temperature, strict=True)
+    }
     pooled = seed_comparison(shared, temperature, seed=0) if len(seeds) > 1 else by_seed[str(seeds[0])]
     return {"arms": "shared - temperature", **pooled, "by_seed": by_seed}
 

@@ -1,7 +1,7 @@
 """Every number of a run, typed and checked before any compute. The numbers live in presets/*.yaml, nowhere else.
 
-    load_preset("tiny") -> Config          an unknown preset or key, or a value of the wrong type, is one clear line
-    arm_settings(config.grpo, "shared")    the mask and the temperature that an arm's name stands for
+load_preset("tiny") -> Config          an unknown preset or key, or a value of the wrong type, is one clear line
+arm_settings(config.grpo, "shared")    the mask and the temperature that an arm's name stands for
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    name_or_path: str = "scratch"  # "scratch": a GPT-2 of the shape below; "smollm2": from the wheel; else folder or Hub id
+    name_or_path: str = (
+        "scratch"  # "scratch": a GPT-2 of the shape below; "smollm2": from the wheel; else folder or Hub id
+    )
     n_layer: int = 1
     n_embd: int = 128
     n_head: int = 4
@@ -166,7 +168,9 @@ def from_dict(values: dict) -> Config:
 
 def to_dict(config: Config) -> dict:
     """Plain nested dicts and lists, as written to JSON."""
-    return dataclasses.asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
+    return dataclasses.asdict(
+        config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
+    )
 
 
 def arm_settings(grpo: GRPOConfig, arm: str) -> tuple[MaskSpec | None, float]:
@@ -201,7 +205,9 @@ def check(config: Config) -> None:
     for name in ("seeds", "learning_rates", "rates", "temperatures"):
         _at_least(f"sweep.{name}", len(getattr(s, name)), 1)
     if config.backbone.n_embd % config.backbone.n_head:
-        raise ValueError(f"backbone.n_head: got {config.backbone.n_head}, expected a divisor of n_embd={config.backbone.n_embd}")
+        raise ValueError(
+            f"backbone.n_head: got {config.backbone.n_head}, expected a divisor of n_embd={config.backbone.n_embd}"
+        )
 
 
 # What each number, or each item of a list, must be; a NaN fails all of them.
@@ -217,7 +223,8 @@ _RANGES = {
         "grpo.micro_batch", "grpo.warmup_steps", "grpo.weight_decay", "grpo.epsilon", "grpo.epsilon_high", "grpo.beta",
     )),
     "a number above 0": (lambda x: x > 0, ("curriculum.max_grad_norm", "grpo.max_grad_norm")),
-    "a number above 0; greedy answers are arms of their own": (lambda x: x > 0, ("grpo.temperature", "sweep.temperatures")),
+    "a number above 0; greedy answers are arms of their own": (
+        lambda x: x > 0, ("grpo.temperature", "sweep.temperatures")),
     "a number between 0 and 1, such as 3.0e-5": (
         lambda x: 0 < x < 1, ("curriculum.learning_rate", "grpo.learning_rate", "sweep.learning_rates"),
     ),

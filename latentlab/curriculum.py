@@ -7,7 +7,8 @@
 Only the text after <end> carries loss; gradients flow through all thoughts. The optimizer is reset at each stage.
 Source: Coconut, arXiv 2412.06769. Deviations: (1) optional loss of decoding each thought to the result of the step that
 it replaces (SIM-CoT, arXiv 2509.20317), weight `decode_weight`; (2) shared masks may be worn during latent stages, so
-that the model tolerates them later; (3) the last stage stops at a validation accuracy; (4) a learning-rate cosine per stage.
+that the model tolerates them later; (3) the last stage stops at a validation accuracy; (4) a learning-rate cosine per
+stage.
 Controls: "pause" and "direct" take the same losses, steps and masks; only what is fed back differs.
 """
 
@@ -91,7 +92,7 @@ def fit_curriculum(
     resume: bool = False,
     first_stage: int = 0,
 ) -> dict:
-    """Train through the stages, in place; the model ends with its best weights, and the returned summary has each stage's validation accuracy.
+    """Train through the stages, in place: the model ends with its best weights, and each stage's accuracy is returned.
 
     The run folder `out` gets metrics.jsonl, state.pt after every stage, and best/: the last stage's checkpoint with the
     best validation accuracy. Raises ValueError for empty data, FileExistsError for a used folder.

@@ -1,9 +1,9 @@
 """Accuracy of a latent reasoner on any list of problems.
 
-    pass@1     greedy answers of the clean model: what is deployed
-    mean       average accuracy of K sampled or masked answers: the policy that GRPO optimises
-    pass@k     the chance that one of k answers is right, unbiased from K
-    majority   the vote of K answers; unparsable ones have no vote
+pass@1     greedy answers of the clean model: what is deployed
+mean       average accuracy of K sampled or masked answers: the policy that GRPO optimises
+pass@k     the chance that one of k answers is right, unbiased from K
+majority   the vote of K answers; unparsable ones have no vote
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from latentlab.statistics import pass_at_k, wilson_interval
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Outcomes on n problems: correct [n, K] of 0/1, the answers' text (n * K), and thoughts' largest spread per problem."""
+    """Outcomes on n problems: correct [n, K] of 0/1, text (n * K answers), thought_spread [n], max |z_k - z_1|."""
 
     problems: tuple[Problem, ...]
     correct: np.ndarray
@@ -44,7 +44,10 @@ class Evaluation:
         """[n] of 0/1: is the majority answer right?"""
         k = self.correct.shape[1]
         votes = [majority_vote(self.text[i * k : (i + 1) * k]) for i in range(len(self.problems))]
-        return np.array([vote is not None and exact_answer(f"### {vote}", p) for vote, p in zip(votes, self.problems)], float)
+        return np.array(
+            [vote is not None and exact_answer(f"### {vote}", p) for vote, p in zip(votes, self.problems, strict=True)],
+            float,
+        )
 
     def distinct_answers(self) -> float:
         """Mean number of different answers among the K of a problem."""
@@ -75,7 +78,9 @@ def evaluate(
         correct.append(out.rewards(exact_answer))
         text += out.text
         grouped = out.thoughts.unflatten(0, (-1, num_generations))  # [B, K, L, D]
-        spread.append((grouped - grouped[:, :1]).abs().flatten(1).amax(1) if grouped.numel() else torch.zeros(len(grouped)))
+        spread.append(
+            (grouped - grouped[:, :1]).abs().flatten(1).amax(1) if grouped.numel() else torch.zeros(len(grouped))
+        )
     return Evaluation(tuple(problems), torch.cat(correct).numpy(), tuple(text), torch.cat(spread).float().cpu().numpy())
 
 
@@ -90,7 +95,11 @@ def summary(model: LatentReasoner, problems: Sequence[Problem], config) -> dict:
     correct = int(clean.correct.sum())
     return {
         "n": len(problems),
-        "greedy": {"correct": correct, "pass@1": clean.accuracy, "interval": list(wilson_interval(correct, len(problems)))},
+        "greedy": {
+            "correct": correct,
+            "pass@1": clean.accuracy,
+            "interval": list(wilson_interval(correct, len(problems))),
+        },
         "masked": {
             "mean": masked.accuracy,
             "pass@k": {str(j): masked.pass_at(j) for j in range(1, k + 1)},

@@ -24,7 +24,7 @@ from latentlab.config import Config, to_dict
 
 
 class Run:
-    """A run folder of `loop`, "curriculum" or "grpo". `resume=True` goes on from state.pt; without it a folder that holds a run is refused."""
+    """A run folder of `loop`, "curriculum" or "grpo". `resume=True` goes on from state.pt, else a used folder is refused."""
 
     def __init__(self, folder: str | Path, config: Config, *, loop: str, resume: bool = False):
         self.folder, self.loop = Path(folder), loop
@@ -32,7 +32,9 @@ class Run:
         self.state = None
         stored = self.folder / "config.json"
         if stored.exists() and not resume:
-            raise FileExistsError(f"run folder: got {folder}, which holds a run already; pass --resume, or another --out")
+            raise FileExistsError(
+                f"run folder: got {folder}, which holds a run already; pass --resume, or another --out"
+            )
         if stored.exists():
             _same_config(json.loads(stored.read_text()), to_dict(config))
             if (self.folder / "state.pt").exists():
@@ -49,8 +51,8 @@ class Run:
         for key, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise FloatingPointError(
-                    f"{key}: got {value} at step {record.get('step')}, expected a finite number; the last good checkpoint "
-                    f"is kept in {self.folder}; lower the learning rate"
+                    f"{key}: got {value} at step {record.get('step')}, expected a finite number; the last good "
+                    f"checkpoint is kept in {self.folder}; lower the learning rate"
                 )
         record = {**record, "seconds": round(time.time() - self.started, 3)}
         self.metrics.write((json.dumps(record) + "\n").encode())
@@ -83,7 +85,9 @@ def _read_state(path: Path, loop: str) -> dict:
             "delete it to start this run again, or use another --out"
         ) from error
     if state.get("loop", loop) != loop:
-        raise ValueError(f"resume: got a run of loop {state['loop']} in {path.parent}, expected {loop}; use another --out")
+        raise ValueError(
+            f"resume: got a run of loop {state['loop']} in {path.parent}, expected {loop}; use another --out"
+        )
     return state
 
     def load_best(self, model) -> None:
@@ -97,7 +101,9 @@ def _same_config(stored: dict, asked: dict, where: str = "") -> None:
         if isinstance(a, dict) and isinstance(b, dict):
             _same_config(a, b, f"{where}{key}.")
         elif a != b:
-            raise ValueError(f"resume: got {where}{key}={b!r}, expected {a!r} as in the run's config.json; use another --out")
+            raise ValueError(
+                f"resume: got {where}{key}={b!r}, expected {a!r} as in the run's config.json; use another --out"
+            )
 
 
 def read_metrics(folder: str | Path) -> list[dict]:

@@ -1,7 +1,7 @@
 """The GRPO loss on recorded rollouts.
 
     ratio_t = exp(logp_t - old_logp_t)
-    loss    = - sum_t min(ratio_t A, clip(ratio_t, 1 - eps_low, 1 + eps_high) A) / denominator  (+ beta * k3 KL, same sum)
+    loss    = - sum_t min(ratio_t A, clip(ratio_t, 1 - eps_low, 1 + eps_high) A) / denominator   (+ beta * k3 KL)
 
 `old_logp` is what was recorded at sampling, never `logp.detach()`: a replay that is not exact then shows as a ratio
 that is not 1. Policy loss and KL share one normalisation, so beta means the same at every answer length.
@@ -12,8 +12,8 @@ that is not 1. Policy loss and KL share one normalisation, so beta means the sam
     bnpo       the tokens in this batch                                          a ratio of sums
     dapo       the same sum over all micro-batches and ranks (`denominator`)     a ratio of sums
 
-Source: PPO clip arXiv 1707.06347; GRPO 2402.03300; Dr. GRPO 2503.20783; DAPO 2503.14476; k3: J. Schulman, "Approximating
-KL divergence" (2020). Names follow TRL.
+Source: PPO clip arXiv 1707.06347; GRPO 2402.03300; Dr. GRPO 2503.20783; DAPO 2503.14476; k3: J. Schulman,
+"Approximating KL divergence" (2020). Names follow TRL.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def grpo_loss(
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type: got {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
     if beta and ref_logp is None:
-        raise ValueError(f"beta: got {beta} without ref_logp, expected the reference log-probs; pass them or set beta=0")
+        raise ValueError(
+            f"beta: got {beta} without ref_logp, expected the reference log-probs; pass them or set beta=0"
+        )
     mask = token_mask.to(logp.dtype)
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     ratio = torch.exp((logp - old_logp) * mask)  # [R, A]

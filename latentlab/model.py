@@ -45,7 +45,9 @@ class State:
     position: torch.Tensor  # [R] position id of the next input
     pending: torch.Tensor  # [R, 1, D] next input: the embedding of <start>, or the last thought
     masks: Masks | None
-    slot: int = 0  # mask slot of `pending`: 0 question and start, i thought i, L + 1 + t the position predicting answer token t
+    slot: int = (
+        0  # mask slot of `pending`: 0 question and start, i thought i, L + 1 + t the position predicting answer token t
+    )
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows but `rows` [R'] (finished rows leave the batch)."""
@@ -94,12 +96,14 @@ class LatentReasoner(nn.Module):
         return len(self._branch_modules(sites)) + ("embedding" in sites)
 
     def num_slots(self, scope: str) -> int:
-        """How many slots a per_step mask has: question and start, each thought, and in scope "all" each answer token."""
+        """How many slots a per_step mask has: question and start, each thought, in scope "all" each answer token."""
         return 1 + self.num_thoughts + (self.max_new_tokens if scope == "all" else 0)
 
     def _branch_modules(self, sites: tuple[str, ...]) -> list[nn.Module]:
         """The modules whose output is a residual branch's output, layer by layer, found by role (see below)."""
-        return [branch_output(layer, site) for layer in decoder_layers(self.lm) for site in sites if site != "embedding"]
+        return [
+            branch_output(layer, site) for layer in decoder_layers(self.lm) for site in sites if site != "embedding"
+        ]
 
     # -- one forward pass -------------------------------------------------------------------------------------------
 
@@ -113,7 +117,7 @@ class LatentReasoner(nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _forward(self, state: State, inputs: torch.Tensor, valid: torch.Tensor, slots: list[int]) -> torch.Tensor:
-        """Pass `inputs` [R, T, D] on top of the cache; the first len(slots) positions are masked. -> hidden [R, T, D]."""
+        """Pass `inputs` [R, T, D] on top of the cache, the first len(slots) positions masked. -> hidden [R, T, D]."""
         cached = state.valid.shape[1]
         state.valid = torch.cat([state.valid, valid], 1)
         steps = valid.long().cumsum(1)
@@ -134,7 +138,7 @@ class LatentReasoner(nn.Module):
 
     @contextmanager
     def _masked(self, factors: torch.Tensor | None, masks: Masks | None, count: int):
-        """While inside, branch outputs of the first `count` positions are multiplied by `factors` [R, 1 or count, S, D]."""
+        """While inside, the first `count` positions of branch outputs are scaled by `factors` [R, 1 or count, S, D]."""
         handles = []
         if factors is not None:
             for s, module in enumerate(self._branch_modules(masks.spec.sites)):
@@ -157,8 +161,8 @@ class LatentReasoner(nn.Module):
         """
         if masks is not None and len(masks.values) != len(prompt_ids) * num_generations:
             raise ValueError(
-                f"masks: got {len(masks.values)} rows for {len(prompt_ids)} x {num_generations} rollouts, expected one mask "
-                "per rollout; draw them from the seeds of these rollouts"
+                f"masks: got {len(masks.values)} rows for {len(prompt_ids)} x {num_generations} rollouts, expected one "
+                "mask per rollout; draw them from the seeds of these rollouts"
             )
         masked = masks is not None and masks.spec.scope != "latent"
         if masked:
@@ -229,8 +233,8 @@ class LatentReasoner(nn.Module):
         need = prompt + self.num_thoughts + answer
         if need > limit:
             raise ValueError(
-                f"length: got {need} positions ({prompt} prompt + {self.num_thoughts} thoughts + {answer} answer), expected at "
-                f"most {limit}; drop long problems, or lower max_new_tokens"
+                f"length: got {need} positions ({prompt} prompt + {self.num_thoughts} thoughts + {answer} answer), "
+                f"expected at most {limit}; drop long problems, or lower max_new_tokens"
             )
 
     # -- scoring ----------------------------------------------------------------------------------------------------
@@ -244,7 +248,7 @@ class LatentReasoner(nn.Module):
         num_generations: int = 1,
         masks: Masks | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [R, A, D] that predict given answer tokens [R, A], and the thoughts [R, L, D], with gradient."""
+        """Hidden states [R, A, D] that predict answer tokens [R, A], and the thoughts [R, L, D], with gradient."""
         self.check_length(prompt_ids.shape[1], tokens.shape[1])
         state = self.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
         thoughts = self.think(state)
@@ -304,7 +308,9 @@ def decoder_layers(lm: nn.Module) -> nn.ModuleList:
     for module in lm.modules():
         if isinstance(module, nn.ModuleList) and module and _children(module[0], "att") and _children(module[0], "mlp"):
             return module
-    raise ValueError(f"backbone: got {type(lm).__name__}, expected blocks with an attention and an mlp child (GPT-2, Llama)")
+    raise ValueError(
+        f"backbone: got {type(lm).__name__}, expected blocks with an attention and an mlp child (GPT-2, Llama)"
+    )
 
 
 def branch_output(layer: nn.Module, site: str) -> nn.Module:
@@ -314,7 +320,7 @@ def branch_output(layer: nn.Module, site: str) -> nn.Module:
 
 
 def _children(layer: nn.Module, word: str) -> list[nn.Module]:
-    """Child modules named after a role that hold a linear map (so not `input_layernorm`, `post_attention_layernorm`)."""
+    """Child modules named after a role that hold a linear map (`post_attention_layernorm` is none)."""
     return [
         child for name, child in layer.named_children()
         if word in name and any(isinstance(m, (nn.Linear, Conv1D)) for m in child.modules())
@@ -349,5 +355,7 @@ def _ones(inputs: torch.Tensor) -> torch.Tensor:
 def _single_token(tokenizer, text: str) -> int:
     ids = tokenizer.convert_tokens_to_ids([text])
     if ids[0] is None or ids[0] == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(ids) != [text]:
-        raise ValueError(f"tokenizer: got no token {text}, expected the three latent tokens; load it through latentlab.backbone")
+        raise ValueError(
+            f"tokenizer: got no token {text}, expected the three latent tokens; load it through latentlab.backbone"
+        )
     return ids[0]

@@ -22,7 +22,7 @@ class Rollouts:
     """What happened: B problems, K rollouts each, rows b * K + k.
 
     prompt_ids, prompt_valid: [B, Q] left-padded questions, <start> last; tokens: [R, A] answers, eos included, padded
-    with eos; token_mask: [R, A] True for answer tokens; logp: [R, A] as sampled (greedy: at temperature 1), 0 behind the
+    with eos; token_mask: [R, A] True for answer tokens; logp: [R, A] as sampled (greedy: at temperature 1), 0 after the
     end; thoughts: [R, L, D]; seeds: [R]; text: R decoded answers; masks: what the rollouts wore.
     """
 
@@ -49,7 +49,9 @@ class Rollouts:
         """The rollouts of some problems: a micro-batch of whole groups."""
         start, stop, _ = problems.indices(len(self.problems))
         rows = slice(start * self.num_generations, stop * self.num_generations)
-        part = {name: getattr(self, name)[rows] for name in ("tokens", "token_mask", "logp", "thoughts", "seeds", "text")}
+        part = {
+            name: getattr(self, name)[rows] for name in ("tokens", "token_mask", "logp", "thoughts", "seeds", "text")
+        }
         return Rollouts(
             problems=self.problems[problems],
             num_generations=self.num_generations,

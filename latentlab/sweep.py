@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from latentlab.compare import read_done, write_compare
 from latentlab.config import Config, load_preset, to_dict
-from latentlab.report import commit
+from latentlab.report import commit, write_atomically
 
 # Two processes on two cores: one thread each. The malloc settings keep freed memory instead of handing it back to the
 # system; page faults otherwise cost a fifth of a step (measured on two-core x86 machines).
@@ -48,7 +49,7 @@ def run_sweep(name: str, config: Config, *, out: str) -> Path:
     """Run the sweep `name` ("compare") in folder `out`; returns the path of its result file."""
     started = time.time()
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    _same_settings(config, folder)
     seeds = config.sweep.seeds
     overrides = _fields(config)
     run_jobs([_sft("coconut", seed) for seed in seeds], folder, config, overrides)
@@ -72,9 +73,19 @@ def run_jobs(jobs: list[Job], folder: Path, config: Config, overrides: list[str]
 
 def _run(job: Job, folder: Path, config: Config, overrides: list[str]) -> str | None:
     """One process; its name if it failed. done.json is written last, with the seconds it took."""
-    begun = time.time()
     target = folder / job.name
-    words = [job.words[0], "--preset", config.preset, *overrides, *job.words[1:], "--out", str(target), "--threads", "1"]
+    begun = time.time() - _spent(target)
+    words = [
+        job.words[0],
+        "--preset",
+        config.preset,
+        *overrides,
+        *job.words[1:],
+        "--out",
+        str(target),
+        "--threads",
+        "1",
+    ]
     resume = ["--resume"] if (target / "config.json").exists() else []
     with open(folder / f"{job.name}.log", "a") as log:
         done = subprocess.run(
@@ -87,8 +98,31 @@ def _run(job: Job, folder: Path, config: Config, overrides: list[str]) -> str | 
     if done.returncode:
         return job.name
     summary = json.loads(done.stdout.strip().splitlines()[-1])
-    (target / "done.json").write_text(json.dumps({**summary, "seconds": seconds, "command": " ".join(words), "commit": commit()}) + "\n")
+    done = {**summary, "seconds": seconds, "command": " ".join(words), "commit": commit()}
+    write_atomically(target / "done.json", (json.dumps(done) + "\n").encode())
     return None
+
+
+def _spent(run: Path) -> float:
+    """Seconds that earlier processes of an interrupted run took, as far as they logged: each counts from 0."""
+    metrics = run / "metrics.jsonl"
+    clock = [float(s) for s in re.findall(r'"seconds": ([\d.]+)}', metrics.read_text())] if metrics.exists() else []
+    return sum(now for now, after in zip(clock, [*clock[1:], 0.0], strict=True) if after < now)
+
+
+def _same_settings(config: Config, folder: Path) -> None:
+    """Make `folder`, or refuse one whose finished runs were made with other settings: they would not be redone."""
+    free = ("sweep.workers", "sweep.seeds", "sweep.arms", "sweep.controls", "evaluate.")  # change no run, or add some
+    asked = {key: value for key, value in _flat(to_dict(config)).items() if not key.startswith(free)}
+    stored = folder / "sweep.json"
+    if stored.exists():
+        held = json.loads(stored.read_text())
+        for key in sorted(held.keys() | asked.keys()):
+            if held.get(key) != asked.get(key):
+                raise ValueError(
+                    f"sweep: got {key}={asked.get(key)!r}, expected {held.get(key)!r} as in {stored}; use another --out"
+                )
+    write_atomically(stored, (json.dumps(asked, indent=1) + "\n").encode())
 
 
 def _sft(control: str, seed: int) -> Job:
@@ -97,7 +131,7 @@ def _sft(control: str, seed: int) -> Job:
 
 def _grpo(arm: str, seed: int, config: Config, folder: Path, settings: dict, *, steps: int = 0, name: str = "") -> Job:
     """An arm from the baseline of its seed; `none` stops early, since nothing can move (checked by the report)."""
-    steps = steps or (10 if arm == "none" else config.grpo.steps)
+    steps = steps or (min(10, config.grpo.steps) if arm == "none" else config.grpo.steps)
     fields = {"arm": arm, "steps": steps, **settings}
     options = [word for key, value in fields.items() for word in (f"--grpo.{key.replace('_', '-')}", str(value))]
     start = str(folder / f"coconut-s{seed}" / "best")

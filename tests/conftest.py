@@ -65,7 +65,9 @@ def make_model(llama_folder):
     """make_model("gpt2" | "llama"): a fresh model with sharpened weights."""
 
     def make(name):
-        return sharpen(tiny_gpt2() if name == "gpt2" else LatentReasoner.from_pretrained(llama_folder, num_thoughts=2, max_new_tokens=5))
+        if name == "gpt2":
+            return sharpen(tiny_gpt2())
+        return sharpen(LatentReasoner.from_pretrained(llama_folder, num_thoughts=2, max_new_tokens=5))
 
     return make
 

@@ -174,7 +174,8 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(config, word_sets, tmp_p
     assert without_seconds(tmp_path / "run") == without_seconds(tmp_path / "whole")
     best = [(tmp_path / name / "best" / "model.safetensors").read_bytes() for name in ("whole", "run")]
     assert best[0] == best[1]
-    again = fit_curriculum(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run", resume=True)  # nothing left to do
+    model = LatentReasoner.from_config(c)
+    again = fit_curriculum(model, *word_sets, c, out=tmp_path / "run", resume=True)  # nothing left to do
     assert again == expected
 
 

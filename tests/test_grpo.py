@@ -207,7 +207,8 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(config, word_sets, tmp_p
     assert same(states[0]["model"], states[1]["model"])
     for a, b in zip(*(state["optimizer"]["state"].values() for state in states), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
-    assert fit_grpo(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run", reward=graded, resume=True) == expected
+    model = LatentReasoner.from_config(c)
+    assert fit_grpo(model, *word_sets, c, out=tmp_path / "run", reward=graded, resume=True) == expected
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
