@@ -48,9 +48,9 @@ class Job:
 def run_sweep(name: str, config: Config, *, out: str) -> Path:
     """Run the sweep `name` ("compare") in folder `out`; returns the path of its result file."""
     started = time.time()
-    folder = Path(out)
+    folder, seeds = Path(out), config.sweep.seeds
+    _check_plan(config)
     _same_settings(config, folder)
-    seeds = config.sweep.seeds
     overrides = _fields(config)
     run_jobs([_sft("coconut", seed) for seed in seeds], folder, config, overrides)
     chosen = _tune(folder, config, overrides)
@@ -98,8 +98,8 @@ def _run(job: Job, folder: Path, config: Config, overrides: list[str]) -> str | 
     if done.returncode:
         return job.name
     summary = json.loads(done.stdout.strip().splitlines()[-1])
-    done = {**summary, "seconds": seconds, "command": " ".join(words), "commit": commit()}
-    write_atomically(target / "done.json", (json.dumps(done) + "\n").encode())
+    record = {**summary, "seconds": seconds, "command": " ".join(words), "commit": commit()}
+    write_atomically(target / "done.json", (json.dumps(record) + "\n").encode())
     return None
 
 
@@ -110,10 +110,23 @@ def _spent(run: Path) -> float:
     return sum(now for now, after in zip(clock, [*clock[1:], 0.0], strict=True) if after < now)
 
 
+def _check_plan(config: Config) -> None:
+    """What the table will need, before any run: ValueError otherwise."""
+    s = config.sweep
+    for arm in ("shared", "temperature"):
+        if arm not in s.arms:
+            raise ValueError(f"sweep.arms: got no {arm}, expected shared and temperature, whose difference is reported; add it")
+    for name in ("seeds", "arms", "controls"):
+        values = getattr(s, name)
+        if len(set(values)) < len(values):
+            raise ValueError(f"sweep.{name}: got {values}, expected different ones: each is a run folder; drop the repeated")
+
+
 def _same_settings(config: Config, folder: Path) -> None:
     """Make `folder`, or refuse one whose finished runs were made with other settings: they would not be redone."""
-    free = ("sweep.workers", "sweep.seeds", "sweep.arms", "sweep.controls", "evaluate.")  # change no run, or add some
+    free = ("sweep.workers", "sweep.seeds", "sweep.arms", "sweep.controls", "data.test_size", "evaluate.")  # change no run
     asked = {key: value for key, value in _flat(to_dict(config)).items() if not key.startswith(free)}
+    asked["sweep.seeds, the first"] = config.sweep.seeds[0]  # what the tuning started from
     stored = folder / "sweep.json"
     if stored.exists():
         held = json.loads(stored.read_text())
