@@ -34,16 +34,18 @@ def measure_groups(
     num_generations: int,
     batch_size: int,
     run_seed: int,
+    gradient_problems: int | None = None,
     reward=exact_answer,
 ) -> dict[str, float]:
     """The four numbers above, plus `reward`, `replay_gap` (nats), `problems` and `num_generations`, over whole batches.
 
-    The gradient is that of one GRPO step on all problems: batches are summed, each weighted by its share. The model's
-    gradients are cleared before and after. Raises ValueError for an empty problem list.
+    The gradient is that of one GRPO step on all problems, or on the first `gradient_problems` where the backward pass is
+    dear: batches are summed, each weighted by its share. The model's gradients are cleared before and after. Raises ValueError for an empty problem list.
     """
     if not problems:
         raise ValueError("problems: got an empty list, expected at least one; check the data source and its filters")
     model.zero_grad(set_to_none=True)
+    counted = len(problems) if gradient_problems is None else gradient_problems
     rewards, spreads, distinct, gap = [], [], [], 0.0
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
@@ -58,8 +60,9 @@ def measure_groups(
         )
         values = out.rewards(reward)  # [B, K]
         advantages = group_advantages(values, baseline=config.grpo.baseline, scale=config.grpo.scale_rewards)
-        weighted = advantages.flatten().to(out.logp) * (len(batch) / len(problems))
-        gap = max(gap, policy_gradient(model, out, weighted, config)["replay_gap"])
+        if start < counted:
+            weighted = advantages.flatten().to(out.logp) * (len(batch) / counted)
+            gap = max(gap, policy_gradient(model, out, weighted, config)["replay_gap"])
         rewards.append(values)
         grouped = out.thoughts.unflatten(0, (-1, num_generations))  # [B, K, L, D]
         spreads.append(
@@ -77,6 +80,7 @@ def measure_groups(
         "reward": reward_table.mean().item(),
         "replay_gap": gap,
         "problems": len(problems),
+        "gradient_problems": counted,
         "num_generations": num_generations,
     }
 

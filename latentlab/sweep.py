@@ -115,16 +115,21 @@ def _check_plan(config: Config) -> None:
     s = config.sweep
     for arm in ("shared", "temperature"):
         if arm not in s.arms:
-            raise ValueError(f"sweep.arms: got no {arm}, expected shared and temperature, whose difference is reported; add it")
+            raise ValueError(
+                f"sweep.arms: got no {arm}, expected shared and temperature, whose difference is reported; add it"
+            )
     for name in ("seeds", "arms", "controls"):
         values = getattr(s, name)
         if len(set(values)) < len(values):
-            raise ValueError(f"sweep.{name}: got {values}, expected different ones: each is a run folder; drop the repeated")
+            raise ValueError(
+                f"sweep.{name}: got {values}, expected different ones: each is a run folder; drop the repeated"
+            )
 
 
 def _same_settings(config: Config, folder: Path) -> None:
     """Make `folder`, or refuse one whose finished runs were made with other settings: they would not be redone."""
-    free = ("sweep.workers", "sweep.seeds", "sweep.arms", "sweep.controls", "data.test_size", "evaluate.")  # change no run
+    # These change no run, or add some.
+    free = ("sweep.workers", "sweep.seeds", "sweep.arms", "sweep.controls", "data.test_size", "evaluate.")
     asked = {key: value for key, value in _flat(to_dict(config)).items() if not key.startswith(free)}
     asked["sweep.seeds, the first"] = config.sweep.seeds[0]  # what the tuning started from
     stored = folder / "sweep.json"
