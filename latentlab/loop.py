@@ -75,6 +75,10 @@ class Run:
         temporary.rename(best)
         shutil.rmtree(old, ignore_errors=True)
 
+    def load_best(self, model) -> None:
+        """Give `model` the weights of best/."""
+        model.lm.load_state_dict(type(model).from_pretrained(self.folder / "best").lm.state_dict())
+
 
 def _read_state(path: Path, loop: str) -> dict:
     try:
@@ -89,10 +93,6 @@ def _read_state(path: Path, loop: str) -> dict:
             f"resume: got a run of loop {state['loop']} in {path.parent}, expected {loop}; use another --out"
         )
     return state
-
-    def load_best(self, model) -> None:
-        """Give `model` the weights of best/."""
-        model.lm.load_state_dict(type(model).from_pretrained(self.folder / "best").lm.state_dict())
 
 
 def _same_config(stored: dict, asked: dict, where: str = "") -> None:

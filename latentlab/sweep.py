@@ -107,7 +107,7 @@ def _spent(run: Path) -> float:
     """Seconds that earlier processes of an interrupted run took, as far as they logged: each counts from 0."""
     metrics = run / "metrics.jsonl"
     clock = [float(s) for s in re.findall(r'"seconds": ([\d.]+)}', metrics.read_text())] if metrics.exists() else []
-    return sum(now for now, after in zip(clock, [*clock[1:], 0.0], strict=True) if after < now)
+    return sum(now for now, after in zip(clock, [*clock[1:], 0.0], strict=False) if after < now)
 
 
 def _check_plan(config: Config) -> None:

@@ -14,8 +14,8 @@ from latentlab.word_problems import word_problems
 
 
 def graded(text, problem):
-    """A reward that random models earn too: how many different words."""
-    return float(len(set(text.split())))
+    """A reward that tells any two answers apart, so that random models earn different ones."""
+    return sum(map(ord, text)) / 1000
 
 
 @pytest.fixture
