@@ -37,14 +37,14 @@ class Sft:
     threads: int = 0  # torch threads; 0 leaves torch's default
 
     def __call__(self, config: Config) -> None:
-        from latentlab import curriculum, sources
+        from latentlab import curriculum, report, sources
         from latentlab.model import LatentReasoner
 
         out = self.out or f"runs/{config.preset}/sft-{config.curriculum.control}-s{config.seed}"
         train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
         model = LatentReasoner.from_config(config, init_from=self.init_from)
         summary = curriculum.fit_curriculum(model, train, validation, config, out=out, resume=self.resume)
-        print(json.dumps({"out": out, **summary}))
+        print(json.dumps({"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}))
 
 
 @dataclass
@@ -57,14 +57,14 @@ class Grpo:
     threads: int = 0
 
     def __call__(self, config: Config) -> None:
-        from latentlab import backbone, grpo, sources
+        from latentlab import backbone, grpo, report, sources
         from latentlab.model import LatentReasoner
 
         out = self.out or f"runs/{config.preset}/grpo-{config.grpo.arm}-s{config.seed}"
         model = LatentReasoner.from_pretrained(self.init_from or backbone.shipped_checkpoint(config.preset))
         train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
         summary = grpo.fit_grpo(model, train, validation, config, out=out, resume=self.resume)
-        print(json.dumps({"out": out, **summary}))
+        print(json.dumps({"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}))
 
 
 @dataclass

@@ -39,8 +39,9 @@ def measure_groups(
 ) -> dict[str, float]:
     """The four numbers above, plus `reward`, `replay_gap` (nats), `problems` and `num_generations`, over whole batches.
 
-    The gradient is that of one GRPO step on all problems, or on the first `gradient_problems` where the backward pass is
-    dear: batches are summed, each weighted by its share. The model's gradients are cleared before and after. Raises ValueError for an empty problem list.
+    The gradient is that of one GRPO step on all problems, or on the first `gradient_problems` where the backward pass
+    is dear: batches are summed, each weighted by its share. The model's gradients are cleared before and after.
+    Raises ValueError for an empty problem list.
     """
     if not problems:
         raise ValueError("problems: got an empty list, expected at least one; check the data source and its filters")

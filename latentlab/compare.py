@@ -89,6 +89,8 @@ def _arm(name: str, seed: int, outcomes: dict, folder: Path) -> dict:
         "rollouts": done.get("rollouts", 0), "seconds": done["seconds"],
         "validation_accuracy": done["validation_accuracy"],
     }  # fmt: skip
+    if "peak_memory_gib" in done:
+        row["peak_memory_gib"] = done["peak_memory_gib"]
     gaps = [line["replay_gap"] for line in read_metrics(folder / f"{name}-s{seed}") if "replay_gap" in line]
     if gaps:
         row["replay_gap"] = max(gaps)

@@ -24,7 +24,7 @@ from latentlab.config import Config, to_dict
 
 
 class Run:
-    """A run folder of `loop`, "curriculum" or "grpo". `resume=True` goes on from state.pt, else refuses a used folder."""
+    """A run folder of `loop`, "curriculum" or "grpo". `resume` goes on from state.pt, else a used folder is refused."""
 
     def __init__(self, folder: str | Path, config: Config, *, loop: str, resume: bool = False):
         self.folder, self.loop = Path(folder), loop

@@ -21,6 +21,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
@@ -73,8 +74,18 @@ def environment(weights: dict | None = None) -> dict:
     except PackageNotFoundError:
         transformers = None
     found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers}
-    found |= {"device": device, "threads": torch.get_num_threads()}
+    found |= {"device": device, "threads": torch.get_num_threads(), "peak_memory_gib": peak_memory_gib()}
     return found | ({"weights": weights} if weights else {})
+
+
+def peak_memory_gib() -> float:
+    """The most memory that this process has held so far, in GiB; 0 where the system does not tell."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0.0
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
 
 
 _measured_environment = environment  # write_result has a parameter of the same name

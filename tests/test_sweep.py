@@ -1,0 +1,245 @@
+"""sweep.py: which processes are started, with which words, and what is kept. No process is started here."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from latentlab import sweep
+from latentlab.cli import parse
+from latentlab.config import ARMS, from_dict, load_preset, to_dict
+from latentlab.sweep import Job, _family, _fields, run_jobs, run_sweep
+
+JOBS = [Job(name, ("sft", "--seed", seed)) for name, seed in (("a", "1"), ("b", "2"), ("c", "3"))]
+
+
+class Processes:
+    """Stands in for subprocess.run: records command lines, makes the run folder, succeeds but for names in `fails`."""
+
+    def __init__(self):
+        self.commands, self.fails, self.scores, self.environments = [], set(), {}, []
+
+    def __call__(self, command, *, stdout, stderr, text, env):
+        words = command[3:]
+        name = words[words.index("--out") + 1].split("/")[-1]
+        self.commands.append((name, words))
+        self.environments.append(env)
+        if name in self.fails:
+            stderr.write(f"{name} went wrong\n")
+            return SimpleNamespace(returncode=1, stdout="")
+        summary = {"out": name, "validation_accuracy": self.scores.get(name, 0.5), "rollouts": 8}
+        return SimpleNamespace(returncode=0, stdout="a line before\n" + json.dumps(summary) + "\n")
+
+    @property
+    def names(self):
+        return [name for name, _ in self.commands]
+
+    def words(self, name):
+        return next(words for got, words in self.commands if got == name)
+
+
+@pytest.fixture
+def processes(monkeypatch, tmp_path):
+    fake = Processes()
+    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=fake, PIPE=-1))
+    monkeypatch.setattr(sweep, "commit", lambda: "0123")
+    for job in JOBS:
+        (tmp_path / job.name).mkdir()
+    return fake
+
+
+def small(**fields):
+    """A sweep configuration of one worker, so that jobs run in order."""
+    values = to_dict(load_preset("smoke"))
+    values["sweep"] |= {"workers": 1, **fields}
+    return from_dict(values)
+
+
+# -- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_recorded_and_not_redone(processes, tmp_path):
+    run_jobs(JOBS[:2], tmp_path, small(), [])
+    assert processes.names == ["a", "b"]
+    done = json.loads((tmp_path / "a" / "done.json").read_text())
+    assert done["validation_accuracy"] == 0.5 and done["commit"] == "0123" and done["seconds"] >= 0
+    assert done["command"] == f"sft --preset smoke --seed 1 --out {tmp_path / 'a'} --threads 1"
+    run_jobs(JOBS, tmp_path, small(), [])
+    assert processes.names == ["a", "b", "c"]
+    assert all(env["OMP_NUM_THREADS"] == "1" and "PATH" in env for env in processes.environments)
+
+
+def test_failed_runs_are_listed_with_their_logs_and_tried_again_with_resume(processes, tmp_path, capsys):
+    processes.fails = {"a", "c"}
+    (tmp_path / "c" / "config.json").write_text("{}")  # c began, a did not
+    with pytest.raises(RuntimeError, match="^sweep: 2 runs failed, see ") as error:
+        run_jobs(JOBS, tmp_path, small(), [])
+    assert str(tmp_path / "a.log") in str(error.value) and str(tmp_path / "c.log") in str(error.value)
+    assert "b.log" not in str(error.value) and "\n" not in str(error.value)
+    assert (tmp_path / "a.log").read_text() == "a went wrong\n"
+    assert processes.names == ["a", "b", "c"]  # a failure does not stop the others
+    assert not (tmp_path / "a" / "done.json").exists()
+    processes.fails, processes.commands = set(), []
+    run_jobs(JOBS, tmp_path, small(), [])
+    assert processes.names == ["a", "c"]
+    assert "--resume" not in processes.words("a") and processes.words("c")[-1] == "--resume"
+    assert "1 of 3 runs are finished, 2 to go" in capsys.readouterr().out
+
+
+def test_seconds_count_the_earlier_processes_of_a_resumed_run(processes, tmp_path):
+    """Each process counts from 0: 20 s and 300 s were spent before this one."""
+    lines = [{"step": step, "seconds": seconds} for step, seconds in enumerate((10.0, 20.0, 5.0, 300.0))]
+    (tmp_path / "a" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "sec')
+    run_jobs(JOBS[:1], tmp_path, small(), [])
+    assert 320 <= json.loads((tmp_path / "a" / "done.json").read_text())["seconds"] < 330
+
+
+# -- changed fields -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["sft", "grpo"])
+@pytest.mark.parametrize("preset", ["smoke", "tiny"])
+def test_changed_fields_reach_every_run_as_they_are(verb, preset):
+    """Tuples, None to a number and back, text, whole and small numbers: the words parse to the same Config."""
+    values = to_dict(load_preset(preset))
+    values |= {"seed": 7, "max_new_tokens": 9}
+    values["data"] |= {"name": "gsm8k", "train_size": 0}
+    values["curriculum"] |= {"steps": [1, 2, 3], "betas": [0.8, 0.95], "learning_rate": 1.0e-5}
+    values["curriculum"]["mask"] |= {"sites": ["mlp"], "scope": "prompt+latent"}
+    values["grpo"] |= {"epsilon_high": 0.28, "arm": "per_step", "loss_type": "dapo"}
+    values["grpo"]["mask"] |= {"sites": ["embedding", "attention"], "rate": 0.25}
+    changed = from_dict(values)
+    words = _fields(changed)
+    assert parse([verb, "--preset", preset, *words])[1] == changed
+    assert not any(word.startswith(("--backbone", "--evaluate", "--preset")) for word in words)  # not changed
+    assert _fields(load_preset(preset)) == []
+
+
+def test_none_and_booleans_are_words_that_parse_back(monkeypatch):
+    """A preset that sets epsilon_high, and a sweep that takes it back."""
+    values = to_dict(load_preset("smoke"))
+    values["grpo"]["epsilon_high"] = 0.3
+    monkeypatch.setattr(sweep, "load_preset", lambda name: from_dict(values))
+    words = _fields(load_preset("smoke"))
+    assert words == ["--grpo.epsilon-high", "None"]
+    assert parse(["grpo", "--preset", "smoke", "--grpo.epsilon-high", "0.3", *words])[1].grpo.epsilon_high is None
+    verb, _ = parse(["grpo", "--preset", "smoke", "--out", "x", "--threads", "1", "--resume"])
+    assert verb.resume is True and verb.threads == 1
+
+
+def test_fields_of_the_sweep_itself_are_not_passed_on():
+    assert _fields(small(seeds=[3, 4], rates=[0.2])) == []
+
+
+# -- the whole plan -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(processes, tmp_path, monkeypatch):
+    """plan(config): run the sweep with the table left out; what write_compare was given."""
+    monkeypatch.setattr(sweep, "write_compare", lambda *arguments: arguments)
+    folder = tmp_path / "sweep"
+
+    def call(config):
+        for family, count in (("temperature", 4), ("shared", 4), ("supervised", 2)):
+            for i in range(count):
+                (folder / f"tune-{family}-{i}").mkdir(parents=True, exist_ok=True)
+        for seed in config.sweep.seeds:
+            for name in ("coconut", *config.sweep.controls, *config.sweep.arms):
+                (folder / f"{name}-s{seed}").mkdir(parents=True, exist_ok=True)
+        return run_sweep("compare", config, out=str(folder))
+
+    return call
+
+
+GRID = {"seeds": [5, 6], "learning_rates": [1e-4, 1e-3], "rates": [0.1, 0.2], "temperatures": [0.7, 1.3]}
+
+
+def test_tuning_picks_the_best_validation_accuracy_and_the_arms_get_it(plan, processes, tmp_path):
+    processes.scores = {"tune-temperature-1": 0.9, "tune-shared-2": 0.8, "tune-supervised-1": 0.7}
+    chosen = plan(small(**GRID))[2]
+    assert chosen == {
+        "temperature": {"learning_rate": 1e-4, "temperature": 1.3},
+        "shared": {"learning_rate": 1e-3, "mask.rate": 0.1},
+        "supervised": {"learning_rate": 1e-3},
+    }
+    tuning = json.loads((tmp_path / "sweep" / "tuning.json").read_text())
+    assert tuning["chosen"] == chosen and len(tuning["trials"]) == 10
+    best = {arm: max((t for t in tuning["trials"] if t["arm"] == arm), key=lambda t: t["validation_accuracy"]) for arm in chosen}
+    assert {arm: t["validation_accuracy"] for arm, t in best.items()} == {"temperature": 0.9, "shared": 0.8, "supervised": 0.7}
+    grpo = {arm: parse(processes.words(f"{arm}-s6"))[1].grpo for arm in ARMS}
+    assert {arm: g.arm for arm, g in grpo.items()} == {arm: arm for arm in ARMS}
+    for arm in ("shared", "per_step", "shared_greedy"):
+        assert (grpo[arm].learning_rate, grpo[arm].mask.rate, grpo[arm].temperature) == (1e-3, 0.1, 1.0)
+    for arm in ("none", "temperature"):
+        assert (grpo[arm].learning_rate, grpo[arm].temperature) == (1e-4, 1.3)
+    assert (grpo["supervised"].learning_rate, grpo["supervised"].temperature) == (1e-3, 1.0)
+
+
+def test_the_order_is_baselines_then_trials_then_controls_and_arms(plan, processes):
+    plan(small(**GRID))
+    names = processes.names
+    assert names[:2] == ["coconut-s5", "coconut-s6"]
+    assert len(names) == len(set(names)) and all(name.startswith("tune-") for name in names[2:12])
+    assert names[12:16] == ["pause-s5", "direct-s5", "pause-s6", "direct-s6"]
+    assert names[16:] == [f"{arm}-s{seed}" for seed in (5, 6) for arm in ARMS]
+
+
+def test_every_word_parses_and_arms_start_from_the_baseline_of_their_seed(plan, processes, tmp_path):
+    config = small(**GRID)
+    plan(config)
+    for name, words in processes.commands:
+        verb, got = parse(words)
+        assert verb.out == str(tmp_path / "sweep" / name) and verb.threads == 1 and verb.resume is False
+        seed = 5 if name.startswith("tune") else int(name[-1])
+        assert got.seed == seed and got.data == config.data and got.preset == "smoke"
+        if words[0] == "grpo":
+            assert verb.init_from == str(tmp_path / "sweep" / f"coconut-s{seed}" / "best")
+            steps = config.sweep.tune_steps if name.startswith("tune") else config.grpo.steps
+            assert got.grpo.steps == steps
+        else:
+            assert got.curriculum.control == name.split("-")[0]
+
+
+@pytest.mark.parametrize(("steps", "short"), [(400, 10), (4, 4)])
+def test_none_is_short(plan, processes, steps, short):
+    values = to_dict(small())
+    values["grpo"]["steps"] = steps
+    plan(from_dict(values))
+    assert parse(processes.words("none-s0"))[1].grpo.steps == short
+    assert parse(processes.words("shared-s0"))[1].grpo.steps == steps
+
+
+def test_families_of_arms():
+    assert {arm: _family(arm) for arm in ARMS} == {
+        "none": "temperature", "temperature": "temperature", "shared": "shared", "per_step": "shared",
+        "shared_greedy": "shared", "supervised": "supervised",
+    }  # fmt: skip
+
+
+def test_a_folder_of_other_settings_is_refused_before_any_run(plan, processes):
+    """Its finished runs would be taken for this sweep's; more seeds or arms only add runs."""
+    plan(small())
+    count = len(processes.commands)
+    values = to_dict(small())
+    values["grpo"]["steps"] = 9
+    for other, key in ((from_dict(values), "grpo.steps"), (small(tune_steps=3), "sweep.tune_steps"), (small(seeds=[1]), "sweep.seeds")):
+        with pytest.raises(ValueError, match=f"^sweep: got {key}.* expected .*use another --out") as error:
+            plan(other)
+        assert "\n" not in str(error.value)
+    assert len(processes.commands) == count
+    plan(small(seeds=[0, 1], workers=2))
+    assert {name[-1] for name in processes.names[count:]} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arms": ["none", "shared"]}, "^sweep.arms: got no temperature, expected"),
+        ({"seeds": [1, 1]}, r"^sweep.seeds: got \(1, 1\), expected different"),
+    ],
+)
+def test_a_plan_whose_table_could_not_be_written_starts_nothing(plan, processes, fields, message):
+    with pytest.raises(ValueError, match=message):
+        plan(small(**fields))
+    assert not processes.commands
