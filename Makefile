@@ -1,10 +1,10 @@
-# make study [PRESET=smoke|tiny|smol|paper] · make test · make lab · make lint · make bench
+# make study [PRESET=smoke|tiny|smol|paper] · make test · make lab · make lint · make bench · make notebooks
 PRESET ?= tiny
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: study test lab lint bench
+.PHONY: study test lab lint bench notebooks
 
 study: $(READY)
 	@$(BIN)/latentlab study --preset $(PRESET)
@@ -21,6 +21,12 @@ lab: $(READY)
 
 lint: $(READY)
 	@$(BIN)/ruff check .
+
+# Refreshes the committed notebooks in place, with their result files, then everything generated from these.
+notebooks: $(READY)
+	@TQDM_DISABLE=1 PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	--log-level=ERROR --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=1200 notebooks/*.ipynb
+	@$(BIN)/latentlab report
 
 bench: $(READY)
 	@$(BIN)/latentlab bench --shape tiny

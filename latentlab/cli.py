@@ -83,7 +83,8 @@ class Evaluate:
 
         model = LatentReasoner.from_pretrained(self.checkpoint or backbone.shipped_checkpoint(config.preset))
         problems = sources.benchmark(self.benchmark) if self.benchmark else sources.load(config.data, "test")
-        result = evaluate.summary(model, problems[: self.limit or None], config)
+        g = config.grpo
+        result = evaluate.summary(model, problems[: self.limit or None], config, mask=g.mask, temperature=g.temperature)
         print(json.dumps(result, indent=1))
         if self.json:
             Path(self.json).write_text(json.dumps(result, indent=1) + "\n")

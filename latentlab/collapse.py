@@ -46,7 +46,8 @@ def measure_groups(
     if not problems:
         raise ValueError("problems: got an empty list, expected at least one; check the data source and its filters")
     model.zero_grad(set_to_none=True)
-    counted = len(problems) if gradient_problems is None else gradient_problems
+    wanted = len(problems) if gradient_problems is None else gradient_problems
+    counted = min(len(problems), -(-wanted // batch_size) * batch_size)  # whole batches
     rewards, spreads, distinct, gap = [], [], [], 0.0
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from latentlab import report, sources
-from latentlab.config import Config, to_dict
+from latentlab.config import Config, arm_settings, to_dict
 from latentlab.evaluate import evaluate, summary
 from latentlab.loop import read_metrics
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
+from latentlab.rollout import rollout
 from latentlab.statistics import paired_comparison, seed_comparison, wilson_interval
 
 
@@ -41,9 +43,7 @@ def write_compare(config: Config, folder: Path, chosen: dict, started: float) ->
         },
         "curves": {f"{arm}-s{seed}": _curves(folder / f"{arm}-s{seed}") for seed in s.seeds for arm in s.arms},
         "deployments": {
-            f"{name}-s{seed}": summary(
-                LatentReasoner.from_pretrained(folder / f"{name}-s{seed}" / "best"), test[:1000], config
-            )
+            f"{name}-s{seed}": _deployments(folder / f"{name}-s{seed}" / "best", name, test[:1000], config, chosen)
             for seed in s.seeds
             for name in ("coconut", "temperature", "shared")
         },
@@ -74,6 +74,17 @@ def write_compare(config: Config, folder: Path, chosen: dict, started: float) ->
     )
 
 
+def _deployments(checkpoint: Path, name: str, test: list[Problem], config: Config, chosen: dict) -> dict:
+    """Greedy, and sampled as the arm was trained; the baseline is sampled under the mask of arm `shared`."""
+    arm = "temperature" if name == "temperature" else "shared"
+    settings = chosen[arm]
+    mask, _ = arm_settings(config.grpo, arm)
+    if mask is not None:
+        mask = replace(mask, rate=settings["mask.rate"])
+    model = LatentReasoner.from_pretrained(checkpoint)
+    return summary(model, test, config, mask=mask, temperature=settings.get("temperature", config.grpo.temperature))
+
+
 def _outcomes(run: Path, test: list[Problem], config: Config) -> np.ndarray:
     model = LatentReasoner.from_pretrained(run / "best")
     return evaluate(model, test, batch_size=config.evaluate.batch_size).correct[:, 0]  # [n]
@@ -87,13 +98,13 @@ def _arm(name: str, seed: int, outcomes: dict, folder: Path) -> dict:
     row = {
         "name": name, "seed": seed, "n": n, "correct": correct, "interval": list(wilson_interval(correct, n)),
         "rollouts": done.get("rollouts", 0), "seconds": done["seconds"],
-        "validation_accuracy": done["validation_accuracy"],
+        "validation_accuracy": done["validation_accuracy"], "commit": done["commit"],
     }  # fmt: skip
     if "peak_memory_gib" in done:
         row["peak_memory_gib"] = done["peak_memory_gib"]
     gaps = [line["replay_gap"] for line in read_metrics(folder / f"{name}-s{seed}") if "replay_gap" in line]
     if gaps:
-        row["replay_gap"] = max(gaps)
+        row |= {"replay_gap": max(gaps), "replay_gap_over_1e-5": sum(gap > 1e-5 for gap in gaps) / len(gaps)}
     if name != "coconut":
         pair = paired_comparison(mine, base, seed=0)
         row["difference"] = {
@@ -148,8 +159,10 @@ def swap_thoughts(model: LatentReasoner, problems: list[Problem]) -> dict:
     Returns shares in [0, 1]: `changed`, `follows_donor` (the donor's own clean answer) and `same_by_chance`: how often
     the two clean answers agree anyway.
     """
-    clean = evaluate(model, problems, batch_size=len(problems))
-    swapped = evaluate(model, problems, batch_size=len(problems), edit=lambda i, z: z.roll(-1, 0))
+    options = {"num_generations": 1, "masks": None, "temperature": 0.0, "run_seed": 0, "step": 0}
+    clean = rollout(model, problems, **options)
+    given = clean.thoughts.roll(-1, 0)  # [n, L, D]: recorded, so that all L thoughts are the donor's own
+    swapped = rollout(model, problems, **options, edit=lambda i, z: given[:, i - 1])
     donor = clean.text[1:] + clean.text[:1]
     pairs = list(zip(clean.text, swapped.text, donor, strict=True))
     return {

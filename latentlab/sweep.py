@@ -62,7 +62,7 @@ def run_sweep(name: str, config: Config, *, out: str) -> Path:
 
 def run_jobs(jobs: list[Job], folder: Path, config: Config, overrides: list[str]) -> None:
     """Run what is not finished, `sweep.workers` at a time. Raises RuntimeError that lists the failed runs."""
-    waiting = [job for job in jobs if not (folder / job.name / "done.json").exists()]
+    waiting = [job for job in jobs if not _finished(job, folder, config, overrides)]
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished, {len(waiting)} to go", flush=True)
     with ThreadPoolExecutor(config.sweep.workers) as pool:
         failed = [name for name in pool.map(lambda job: _run(job, folder, config, overrides), waiting) if name]
@@ -74,18 +74,8 @@ def run_jobs(jobs: list[Job], folder: Path, config: Config, overrides: list[str]
 def _run(job: Job, folder: Path, config: Config, overrides: list[str]) -> str | None:
     """One process; its name if it failed. done.json is written last, with the seconds it took."""
     target = folder / job.name
-    begun = time.time() - _spent(target)
-    words = [
-        job.words[0],
-        "--preset",
-        config.preset,
-        *overrides,
-        *job.words[1:],
-        "--out",
-        str(target),
-        "--threads",
-        "1",
-    ]
+    begun, made_by = time.time() - _spent(target), commit()
+    words = _words(job, target, config, overrides)
     resume = ["--resume"] if (target / "config.json").exists() else []
     with open(folder / f"{job.name}.log", "a") as log:
         done = subprocess.run(
@@ -98,9 +88,25 @@ def _run(job: Job, folder: Path, config: Config, overrides: list[str]) -> str | 
     if done.returncode:
         return job.name
     summary = json.loads(done.stdout.strip().splitlines()[-1])
-    record = {**summary, "seconds": seconds, "command": " ".join(words), "commit": commit()}
+    record = {**summary, "seconds": seconds, "command": " ".join(words), "commit": made_by}
     write_atomically(target / "done.json", (json.dumps(record) + "\n").encode())
     return None
+
+
+def _words(job: Job, target: Path, config: Config, overrides: list[str]) -> list[str]:
+    """The command line of a run, without --resume."""
+    verb, *fields = job.words
+    return [verb, "--preset", config.preset, *overrides, *fields, "--out", str(target), "--threads", "1"]
+
+
+def _finished(job: Job, folder: Path, config: Config, overrides: list[str]) -> bool:
+    """Is the run done? ValueError if its folder was made by another command: its numbers are not this table's."""
+    if not (folder / job.name / "done.json").exists():
+        return False
+    made, asked = read_done(folder, job.name)["command"], " ".join(_words(job, folder / job.name, config, overrides))
+    if made != asked:
+        raise ValueError(f"sweep: {job.name} was made by `{made}`, expected `{asked}`; delete it, or use another --out")
+    return True
 
 
 def _spent(run: Path) -> float:

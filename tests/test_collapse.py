@@ -88,6 +88,17 @@ def test_the_numbers_do_not_depend_on_the_batch_size(measure):
         assert parts == pytest.approx(whole, rel=1e-9, abs=1e-12)
 
 
+def test_the_gradient_of_the_first_problems_is_their_own(measure, problems):
+    """`gradient_problems` rounds up to whole batches; the other numbers are still over all problems."""
+    model = sharpen(tiny_gpt2()).double()
+    whole, part = measure("shared", model), measure("shared", model, batch_size=2, gradient_problems=1)
+    alone = measure("shared", model, on=problems[:2])
+    assert part["gradient_problems"] == 2 and part["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-9)
+    assert part["grad_norm"] != pytest.approx(whole["grad_norm"], rel=1e-3)
+    names = ("reward", "distinct_answers", "problems", "frac_reward_zero_std")
+    assert [part[name] for name in names] == [whole[name] for name in names]
+
+
 def test_numbers_by_hand(measure, monkeypatch):
     """Two groups of two: one with equal answers, one with two; a reward of one for the first word "a"."""
     texts = iter([("a", "a", "b", "a")])
@@ -137,7 +148,9 @@ def test_the_plane_of_points_that_lie_in_one():
     plane, shares = principal_plane(points)
     assert plane.shape == (5, 3, 2) and shares.sum().item() == pytest.approx(1.0)
     assert shares[0] > 0.6 and plane.flatten(0, 1).mean(0).abs().max() < 1e-9
-    torch.testing.assert_close(torch.cdist(plane.flatten(0, 1), plane.flatten(0, 1)), torch.cdist(points.flatten(0, 1), points.flatten(0, 1)))
+    torch.testing.assert_close(
+        torch.cdist(plane.flatten(0, 1), plane.flatten(0, 1)), torch.cdist(points.flatten(0, 1), points.flatten(0, 1))
+    )
     scatter = plane.flatten(0, 1).T @ plane.flatten(0, 1)
     assert scatter[0, 1].abs() < 1e-9 and scatter[0, 0] / scatter.trace() == pytest.approx(shares[0].item())
 

@@ -153,14 +153,16 @@ def test_the_main_contrast_is_shared_minus_temperature(written):
     result, outcomes, _ = written
     contrast = result["metrics"]["main_contrast"]
     gaps = [100 * (outcomes[f"shared-s{s}"].astype(int) - outcomes[f"temperature-s{s}"]).mean() for s in (0, 1)]
-    assert contrast["seed_differences"] == pytest.approx(gaps) and contrast["difference"] == pytest.approx(sum(gaps) / 2)
+    assert contrast["seed_differences"] == pytest.approx(gaps) and contrast["difference"] == pytest.approx(
+        sum(gaps) / 2
+    )
     assert [contrast["by_seed"][s]["difference"] for s in ("0", "1")] == pytest.approx(gaps)
     text = f"{contrast['difference']:+.2f} points [{contrast['low']:+.2f}, {contrast['high']:+.2f}] over 2 seeds"
     assert result["headline"] == f"shared - temperature: {text}"
 
 
 def test_the_metrics_hold_what_the_notebooks_read(toy, written):
-    (config, folder, chosen), (result, _, _) = toy, written
+    (_, folder, chosen), (result, _, _) = toy, written
     metrics = result["metrics"]
     assert metrics["chosen_on_validation"] == chosen and set(chosen) == {"temperature", "shared", "supervised"}
     assert metrics["tuning"] == json.loads((folder / "tuning.json").read_text())["trials"]
@@ -169,7 +171,10 @@ def test_the_metrics_hold_what_the_notebooks_read(toy, written):
     assert set(metrics["curves"]) == {f"{arm}-s{seed}" for seed in (0, 1) for arm in ARMS}
     assert metrics["curves"]["shared-s0"]["validation_step"] == [-1, 0, 1]
     assert len(metrics["curves"]["shared-s0"]["reward"]) == 1  # iteration 0, then every tenth
-    assert {name: entry["n"] for name, entry in metrics["swapped_thoughts"].items()} == {"coconut-s0": 40, "coconut-s1": 40}
+    assert {name: entry["n"] for name, entry in metrics["swapped_thoughts"].items()} == {
+        "coconut-s0": 40,
+        "coconut-s1": 40,
+    }
     assert {name.split("-")[0] for name in metrics["deployments"]} == {"coconut", "temperature", "shared"}
 
 
