@@ -27,6 +27,7 @@ from transformers.utils import logging as hf_logging
 
 from latentlab import published
 from latentlab.config import Config
+from latentlab.hub import TIMEOUT, hub_answers
 from latentlab.smollm2 import smollm2_folder
 from latentlab.word_problems import WORDS
 
@@ -155,6 +156,10 @@ def _load_pair(name: str, dtype: torch.dtype):
             )
     elif os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"checkpoint: got {name}, which is no folder, expected a checkpoint folder or a Hub id")
+    elif not hub_answers():
+        raise FileNotFoundError(
+            f"Hub: got no answer for {name} within {TIMEOUT:g} s; connect to it, or pass a folder that holds the model"
+        )
     _quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

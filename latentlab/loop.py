@@ -43,8 +43,9 @@ class Run:
                 (self.folder / "best.old").rename(self.folder / "best")  # killed between the two renames of save_best
         self.folder.mkdir(parents=True, exist_ok=True)
         stored.write_text(json.dumps(to_dict(config), indent=1) + "\n")
-        self.metrics = open(self.folder / "metrics.jsonl", "ab")
-        self.metrics.truncate(self.state["metrics_offset"] if self.state else 0)
+        self.metrics = self.folder / "metrics.jsonl"
+        self.metrics.touch()
+        os.truncate(self.metrics, self.state["metrics_offset"] if self.state else 0)
 
     def log(self, record: dict) -> None:
         """Append one line to metrics.jsonl, with the seconds since this process began. Raises on a NaN."""
@@ -55,13 +56,13 @@ class Run:
                     f"checkpoint is kept in {self.folder}; lower the learning rate"
                 )
         record = {**record, "seconds": round(time.time() - self.started, 3)}
-        self.metrics.write((json.dumps(record) + "\n").encode())
-        self.metrics.flush()
+        with open(self.metrics, "ab") as lines:
+            lines.write((json.dumps(record) + "\n").encode())
 
     def save(self, **state) -> None:
         """Write state.pt: tensors, state dicts and plain numbers."""
         temporary = self.folder / "state.pt.partial"
-        torch.save({**state, "loop": self.loop, "metrics_offset": self.metrics.tell()}, temporary)
+        torch.save({**state, "loop": self.loop, "metrics_offset": self.metrics.stat().st_size}, temporary)
         os.replace(temporary, self.folder / "state.pt")
 
     def save_best(self, model) -> None:

@@ -15,13 +15,13 @@ from hashlib import blake2b
 from pathlib import Path
 
 from latentlab.config import DataConfig
+from latentlab.hub import TIMEOUT, hub_answers
 from latentlab.problems import Problem, canonical_answer, extract_answer, read_jsonl, step_result
 from latentlab.word_problems import SPLITS, word_problems
 
 BENCHMARKS = ("gsm8k", "svamp", "multiarith", "gsm_hard", "asdiv_a", "gsm_plus")
 
 _GSM8K_VALIDATION = 500  # problems taken out of GSM8K's training set, which has no validation split of its own
-_HUB_TIMEOUT = 5.0  # seconds until a Hub that does not answer counts as unreachable
 
 
 def load(data: DataConfig, split: str) -> list[Problem]:
@@ -175,25 +175,11 @@ def _load_from_hub(address: tuple[str, ...], split: str):
         raise FileNotFoundError(
             f"no package `datasets` to fetch {address[0]} with: pip install it, or {remedy}"
         ) from None
-    if not _hub_answers():
-        raise FileNotFoundError(f"got no answer from the Hub for {address[0]} within {_HUB_TIMEOUT:g} s: {remedy}")
+    if not hub_answers():
+        raise FileNotFoundError(f"got no answer from the Hub for {address[0]} within {TIMEOUT:g} s: {remedy}")
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(*address, split=split)
     except Exception as error:  # connection, permission, cache, format: this is the border to a foreign library
         reason = " ".join(str(error).split())[:160]
         raise FileNotFoundError(f"could not load {address[0]} ({type(error).__name__}: {reason}): {remedy}") from None
-
-
-def _hub_answers() -> bool:
-    """One short request, because `datasets` spends half a minute on retries; offline mode fails fast by itself."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return True
-    try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT)
-    except Exception:  # no name, no route, refused, proxy, timeout: the session's library decides the type
-        return False
-    return True

@@ -32,6 +32,8 @@ def run_verify(device: str = "cpu", dtype: str = "float64", only: Iterable[str] 
         raise ValueError(f"verify: got the property {unknown[0]!r}, expected some of {', '.join(NAMES)}")
     if dtype not in BOUNDS:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(BOUNDS)}")
+    if torch.device(device).type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {device!r}, expected cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("device: got cuda, expected a machine with a CUDA device; use --device cpu")
     rows, x, e = [], None, None

@@ -257,4 +257,4 @@ def test_sft_grpo_evaluate_hang_together(tmp_path, capfd):
     assert again == second and len(read_metrics(grpo)) == 3
     result = run("evaluate", grpo / "best", "--limit", "5", "--json", tmp_path / "result.json")
     assert result["n"] == 5 and result == json.loads((tmp_path / "result.json").read_text())
-    assert set(result["masked"]["pass@k"]) == {"1", "2"} and result["weights"]["kind"] == "folder"
+    assert set(result["sampled"]["pass@k"]) == {"1", "2"} and result["weights"]["kind"] == "folder"

@@ -42,7 +42,7 @@ def test_swapped_thoughts_are_those_of_the_next_problem(thinker, questions):
     own = {}
     clean = evaluate(thinker, questions, batch_size=12, edit=lambda i, z: own.setdefault(i, z)).text
     order = [*range(1, 12), 0]
-    swapped = evaluate(thinker, questions, batch_size=12, edit=lambda i, z: z[order]).text
+    swapped = evaluate(thinker, questions, batch_size=12, edit=lambda i, z: own[i][order]).text
     shares = swap_thoughts(thinker, questions)
     assert shares == {
         "n": 12,

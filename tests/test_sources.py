@@ -256,7 +256,7 @@ def hub(monkeypatch):
     """`hub[address, split] = rows` is what load_dataset then gives; the network is not touched."""
     served = {}
     monkeypatch.delenv("LATENTLAB_DATA", raising=False)
-    monkeypatch.setattr(sources, "_hub_answers", lambda: True)
+    monkeypatch.setattr(sources, "hub_answers", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda *address, split: served[address, split])
     return served
 

@@ -69,6 +69,15 @@ def test_a_finished_run_is_recorded_and_not_redone(processes, tmp_path):
     assert all(env["OMP_NUM_THREADS"] == "1" and "PATH" in env for env in processes.environments)
 
 
+def test_a_finished_run_of_another_command_is_refused_before_any_process(processes, tmp_path):
+    run_jobs(JOBS[:1], tmp_path, small(), [])
+    with pytest.raises(
+        ValueError, match="^sweep: a was made by `sft .*--seed 1 .*`, expected `sft .*--seed 9 "
+    ) as error:
+        run_jobs([JOBS[1], Job("a", ("sft", "--seed", "9"))], tmp_path, small(), [])
+    assert processes.names == ["a"] and "\n" not in str(error.value)
+
+
 def test_failed_runs_are_listed_with_their_logs_and_tried_again_with_resume(processes, tmp_path, capsys):
     processes.fails = {"a", "c"}
     (tmp_path / "c" / "config.json").write_text("{}")  # c began, a did not
