@@ -92,7 +92,7 @@ _measured_environment = environment  # write_result has a parameter of the same 
 
 
 def commit() -> str:
-    """Commit of the repository, `-dirty` when anything but the results and the README differs; else "unknown"."""
+    """Commit of the repository, `-dirty` when more than results, README and notebooks differs; else "unknown"."""
     root = repository_root()
     if not (root / ".git").exists():
         return "unknown"
@@ -102,8 +102,9 @@ def commit() -> str:
         return done.stdout.strip()
 
     try:
-        # The study writes reports/ and README.md itself, so they say nothing about the code that ran.
-        changed = git("status", "--porcelain", "--", ".", ":(exclude)reports", ":(exclude)README.md")
+        # A refresh writes reports/, README.md and the notebooks' outputs itself: they say nothing of the library.
+        written = [f":(exclude){path}" for path in ("reports", "README.md", "notebooks/*.ipynb")]
+        changed = git("status", "--porcelain", "--", ".", *written)
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
