@@ -35,6 +35,9 @@ def write_compare(config: Config, folder: Path, chosen: dict, started: float) ->
     }
     arms = [_arm(name, seed, outcomes, folder) for seed in s.seeds for name in names]
     metrics = {
+        "run_seconds": sum(
+            json.loads(path.read_text())["seconds"] for path in folder.glob("*/done.json")
+        ),  # trials too
         "chosen_on_validation": chosen,
         "tuning": json.loads((folder / "tuning.json").read_text())["trials"],
         "curriculum": {

@@ -118,7 +118,7 @@ def power_at(difference: float, n: int, discordance: float, confidence: float = 
     """
     _check_share("confidence", confidence)
     d = difference / 100
-    if not (n >= 1 and 0 < discordance <= 1 and abs(d) <= discordance):
+    if not (n >= 1 and 0 < discordance <= 1 and abs(d) <= discordance * (1 + 1e-12)):  # 100 x / 100 rounds
         raise ValueError(
             f"got difference = {difference} points, n = {n}, discordance = {discordance}, expected n >= 1, "
             "0 < discordance <= 1 and |difference| <= 100 x discordance: check units"

@@ -244,3 +244,8 @@ def test_wrong_arguments_are_refused_in_one_line(call):
     with pytest.raises(ValueError, match="^got .*expected .*: ") as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_every_discordance_of_a_real_table_has_a_detectable_difference():
+    for count in range(20, 400):  # 100 * x / 100 is not always x
+        assert 0 < detectable_difference(4000, count / 4000) < 10
