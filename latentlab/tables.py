@@ -52,7 +52,7 @@ def _draw_compare(result: dict, folder: Path) -> None:
     from matplotlib.figure import Figure  # no pyplot: drawing here changes no global state
 
     figure = Figure(figsize=(7, 4))
-    plot_arms(figure.subplots(), result["arms"])
+    plot_arms(figure.subplots(), [arm for arm in result["arms"] if arm.get("rollouts", 1)])  # controls have none
     save_figure(figure, result["name"], result["preset"], folder)
 
 
