@@ -139,13 +139,17 @@ def _main_contrast(outcomes: dict, seeds: tuple[int, ...]) -> dict:
         str(seed): paired_comparison(a, b, seed=0) for seed, a, b in zip(seeds, shared, temperature, strict=True)
     }
     pooled = seed_comparison(shared, temperature, seed=0) if len(seeds) > 1 else by_seed[str(seeds[0])]
-    return {"arms": "shared - temperature", **pooled, "by_seed": by_seed}
+    wide = {  # with few seeds the bootstrap is too short: the wider of it and Student's interval over seeds
+        "wide_low": min(pooled["low"], pooled.get("t_low", pooled["low"])),
+        "wide_high": max(pooled["high"], pooled.get("t_high", pooled["high"])),
+    }
+    return {"arms": "shared - temperature", **pooled, **wide, "by_seed": by_seed}
 
 
 def _headline(contrast: dict) -> str:
     return (
         f"shared - temperature: {contrast['difference']:+.2f} points "
-        f"[{contrast['low']:+.2f}, {contrast['high']:+.2f}] over {contrast.get('seeds', 1)} seeds"
+        f"[{contrast['wide_low']:+.2f}, {contrast['wide_high']:+.2f}] over {contrast.get('seeds', 1)} seeds"
     )
 
 

@@ -157,7 +157,8 @@ def test_the_main_contrast_is_shared_minus_temperature(written):
         sum(gaps) / 2
     )
     assert [contrast["by_seed"][s]["difference"] for s in ("0", "1")] == pytest.approx(gaps)
-    text = f"{contrast['difference']:+.2f} points [{contrast['low']:+.2f}, {contrast['high']:+.2f}] over 2 seeds"
+    interval = f"[{contrast['wide_low']:+.2f}, {contrast['wide_high']:+.2f}]"
+    text = f"{contrast['difference']:+.2f} points {interval} over 2 seeds"
     assert result["headline"] == f"shared - temperature: {text}"
 
 

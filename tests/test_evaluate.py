@@ -72,7 +72,8 @@ def test_right_answers_are_counted(problems, monkeypatch):
 
 def test_a_summary_names_both_deployments(problems, config):
     model = sharpen(tiny_gpt2())
-    result = summary(model, problems, config())
+    c = config()
+    result = summary(model, problems, c, mask=c.grpo.mask, temperature=1.0)
     assert result["n"] == 4 and result["greedy"]["pass@1"] == result["greedy"]["correct"] / 4
     shares = [result["masked"]["pass@k"][str(k)] for k in range(1, 5)]
     assert shares == sorted(shares) and result["masked"]["mean"] == pytest.approx(shares[0])
