@@ -75,8 +75,8 @@ def test_a_summary_names_both_deployments(problems, config):
     c = config()
     result = summary(model, problems, c, mask=c.grpo.mask, temperature=1.0)
     assert result["n"] == 4 and result["greedy"]["pass@1"] == result["greedy"]["correct"] / 4
-    shares = [result["masked"]["pass@k"][str(k)] for k in range(1, 5)]
-    assert shares == sorted(shares) and result["masked"]["mean"] == pytest.approx(shares[0])
+    shares = [result["sampled"]["pass@k"][str(k)] for k in range(1, 5)]
+    assert shares == sorted(shares) and result["sampled"]["mean"] == pytest.approx(shares[0])
 
 
 def test_no_problems_is_one_line():
