@@ -34,6 +34,7 @@ class Sft:
     out: str = ""  # run folder; default runs/<preset>/sft-<control>-s<seed>
     init_from: str = ""  # a checkpoint to start from instead of the preset's backbone
     resume: bool = False
+    device: str = "auto"  # auto (CUDA if there is one) | cpu | cuda | cuda:1
     threads: int = 0  # torch threads; 0 leaves torch's default
 
     def __call__(self, config: Config) -> None:
@@ -42,7 +43,7 @@ class Sft:
 
         out = self.out or f"runs/{config.preset}/sft-{config.curriculum.control}-s{config.seed}"
         train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
-        model = LatentReasoner.from_config(config, init_from=self.init_from)
+        model = LatentReasoner.from_config(config, init_from=self.init_from).place(self.device, config.precision)
         summary = curriculum.fit_curriculum(model, train, validation, config, out=out, resume=self.resume)
         print(json.dumps({"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}))
 
@@ -54,6 +55,7 @@ class Grpo:
     init_from: str = ""  # checkpoint; default the one shipped for the preset in data/checkpoints
     out: str = ""  # run folder; default runs/<preset>/grpo-<arm>-s<seed>
     resume: bool = False
+    device: str = "auto"
     threads: int = 0
 
     def __call__(self, config: Config) -> None:
@@ -61,7 +63,8 @@ class Grpo:
         from latentlab.model import LatentReasoner
 
         out = self.out or f"runs/{config.preset}/grpo-{config.grpo.arm}-s{config.seed}"
-        model = LatentReasoner.from_pretrained(self.init_from or backbone.shipped_checkpoint(config.preset))
+        checkpoint = self.init_from or backbone.shipped_checkpoint(config.preset)
+        model = LatentReasoner.from_pretrained(checkpoint).place(self.device, config.precision)
         train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
         summary = grpo.fit_grpo(model, train, validation, config, out=out, resume=self.resume)
         print(json.dumps({"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}))
@@ -75,13 +78,15 @@ class Evaluate:
     benchmark: str = ""  # gsm8k | svamp | multiarith | gsm_hard; default the preset's own test split
     limit: int = 0  # problems; 0 takes all
     json: str = ""  # write the result here as well
+    device: str = "auto"
     threads: int = 0
 
     def __call__(self, config: Config) -> None:
         from latentlab import backbone, evaluate, sources
         from latentlab.model import LatentReasoner
 
-        model = LatentReasoner.from_pretrained(self.checkpoint or backbone.shipped_checkpoint(config.preset))
+        checkpoint = self.checkpoint or backbone.shipped_checkpoint(config.preset)
+        model = LatentReasoner.from_pretrained(checkpoint).place(self.device, config.precision)
         problems = sources.benchmark(self.benchmark) if self.benchmark else sources.load(config.data, "test")
         g = config.grpo
         result = evaluate.summary(model, problems[: self.limit or None], config, mask=g.mask, temperature=g.temperature)

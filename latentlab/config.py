@@ -134,6 +134,7 @@ class Config:
     preset: str = "smoke"
     seed: int = 0
     max_new_tokens: int = 4  # longest answer, eos included
+    precision: str = "float32"  # of matrix products: float32 | bfloat16 (autocast; weights and log-probs stay float32)
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
@@ -184,6 +185,7 @@ def arm_settings(grpo: GRPOConfig, arm: str) -> tuple[MaskSpec | None, float]:
 def check(config: Config) -> None:
     """Value checks that types cannot make: one ValueError line each."""
     c, g, s = config.curriculum, config.grpo, config.sweep
+    _among("precision", config.precision, ("float32", "bfloat16"))
     _among("data.name", config.data.name, ("word_problems", "gsm8k", "gsm8k_aug"))
     _among("curriculum.control", c.control, tuple(CONTROLS))
     for arm in (g.arm, *s.arms):

@@ -74,6 +74,7 @@ class LatentReasoner(nn.Module):
         self.max_new_tokens = max_new_tokens
         self.start_id, self.latent_id, self.end_id = (_single_token(tokenizer, text) for text in (START, LATENT, END))
         self.eos_id = tokenizer.eos_token_id
+        self.autocast_dtype: torch.dtype | None = None  # matrix products in this type; None: as the weights are
         self.provenance: dict = {}  # where the weights come from: kind, path, sha256
         self.eval()
 
@@ -105,6 +106,18 @@ class LatentReasoner(nn.Module):
             branch_output(layer, site) for layer in decoder_layers(self.lm) for site in sites if site != "embedding"
         ]
 
+    def place(self, device: str = "auto", precision: str = "float32") -> LatentReasoner:
+        """Move to `device` ("auto": CUDA if there is one), matrix products in `precision`: float32 or bfloat16.
+
+        Weights, optimizer, log-probs and loss stay float32 (autocast). Raises ValueError for a missing device.
+        """
+        self.autocast_dtype = torch.bfloat16 if precision == "bfloat16" else None
+        return self.to(torch_device(device))
+
+    def _autocast(self):
+        on = self.autocast_dtype is not None
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=on)
+
     # -- one forward pass -------------------------------------------------------------------------------------------
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -113,7 +126,8 @@ class LatentReasoner(nn.Module):
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., D] -> logits [..., V] in float32 or wider."""
-        logits = self.lm.get_output_embeddings()(hidden)
+        with self._autocast():
+            logits = self.lm.get_output_embeddings()(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _forward(self, state: State, inputs: torch.Tensor, valid: torch.Tensor, slots: list[int]) -> torch.Tensor:
@@ -124,7 +138,7 @@ class LatentReasoner(nn.Module):
         positions = (state.position[:, None] + steps - 1).clamp(min=0)  # padding may take any position: it is not seen
         state.position = state.position + steps[:, -1]
         factors = state.masks.factors(slots) if state.masks is not None and slots else None
-        with self._masked(factors, state.masks, len(slots)):
+        with self._autocast(), self._masked(factors, state.masks, len(slots)):
             if factors is not None and "embedding" in state.masks.spec.sites:
                 inputs = _scale_first(inputs, factors[:, :, -1], len(slots))
             output = self.lm.base_model(
@@ -296,6 +310,20 @@ class LatentReasoner(nn.Module):
         """Write safetensors, tokenizer, config and latentlab.json into `folder`."""
         settings = {"num_thoughts": self.num_thoughts, "max_new_tokens": self.max_new_tokens, "feedback": self.feedback}
         backbone.save(backbone.Backbone(self.lm, self.tokenizer, settings, self.provenance), folder)
+
+
+def torch_device(name: str) -> torch.device:
+    """The device `name`: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1"; ValueError if it is missing."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or index and not index.isdigit():
+        raise ValueError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:1")
+    if kind == "cuda" and torch.cuda.device_count() <= int(index or 0):
+        raise ValueError(
+            f"device: got {name}, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    return torch.device(name)
 
 
 def token_logps(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
