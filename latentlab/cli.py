@@ -117,11 +117,15 @@ class Sweep:
 
     name: Literal["compare"] = "compare"
     out: str = ""  # folder of the runs; default runs/<preset>/<name>
+    executor: Literal["local", "slurm"] = "local"  # processes on this machine, or SLURM jobs through submitit
+    slurm: tuple[str, ...] = ()  # options of sbatch, as partition=gpu time=600 (minutes) gpus_per_node=1
+    retries: int = 1  # further tries of a failed run
 
     def __call__(self, config: Config) -> None:
-        from latentlab import sweep
+        from latentlab import launch, sweep
 
-        sweep.run_sweep(self.name, config, out=self.out or f"runs/{config.preset}/{self.name}")
+        launcher = launch.Launcher(self.executor, self.slurm, self.retries)
+        sweep.run_sweep(self.name, config, out=self.out or f"runs/{config.preset}/{self.name}", launcher=launcher)
 
 
 @dataclass

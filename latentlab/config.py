@@ -194,7 +194,7 @@ def check(config: Config) -> None:
     _among("grpo.scale_rewards", g.scale_rewards, ("none", "std"))
     _among("grpo.loss_type", g.loss_type, ("dr_grpo", "grpo", "bnpo", "dapo"))
     for control in s.controls:
-        _among("sweep.controls", control, tuple(CONTROLS))
+        _among("sweep.controls", control, ("pause", "direct"))  # coconut is the baseline of every sweep
     _at_least("grpo.num_generations", g.num_generations, 2, "a group needs two rollouts to compare")
     _at_least("curriculum.steps", len(c.steps), 2, "stage 0 and at least one latent stage")
     _at_least("curriculum.betas", len(c.betas), 2)

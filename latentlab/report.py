@@ -56,6 +56,17 @@ def write_atomically(path: Path, data: bytes) -> Path:
     return path
 
 
+def read_json(path: Path, what: str, *keys: str) -> dict:
+    """The JSON object in `path`, with `keys` in it; else a ValueError of one line. `what` says what it should be."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, a million brackets
+        value = None
+    if not isinstance(value, dict) or not value.keys() >= set(keys):
+        raise ValueError(f"{path}: expected {what}, a JSON object; it is damaged: delete or restore it")
+    return value
+
+
 def _path(name: str, preset: str, suffix: str, directory) -> Path:
     for label, text in (("name", name), ("preset", preset)):
         if not re.fullmatch(r"\w[\w-]*", str(text), re.ASCII):

@@ -18,7 +18,7 @@ SHARED = {"problems", "config"}
 ORDER = (
     "problems config hub word_problems sources perturb statistics masks smollm2 published backbone model rollout reward"
     " evaluate advantage loss loop curriculum grpo collapse reference enumeration theory proofs checks report verify"
-    " tables study compare sweep bench cli"
+    " tables study launch compare sweep bench cli"
 ).split()
 HEAVY = {"torch", "transformers", "datasets", "tyro", "papermill"}
 
