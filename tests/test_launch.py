@@ -245,10 +245,9 @@ def test_a_killed_sweep_leaves_its_run_to_itself_and_the_next_sweep_waits_for_it
 # A SLURM of one machine: sbatch runs the script in the background, srun the words behind its options.
 SBATCH = """#!/bin/sh
 cp "$1" {root}/script.sh
-echo 4711 > {root}/id
-SLURM_JOB_ID=4711 SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_PROCID=0 setsid sh "$1" > {root}/job.log 2>&1 &
+SLURM_JOB_ID={id} SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_PROCID=0 setsid sh "$1" > {root}/job.log 2>&1 &
 echo $! > {root}/pid
-echo "Submitted batch job 4711"
+echo "Submitted batch job {id}"
 """
 SRUN = """#!/bin/sh
 while [ "${1#-}" != "$1" ]; do case "$1" in --unbuffered) shift;; *) shift 2;; esac; done
@@ -256,7 +255,7 @@ exec "$@"
 """
 SACCT = """#!/bin/sh
 echo "JobID|State|NodeList"
-if [ -e {root}/lost ]; then echo "4711|NODE_FAIL|here"; else echo "4711|RUNNING|here"; fi
+if [ -e {root}/lost ]; then echo "{id}|NODE_FAIL|here"; else echo "{id}|RUNNING|here"; fi
 """
 SCANCEL = """#!/bin/sh
 kill -TERM -$(cat {root}/pid)
@@ -272,7 +271,7 @@ def slurm(tmp_path_factory, monkeypatch):
     root = tmp_path_factory.mktemp("slurm")
     programs = {"sbatch": SBATCH, "srun": SRUN, "sacct": SACCT, "scancel": SCANCEL, "scontrol": SCONTROL}
     for name, text in programs.items():
-        (root / name).write_text(text.replace("{root}", str(root)))
+        (root / name).write_text(text.replace("{root}", str(root)).replace("{id}", root.name[5:] + "4711"))
         (root / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{root}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(Path(launch.__file__).parent.parent))
@@ -328,7 +327,7 @@ def test_slurm_signals_the_job_before_its_time_is_up_and_it_is_queued_again(slur
     wait_for((folder / "a.log").exists)
     os.killpg(int((slurm / "pid").read_text()), signal.SIGUSR2)
     wait_for((slurm / "requeued").exists)
-    assert (slurm / "requeued").read_text() == "requeue 4711\n"
+    assert (slurm / "requeued").read_text() == f"requeue {slurm.name[5:]}4711\n"
     assert not (folder / "a" / "done.json").exists()
     endless.told_to_stop = True
     thread.join()
