@@ -76,6 +76,7 @@ class CurriculumConfig:
     steps: tuple[int, ...] = (10, 10)  # updates of stage 0 (explicit steps), 1, ..., the last (no explicit step)
     c_thought: int = 1  # latent thoughts per replaced step
     batch_size: int = 128  # problems per update
+    micro_batch: int = 0  # problems of like length run together, which saves padding; 0 runs the batch at once
     learning_rate: float = 3.0e-3
     betas: tuple[float, ...] = (0.9, 0.98)
     weight_decay: float = 0.01
@@ -221,7 +222,8 @@ _RANGES = {
         "evaluate.batch_size", "evaluate.num_generations", "sweep.tune_steps", "sweep.workers",
     )),
     "at least 0": (lambda x: x >= 0, (
-        "data.train_size", "curriculum.warmup_steps", "curriculum.weight_decay", "curriculum.decode_weight",
+        "data.train_size", "curriculum.micro_batch", "curriculum.warmup_steps", "curriculum.weight_decay",
+        "curriculum.decode_weight",
         "grpo.micro_batch", "grpo.warmup_steps", "grpo.weight_decay", "grpo.epsilon", "grpo.epsilon_high", "grpo.beta",
     )),
     "a number above 0": (lambda x: x > 0, ("curriculum.max_grad_norm", "grpo.max_grad_norm")),

@@ -59,27 +59,53 @@ def result_tokens(tokenizer, problems: Sequence[Problem], thoughts: int, c_thoug
 def curriculum_loss(
     model: LatentReasoner, problems: Sequence[Problem], stage: int, config: Config, *, step: int
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Cross-entropy per answer token (nats) of one batch at `stage`, plus the thought-decoding loss: (loss, stats)."""
+    """Cross-entropy per answer token (nats) of one batch at `stage`, plus the thought-decoding loss: (loss, stats).
+
+    The batch runs in parts of `micro_batch` problems of like length, so that little is padding; the loss is that of the
+    whole batch, since each part's sums are divided by the counts of all.
+    """
     c = config.curriculum
-    prompt_ids, prompt_valid = encode_prompts(model.tokenizer, problems, model.device)
     texts = [stage_text(problem, stage, config.latent_stages) for problem in problems]
-    tokens, token_mask = encode_answers(model.tokenizer, texts, model.device)
-    masks = None
-    if stage > 0:
-        seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)
-        slots = 1 + model.num_thoughts + (tokens.shape[1] if c.mask.scope == "all" else 0)
-        masks = draw_masks(c.mask, model, seeds, num_slots=slots)
-    hidden, thoughts = model.teacher_forced(prompt_ids, prompt_valid, tokens, masks=masks)
-    answer_loss = cross_entropy(model.head(hidden[token_mask]), tokens[token_mask])
+    seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)
+    answer, decode = [], []  # (summed loss, number of tokens) of each part
+    for rows in _parts([len(p.question) + len(text) for p, text in zip(problems, texts, strict=True)], c.micro_batch):
+        part = [problems[row] for row in rows]
+        prompt_ids, prompt_valid = encode_prompts(model.tokenizer, part, model.device)
+        tokens, token_mask = encode_answers(model.tokenizer, [texts[row] for row in rows], model.device)
+        masks = None
+        if stage > 0:
+            slots = 1 + model.num_thoughts + (tokens.shape[1] if c.mask.scope == "all" else 0)
+            masks = draw_masks(c.mask, model, seeds[rows], num_slots=slots)
+        hidden, thoughts = model.teacher_forced(prompt_ids, prompt_valid, tokens, masks=masks)
+        answer.append(_summed(model.head(hidden[token_mask]), tokens[token_mask]))
+        if c.decode_weight and thoughts.shape[1]:
+            targets = result_tokens(model.tokenizer, part, thoughts.shape[1], c.c_thought, model.device)
+            decode.append(_summed(model.head(thoughts).flatten(0, 1), targets.flatten()))
+    answer_loss = _mean(answer)
     stats = {"loss/answer": answer_loss.item()}
-    if not c.decode_weight or thoughts.shape[1] == 0:
+    if not sum(count for _, count in decode):  # no problem of this batch has a step: a mean over nothing is NaN
         return answer_loss, stats
-    targets = result_tokens(model.tokenizer, problems, thoughts.shape[1], c.c_thought, model.device)
-    if (targets == IGNORE).all():  # no problem of this batch has a step: a mean over nothing is NaN
-        return answer_loss, stats
-    decode_loss = cross_entropy(model.head(thoughts).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    decode_loss = _mean(decode)
     stats["loss/decode"] = decode_loss.item()
     return answer_loss + c.decode_weight * decode_loss, stats
+
+
+def _parts(lengths: list[int], size: int) -> list[list[int]]:
+    """Rows in parts of `size`, like lengths together; 0 takes all rows as they are."""
+    rows = list(range(len(lengths)))
+    if not size:
+        return [rows]
+    rows.sort(key=lengths.__getitem__)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _summed(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
+    loss = cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    return loss, int((targets != IGNORE).sum())
+
+
+def _mean(parts: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
+    return sum(loss for loss, _ in parts) / sum(count for _, count in parts)
 
 
 def fit_curriculum(

@@ -221,3 +221,23 @@ def test_a_mask_is_drawn_per_problem_and_step(config, word_sets, monkeypatch):
     for step in (0, 1):
         curriculum_loss(model, word_sets[0][:3], 1, c, step=step)
     assert len(set(torch.cat(seen).tolist())) == 6
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("scheme", ["shared", "per_step"])
+def test_parts_of_like_length_give_the_loss_of_the_whole_batch(config, word_sets, stage, scheme):
+    train = sorted(word_sets[0][:7], key=lambda p: p.id, reverse=True)
+    values = {}
+    for size in (0, 1, 3):
+        c = config(curriculum={"micro_batch": size, "decode_weight": 0.5, "mask": {"scheme": scheme, "rate": 0.3}})
+        model = LatentReasoner.from_config(c)
+        model.lm.double()
+        set_stage(model, c, stage, train)
+        loss, stats = curriculum_loss(model, train, stage, c, step=3)
+        loss.backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        values[size] = (loss.item(), grads, stats)
+    for size in (1, 3):
+        assert values[size][0] == pytest.approx(values[0][0], rel=1e-12)
+        assert values[size][2] == pytest.approx(values[0][2], rel=1e-12)
+        assert torch.allclose(values[size][1], values[0][1], rtol=1e-9, atol=1e-12)
