@@ -11,7 +11,8 @@
     report     rebuild RESULTS.md and the README's tables from the result files
 
 Every field of a preset can be set: `latentlab grpo --preset tiny --grpo.learning-rate 1e-5`. A wrong use ends in one
-line on stderr and exit code 2; `--debug` shows the traceback. Heavy imports happen inside a verb.
+line on stderr and exit code 2; `--debug` shows the traceback. SIGTERM, SIGINT and --max-minutes end a training run
+after its step with exit code 75: the same command with --resume goes on. Heavy imports happen inside a verb.
 """
 
 import contextlib
@@ -34,6 +35,8 @@ class Sft:
     out: str = ""  # run folder; default runs/<preset>/sft-<control>-s<seed>
     init_from: str = ""  # a checkpoint to start from instead of the preset's backbone
     resume: bool = False
+    max_minutes: float = 0.0  # stop after so many minutes, saved and ready for --resume; 0 is no limit
+    checkpoint_minutes: float = 10.0  # at most so many minutes of work are lost by a kill
     device: str = "auto"  # auto (CUDA if there is one) | cpu | cuda | cuda:1
     threads: int = 0  # torch threads; 0 leaves torch's default
 
@@ -44,7 +47,10 @@ class Sft:
         out = self.out or f"runs/{config.preset}/sft-{config.curriculum.control}-s{config.seed}"
         train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
         model = LatentReasoner.from_config(config, init_from=self.init_from).place(self.device, config.precision)
-        summary = curriculum.fit_curriculum(model, train, validation, config, out=out, resume=self.resume)
+        summary = curriculum.fit_curriculum(
+            model, train, validation, config, out=out, resume=self.resume, max_minutes=self.max_minutes,
+            checkpoint_minutes=self.checkpoint_minutes,
+        )  # fmt: skip
         print(json.dumps({"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}))
 
 
@@ -55,6 +61,8 @@ class Grpo:
     init_from: str = ""  # checkpoint; default the one shipped for the preset in data/checkpoints
     out: str = ""  # run folder; default runs/<preset>/grpo-<arm>-s<seed>
     resume: bool = False
+    max_minutes: float = 0.0  # stop after so many minutes, saved and ready for --resume; 0 is no limit
+    checkpoint_minutes: float = 10.0  # at most so many minutes of work are lost by a kill
     device: str = "auto"
     threads: int = 0
 
@@ -66,7 +74,10 @@ class Grpo:
         checkpoint = self.init_from or backbone.shipped_checkpoint(config.preset)
         model = LatentReasoner.from_pretrained(checkpoint).place(self.device, config.precision)
         train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
-        summary = grpo.fit_grpo(model, train, validation, config, out=out, resume=self.resume)
+        summary = grpo.fit_grpo(
+            model, train, validation, config, out=out, resume=self.resume, max_minutes=self.max_minutes,
+            checkpoint_minutes=self.checkpoint_minutes,
+        )  # fmt: skip
         print(json.dumps({"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}))
 
 
@@ -75,7 +86,7 @@ class Evaluate:
     """Accuracy of a checkpoint: greedy pass@1, and pass@k and the majority over masks."""
 
     checkpoint: str = ""  # folder or Hub id; default the one shipped for the preset
-    benchmark: str = ""  # gsm8k | svamp | multiarith | gsm_hard; default the preset's own test split
+    benchmark: str = ""  # gsm8k | gsm8k_perturbed | svamp | multiarith | gsm_hard; default the preset's own test split
     limit: int = 0  # problems; 0 takes all
     json: str = ""  # write the result here as well
     device: str = "auto"
@@ -198,7 +209,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, 1 (a study or run failed), 2 (wrong use)."""
+    """Run one verb; returns the exit code: 0, 1 (a study or run failed), 2 (wrong use), 75 (stopped and saved)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
@@ -213,10 +224,14 @@ def main(argv: list[str] | None = None) -> int:
             torch.set_num_threads(verb.threads)
         return verb(config) or 0
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        if debug:
+        code = getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
+        if debug and code != 75:
             raise
         print(f"latentlab: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, OSError)) else 1
+        return code
+    except KeyboardInterrupt:
+        print("latentlab: aborted; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
+        return 130
 
 
 def parse(argv: list[str]):
@@ -245,9 +260,9 @@ def parse(argv: list[str]):
         text = " ".join(re.sub(r"\x1b\[[0-9;]*m|╭.*╮|[─-╿]", " ", said.getvalue()).split())  # no colours, no box
         raise ValueError(f"{argv[0]}: {text}") from None
     check(call.config)
-    for name in ("threads", "limit"):
-        if getattr(call.verb, name, 0) < 0:
-            raise ValueError(f"--{name}: got {getattr(call.verb, name)}, expected at least 0; 0 is the default")
+    for name in ("threads", "limit", "max_minutes", "checkpoint_minutes"):
+        if not getattr(call.verb, name, 0) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')}: got {getattr(call.verb, name)}, expected at least 0")
     return call.verb, call.config
 
 

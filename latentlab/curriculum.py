@@ -14,7 +14,9 @@ Controls: "pause" and "direct" take the same losses, steps and masks; only what 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 from latentlab.config import CONTROLS, Config
 from latentlab.evaluate import evaluate
-from latentlab.loop import Run, batch_indices, set_learning_rate, warmup_cosine
+from latentlab.loop import Run, batch_indices, set_learning_rate, update, warmup_cosine
 from latentlab.masks import draw_masks, rollout_seeds
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem, step_result
@@ -59,27 +61,53 @@ def result_tokens(tokenizer, problems: Sequence[Problem], thoughts: int, c_thoug
 def curriculum_loss(
     model: LatentReasoner, problems: Sequence[Problem], stage: int, config: Config, *, step: int
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Cross-entropy per answer token (nats) of one batch at `stage`, plus the thought-decoding loss: (loss, stats)."""
+    """Cross-entropy per answer token (nats) of one batch at `stage`, plus the thought-decoding loss: (loss, stats).
+
+    The batch runs in parts of `micro_batch` problems of like length, so that little is padding; the loss is that of the
+    whole batch, since each part's sums are divided by the counts of all.
+    """
     c = config.curriculum
-    prompt_ids, prompt_valid = encode_prompts(model.tokenizer, problems, model.device)
     texts = [stage_text(problem, stage, config.latent_stages) for problem in problems]
-    tokens, token_mask = encode_answers(model.tokenizer, texts, model.device)
-    masks = None
-    if stage > 0:
-        seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)
-        slots = 1 + model.num_thoughts + (tokens.shape[1] if c.mask.scope == "all" else 0)
-        masks = draw_masks(c.mask, model, seeds, num_slots=slots)
-    hidden, thoughts = model.teacher_forced(prompt_ids, prompt_valid, tokens, masks=masks)
-    answer_loss = cross_entropy(model.head(hidden[token_mask]), tokens[token_mask])
+    seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)
+    answer, decode = [], []  # (summed loss, number of tokens) of each part
+    for rows in _parts([len(p.question) + len(text) for p, text in zip(problems, texts, strict=True)], c.micro_batch):
+        part = [problems[row] for row in rows]
+        prompt_ids, prompt_valid = encode_prompts(model.tokenizer, part, model.device)
+        tokens, token_mask = encode_answers(model.tokenizer, [texts[row] for row in rows], model.device)
+        masks = None
+        if stage > 0:
+            slots = 1 + model.num_thoughts + (tokens.shape[1] if c.mask.scope == "all" else 0)
+            masks = draw_masks(c.mask, model, seeds[rows], num_slots=slots)
+        hidden, thoughts = model.teacher_forced(prompt_ids, prompt_valid, tokens, masks=masks)
+        answer.append(_summed(model.head(hidden[token_mask]), tokens[token_mask]))
+        if c.decode_weight and thoughts.shape[1]:
+            targets = result_tokens(model.tokenizer, part, thoughts.shape[1], c.c_thought, model.device)
+            decode.append(_summed(model.head(thoughts).flatten(0, 1), targets.flatten()))
+    answer_loss = _mean(answer)
     stats = {"loss/answer": answer_loss.item()}
-    if not c.decode_weight or thoughts.shape[1] == 0:
+    if not sum(count for _, count in decode):  # no problem of this batch has a step: a mean over nothing is NaN
         return answer_loss, stats
-    targets = result_tokens(model.tokenizer, problems, thoughts.shape[1], c.c_thought, model.device)
-    if (targets == IGNORE).all():  # no problem of this batch has a step: a mean over nothing is NaN
-        return answer_loss, stats
-    decode_loss = cross_entropy(model.head(thoughts).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    decode_loss = _mean(decode)
     stats["loss/decode"] = decode_loss.item()
     return answer_loss + c.decode_weight * decode_loss, stats
+
+
+def _parts(lengths: list[int], size: int) -> list[list[int]]:
+    """Rows in parts of `size`, like lengths together; 0 takes all rows as they are."""
+    rows = list(range(len(lengths)))
+    if not size:
+        return [rows]
+    rows.sort(key=lengths.__getitem__)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _summed(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
+    loss = cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    return loss, int((targets != IGNORE).sum())
+
+
+def _mean(parts: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
+    return sum(loss for loss, _ in parts) / sum(count for _, count in parts)
 
 
 def fit_curriculum(
@@ -91,57 +119,57 @@ def fit_curriculum(
     out: str,
     resume: bool = False,
     first_stage: int = 0,
+    max_minutes: float = 0.0,
+    checkpoint_minutes: float = 10.0,
 ) -> dict:
     """Train through the stages, in place: the model ends with its best weights, and each stage's accuracy is returned.
 
-    The run folder `out` gets metrics.jsonl, state.pt after every stage, and best/: the last stage's checkpoint with the
-    best validation accuracy. Raises ValueError for empty data, FileExistsError for a used folder.
+    The run folder `out` gets metrics.jsonl, state.pt, and best/: the last stage's checkpoint with the best validation
+    accuracy. Raises what Run does, ValueError for empty data, Stopped if the run was asked to stop, FloatingPointError
+    for a NaN.
     """
     if not train or not validation:
         raise ValueError(f"data: got {len(train)} training and {len(validation)} validation problems, expected both")
     c = config.curriculum
     model.feedback = CONTROLS[c.control]
-    run = Run(out, config, loop="curriculum", resume=resume)
-    stages: dict[str, float] = {}
-    if run.state:
-        first_stage, stages = run.state["next_stage"], run.state["stages"]
-        model.lm.load_state_dict(run.state["model"])
-    best = stages.get(str(config.latent_stages), -1.0)
-    for stage in range(first_stage, config.latent_stages + 1):
-        accuracy = best = _fit_stage(model, train, validation, config, stage, run)
-        stages[str(stage)] = accuracy
-        run.save(model=model.lm.state_dict(), next_stage=stage + 1, stages=stages)
+    run = Run(
+        out, config, model, loop="curriculum", problems=(*train, *validation), resume=resume, max_minutes=max_minutes,
+        checkpoint_minutes=checkpoint_minutes,
+    )  # fmt: skip
+    if run.new:
+        run.progress.step = sum(c.steps[:first_stage])
+    reached = bisect_right(list(accumulate(c.steps)), run.progress.step)
+    with run:
+        for stage in range(min(reached, config.latent_stages), config.latent_stages + 1):
+            _fit_stage(model, train, validation, config, stage, run)
     run.load_best(model)
-    return {"stages": stages, "validation_accuracy": best}
+    return {"stages": run.progress.stages, "validation_accuracy": run.progress.best}
 
 
-def _fit_stage(model, train, validation, config: Config, stage: int, run: Run) -> float:
-    """One stage with a fresh optimizer: the validation accuracy it ends with (the last stage: its best)."""
+def _fit_stage(model, train, validation, config: Config, stage: int, run: Run) -> None:
+    """One stage, or what is left of it, with an optimizer of its own."""
     c, last = config.curriculum, stage == config.latent_stages
     set_stage(model, config, stage, validation)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay)
-    total, offset = c.steps[stage], sum(c.steps[:stage])
-    best = -1.0
-    for i in tqdm(range(total), desc=f"{c.control} stage {stage}", leave=False):
+    total, offset, stages = c.steps[stage], sum(c.steps[:stage]), run.progress.stages
+    start = run.progress.step - offset
+    run.restore(model, optimizer if start else None)
+    for i in tqdm(range(start, total), desc=f"{c.control} stage {stage}", initial=start, total=total, leave=False):
+        if last and run.progress.best >= c.stop_accuracy:
+            break
+        step = offset + i
         share = warmup_cosine(i, total=total, warmup=c.warmup_steps, final=c.final_lr_fraction)
         set_learning_rate(optimizer, c.learning_rate * share)
-        batch = [train[j] for j in batch_indices(len(train), c.batch_size, seed=config.seed, step=offset + i)]
-        loss, stats = curriculum_loss(model, batch, stage, config, step=offset + i)
+        batch = [train[j] for j in batch_indices(len(train), c.batch_size, seed=config.seed, step=step)]
+        loss, stats = curriculum_loss(model, batch, stage, config, step=step)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.max_grad_norm).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        record = {"step": offset + i, "stage": stage, "loss": loss.item(), **stats, "grad_norm": norm}
+        stats = update(model, optimizer, {"loss": loss.item(), **stats}, step=step, max_grad_norm=c.max_grad_norm)
+        record = {"step": step, "stage": stage, **stats}
         if i + 1 == total or (last and (i + 1) % c.eval_every == 0):
-            record["validation_accuracy"] = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
-        run.log(record)
-        accuracy = record.get("validation_accuracy", -1.0)
-        if last and accuracy > best:
-            run.save_best(model)
-        best = max(best, accuracy)
-        if last and best >= c.stop_accuracy:
-            break
-    return best
+            accuracy = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
+            record["validation_accuracy"] = accuracy
+            stages[str(stage)] = max(accuracy, stages.get(str(stage), accuracy))
+        run.end_step(model, optimizer, record, last=last and i + 1 == total, keep_best=last)
 
 
 def set_stage(model: LatentReasoner, config: Config, stage: int, validation: Sequence[Problem]) -> None:

@@ -21,7 +21,6 @@ Masks are drawn once, stored with the rollouts and replayed in the update; `repl
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -29,10 +28,11 @@ import torch
 from tqdm import tqdm
 
 from latentlab.advantage import group_advantages, group_diagnostics
+from latentlab.checkpoint import expect_finite
 from latentlab.config import Config, arm_settings
 from latentlab.curriculum import curriculum_loss
 from latentlab.evaluate import evaluate
-from latentlab.loop import Run, batch_indices, set_learning_rate
+from latentlab.loop import Run, batch_indices, set_learning_rate, update
 from latentlab.loss import grpo_loss, loss_denominator
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
@@ -49,44 +49,45 @@ def fit_grpo(
     out: str,
     resume: bool = False,
     reward=exact_answer,
+    max_minutes: float = 0.0,
+    checkpoint_minutes: float = 10.0,
 ) -> dict:
     """Train one arm, in place; the model ends with the weights that were best on the validation set.
 
-    The run folder `out` gets metrics.jsonl, state.pt and best/. Raises ValueError for empty data, FileExistsError for a
-    used folder, FloatingPointError for a NaN (the last good checkpoint is kept).
+    The run folder `out` gets metrics.jsonl, state.pt and best/. Raises what Run does, ValueError for empty data,
+    Stopped if the run was asked to stop, FloatingPointError for a NaN (the last good checkpoint is kept).
     """
     if not train or not validation:
         raise ValueError(f"data: got {len(train)} training and {len(validation)} validation problems, expected both")
     g = config.grpo
     reference = copy.deepcopy(model).requires_grad_(False) if g.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=g.learning_rate, weight_decay=g.weight_decay)
-    run = Run(out, config, loop="grpo", resume=resume)
-    start, best = 0, -1.0
-    if run.state:
-        start, best = run.state["next_step"], run.state["best"]
-        model.lm.load_state_dict(run.state["model"])
-        optimizer.load_state_dict(run.state["optimizer"])
-    else:
-        best = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
-        run.log({"step": -1, "validation_accuracy": best})
-        run.save_best(model)
-    for step in tqdm(range(start, g.steps), desc=f"grpo {g.arm}", initial=start, total=g.steps, leave=False):
-        set_learning_rate(optimizer, g.learning_rate * min(1.0, (step + 1) / max(1, g.warmup_steps)))
-        if g.arm == "supervised":
-            record = _supervised_step(model, optimizer, train, config, step)
-        else:
-            record = _grpo_step(model, reference, optimizer, train, config, step, reward)
-        record = {"step": step, "arm": g.arm, "rollouts": (step + 1) * g.num_problems * g.num_generations, **record}
-        if (step + 1) % g.eval_every == 0 or step + 1 == g.steps:
-            record["validation_accuracy"] = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
-        run.log(record)
-        if record.get("validation_accuracy", -1.0) > best:
-            best = record["validation_accuracy"]
-            run.save_best(model)
-        if "validation_accuracy" in record:
-            run.save(model=model.lm.state_dict(), optimizer=optimizer.state_dict(), next_step=step + 1, best=best)
+    run = Run(
+        out, config, model, loop="grpo", problems=(*train, *validation), resume=resume, max_minutes=max_minutes,
+        checkpoint_minutes=checkpoint_minutes,
+    )  # fmt: skip
+    run.restore(model, optimizer)
+    with run:
+        if run.new:
+            run.end_step(model, optimizer, {"step": -1, "validation_accuracy": _accuracy(model, validation, config)})
+        start = run.progress.step
+        for step in tqdm(range(start, g.steps), desc=f"grpo {g.arm}", initial=start, total=g.steps, leave=False):
+            set_learning_rate(optimizer, g.learning_rate * min(1.0, (step + 1) / max(1, g.warmup_steps)))
+            if g.arm == "supervised":
+                stats = _supervised_step(model, optimizer, train, config, step)
+            else:
+                stats = _grpo_step(model, reference, optimizer, train, config, step, reward)
+            record = {"step": step, "arm": g.arm, "rollouts": (step + 1) * g.num_problems * g.num_generations, **stats}
+            last = step + 1 == g.steps
+            if last or (step + 1) % g.eval_every == 0:
+                record["validation_accuracy"] = _accuracy(model, validation, config)
+            run.end_step(model, optimizer, record, last=last)
     run.load_best(model)
-    return {"validation_accuracy": best, "rollouts": g.steps * g.num_problems * g.num_generations}
+    return {"validation_accuracy": run.progress.best, "rollouts": g.steps * g.num_problems * g.num_generations}
+
+
+def _accuracy(model, validation, config: Config) -> float:
+    return evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
 
 
 def _grpo_step(model, reference, optimizer, train, config: Config, step: int, reward) -> dict[str, float]:
@@ -99,15 +100,15 @@ def _grpo_step(model, reference, optimizer, train, config: Config, step: int, re
         run_seed=config.seed, step=step,
     )  # fmt: skip
     rewards = out.rewards(reward)  # [B, K]
+    sums = zip(problems, rewards.sum(1).tolist(), strict=True)
+    expect_finite({f"reward of {problem.id}": total for problem, total in sums}, step, "correct the reward function")
     record = {**group_diagnostics(rewards), "completions/mean_length": out.token_mask.sum(1).float().mean().item()}
     advantages = group_advantages(rewards, baseline=g.baseline, scale=g.scale_rewards).flatten().to(out.logp)  # [R]
     for iteration in range(g.num_iterations):
         stats = policy_gradient(model, out, advantages, config, reference=reference)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), g.max_grad_norm).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if iteration == 0 or not math.isfinite(norm):  # a NaN of a later update must reach the log, which stops the run
-            record |= {**stats, "grad_norm": norm}
+        stats = update(model, optimizer, stats, step=step, max_grad_norm=g.max_grad_norm)
+        if iteration == 0:
+            record |= stats
     return record
 
 
@@ -148,7 +149,4 @@ def _supervised_step(model, optimizer, train, config: Config, step: int) -> dict
     plain = replace(config, curriculum=replace(config.curriculum, decode_weight=0.0))  # answers alone: no step's result
     loss, stats = curriculum_loss(model, problems, config.latent_stages, plain, step=step)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), g.max_grad_norm).item()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss.item(), **stats, "grad_norm": norm}
+    return update(model, optimizer, {"loss": loss.item(), **stats}, step=step, max_grad_norm=g.max_grad_norm)

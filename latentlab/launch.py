@@ -28,6 +28,7 @@ from pathlib import Path
 import yaml
 
 from latentlab.config import Config
+from latentlab.loop import Stopped, seconds_spent
 from latentlab.report import commit, read_json, write_atomically
 from latentlab.tables import cell, table
 
@@ -36,7 +37,7 @@ try:
 except ImportError:  # not on Windows: there two sweeps in one folder are not told apart
     fcntl = None
 
-STOPPED = 75  # exit code of a run that was told to stop, saved itself and can be resumed
+STOPPED = Stopped.exit_code  # of a run that was told to stop, has saved itself and can be resumed
 
 # Two processes on two cores: one thread each. The malloc settings keep freed memory instead of handing it back to the
 # system; page faults otherwise cost a fifth of a step (measured on two-core x86 machines).
@@ -69,10 +70,6 @@ class Launcher:
 LOCAL = Launcher()
 
 
-class Stopped(RuntimeError):
-    """The runs were told to stop and have saved themselves; exit code STOPPED."""
-
-
 @dataclass
 class Process:
     """One run: called, it starts the run's process, waits for it and returns its exit code. submitit pickles it."""
@@ -93,7 +90,7 @@ class Process:
             return 0 if (self.target / "done.json").exists() else self._run(log)
 
     def _run(self, log) -> int:
-        begun, made_by = time.time() - _spent(self.target), commit()
+        begun, made_by = time.time() - seconds_spent(self.target), commit()
         resume = ["--resume"] if (self.target / "config.json").exists() else []
         gpu = {"CUDA_VISIBLE_DEVICES": self.gpu} if self.gpu else {}
         self.child = subprocess.Popen(
@@ -273,13 +270,6 @@ def _finished(job: Job, folder: Path, config: Config, overrides: list[str]) -> b
     if made != asked:
         raise ValueError(f"sweep: {job.name} was made by `{made}`, expected `{asked}`; delete it, or use another --out")
     return True
-
-
-def _spent(run: Path) -> float:
-    """Seconds that earlier processes of an interrupted run took, as far as they logged: each counts from 0."""
-    metrics = run / "metrics.jsonl"
-    clock = [float(s) for s in re.findall(r'"seconds": ([\d.]+)}', metrics.read_text())] if metrics.exists() else []
-    return sum(now for now, after in zip(clock, [*clock[1:], 0.0], strict=False) if after < now)
 
 
 def _row(folder: Path, name: str, state: str) -> list[str]:

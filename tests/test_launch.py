@@ -118,7 +118,7 @@ def test_a_run_without_a_summary_has_failed(processes, folder, monkeypatch):
 def test_seconds_count_the_earlier_processes_of_a_resumed_run(processes, folder):
     """Each process counts from 0: 20 s and 300 s were spent before this one."""
     lines = [{"step": step, "seconds": seconds} for step, seconds in enumerate((10.0, 20.0, 5.0, 300.0))]
-    (folder / "a" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "sec')
+    (folder / "a" / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "sec')
     run_jobs(JOBS[:1], folder, small(), [])
     assert 320 <= json.loads((folder / "a" / "done.json").read_text())["seconds"] < 330
 
