@@ -39,7 +39,8 @@ def _collect(folder: Path) -> tuple[list[dict], list[str]]:
     results, unknown = [], [path.name for path in sorted(folder.glob("*.json"))]
     for path in sorted(folder.glob("*/*.json")):
         result = load_result(path)
-        if result and (result["name"], result["preset"]) == (path.stem, path.parent.name):
+        own = result and (result["name"], result["preset"]) == (path.stem, path.parent.name)
+        if own and all(re.fullmatch(r"\w[\w-]*", result[key], re.ASCII) for key in ("name", "preset")):  # links
             results.append(result)
         else:
             unknown.append(f"{path.parent.name}/{path.name}")
@@ -141,11 +142,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def cell(value) -> str:
-    """A value as one escaped Markdown table cell."""
+    """A value as one Markdown table cell: it may quote models and data, so no HTML, column, code, link or reference."""
     if isinstance(value, float):
         value = f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
     text = "" if value is None else " ".join(str(value).split())
-    return html.escape(text, quote=False).replace("|", "\\|")
+    text = html.escape(text, quote=False).replace("|", "&#124;").replace("`", "&#96;")
+    return text.replace("](", "]&#40;").replace("][", "]&#91;").replace("]:", "]&#58;")
 
 
 def _replace_block(text: str, name: str, content: str) -> str:
