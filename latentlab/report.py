@@ -81,6 +81,17 @@ def expect_writable(folder: Path, need: int = 2**20) -> None:
         raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB free, expected {need / 2**20:.0f}", str(there))
 
 
+def expect_file(name: str) -> Path | None:
+    """The path of a file to be written, "" for none. OSError, before any compute, if that could not be done."""
+    if not name:
+        return None
+    path = Path(name)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+    expect_writable(path.parent)
+    return path
+
+
 def read_json(path: Path, what: str, *keys: str) -> dict:
     """The JSON object in `path`, with `keys` in it; else a ValueError of one line. `what` says what it should be."""
     try:

@@ -48,6 +48,7 @@ def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, repor
     if not chosen:
         raise StudyError(f"--only {only}: expected the beginning of one of {', '.join(p.stem for p in notebooks)}")
     folder = reports / preset
+    report.expect_writable(folder, 64 * 2**20)
     folder.mkdir(parents=True, exist_ok=True)
     library = library_hash()
     for i, path in enumerate(chosen, 1):

@@ -17,8 +17,8 @@ SHARED = {"problems", "config"}
 # A new module gets its place here.
 ORDER = (
     "problems config hub word_problems perturb sources statistics masks smollm2 published backbone model rollout reward"
-    " evaluate advantage loss report checkpoint loop curriculum grpo collapse reference enumeration theory proofs"
-    " checks verify tables study launch compare sweep bench cli"
+    " evaluate advantage loss report checkpoint loop curriculum inputs grpo collapse reference enumeration theory"
+    " proofs checks verify tables study launch compare sweep bench cli"
 ).split()
 HEAVY = {"torch", "transformers", "datasets", "tyro", "papermill"}
 
