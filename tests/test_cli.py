@@ -95,9 +95,7 @@ def test_no_hub_and_no_data_is_one_line_before_any_compute(refused, tmp_path, mo
 
 def test_an_unknown_benchmark_names_the_known_ones(refused, tmp_path):
     sharpen(tiny_gpt2()).save_pretrained(tmp_path)
-    assert "got benchmark 'riddles', expected one of gsm8k, " in refused(
-        "evaluate", tmp_path, "--benchmark", "riddles"
-    )
+    assert "got benchmark 'riddles', expected one of gsm8k, " in refused("evaluate", tmp_path, "--benchmark", "riddles")
 
 
 def test_a_data_folder_that_is_none(refused, tmp_path, monkeypatch):
