@@ -18,7 +18,7 @@ SHARED = {"problems", "config"}
 ORDER = (
     "problems config hub word_problems perturb sources statistics masks smollm2 published backbone model rollout reward"
     " evaluate advantage loss report checkpoint loop curriculum grpo collapse reference enumeration theory proofs"
-    " checks verify tables study compare sweep bench cli"
+    " checks verify parts gsm8k_report reproduce tables study compare sweep bench cli"
 ).split()
 HEAVY = {"torch", "transformers", "datasets", "tyro", "papermill"}
 
