@@ -227,7 +227,8 @@ _RANGES = {
     )),
     "at least 0": (lambda x: x >= 0, (
         "data.train_size", "data.copies", "curriculum.warmup_steps", "curriculum.weight_decay",
-        "curriculum.decode_weight", "grpo.micro_batch", "grpo.warmup_steps", "grpo.weight_decay", "grpo.epsilon", "grpo.epsilon_high", "grpo.beta",
+        "curriculum.decode_weight", "grpo.micro_batch", "grpo.warmup_steps", "grpo.weight_decay", "grpo.epsilon",
+        "grpo.epsilon_high", "grpo.beta",
     )),
     "a number above 0": (lambda x: x > 0, ("curriculum.max_grad_norm", "grpo.max_grad_norm")),
     "a number above 0; greedy answers are arms of their own": (
