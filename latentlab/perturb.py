@@ -13,7 +13,7 @@ import itertools
 import operator
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -188,7 +188,7 @@ def trace(problem: Problem) -> Template | None:
 
 
 def _given_twice(values: tuple, constants: set, results: list, behind_result: list[set[int]]) -> set[int]:
-    """Variables of redundant givens: 10 boys, 15 girls, 25 children; 3 days and the other 4 of a week; a given result."""
+    """Variables of redundant givens: 10 boys, 15 girls, 25 children; 3 days and 4 days of a week; a given result."""
     frozen = set()
     for i, value in enumerate(values):
         for result, behind in zip(results, behind_result, strict=True):
@@ -246,8 +246,11 @@ def _run(program: list, leaves: list[Number]) -> Number | None:
     return _whole(stack[0])
 
 
-def _grid(template: Template, i: int) -> tuple[int, range]:
-    """(scale, ticks): variable i may become tick / scale, near the old value, as round, below its unit's ceiling."""
+def _grid(template: Template, i: int) -> tuple[int, Sequence[int]]:
+    """(scale, ticks): variable i may become any tick / scale.
+
+    Near the old value, as round, with as many decimals, below its unit's ceiling, and right after its "a" or "an".
+    """
     old = template.values[i]
     scale = 10 ** _places(old)
     ticks = int(old * scale)
@@ -255,10 +258,18 @@ def _grid(template: Template, i: int) -> tuple[int, range]:
     low, high = max(ticks // 2, 2 if scale == 1 else 1), max(2 * ticks, ticks + 4)
     ceilings = [wording.ceiling(old, after) for _, _, after in template.contexts(i)]
     high = min([high, *[limit * scale for limit in ceilings if limit is not None]])
-    return scale, range(-(-low // step) * step, high + 1, step)
+    grid = range(-(-low // step) * step, high + 1, step)
+    for before, text, _ in template.contexts(i):
+        if article := wording.article(before):
+            grid = [tick for tick in grid if wording.takes_an(tick // scale) == (article == "an")]
+        if scale > 1 and not _pads(text):
+            grid = [tick for tick in grid if tick % 10]
+    return scale, grid
 
 
-def _draw(rng: random.Random, template: Template, grids: dict[int, tuple[int, range]]) -> tuple[Number, ...] | None:
+def _draw(
+    rng: random.Random, template: Template, grids: dict[int, tuple[int, Sequence[int]]]
+) -> tuple[Number, ...] | None:
     """New values in the order of the old ones, each uniform between its neighbours so far; None where that fails."""
     values = [None if i in grids else value for i, value in enumerate(template.values)]
     left = list(grids)
@@ -271,11 +282,8 @@ def _draw(rng: random.Random, template: Template, grids: dict[int, tuple[int, ra
         high = len(ticks) if above is None else bisect.bisect_left(ticks, above * scale)
         if low >= high:
             return None
-        values[i] = _whole(Fraction(ticks[low + int(rng.random() * (high - low))], scale))
-        for before, text, _ in template.contexts(i):
-            as_many = _places(values[i]) == _places(template.values[i]) or _pads(text)
-            if not as_many or not wording.article_fits(before, values[i]):
-                return None
+        tick = ticks[low + int(rng.random() * (high - low))]
+        values[i] = tick if scale == 1 else _whole(Fraction(tick, scale))
     return tuple(values)
 
 

@@ -116,9 +116,13 @@ def decides(question: str) -> bool:
     return _DECISIONS.search(question) is not None
 
 
-def article_fits(before: str, value: Fraction) -> bool:
-    """Whether "a" or "an" right before the number fits a new value: an 8-foot, an 11-year-old, an 80-page book."""
-    article = re.search(r"\b(an?)\s$", before, re.I)
-    digits = str(int(value))
-    takes_an = digits[0] == "8" or (digits[:2] in ("11", "18") and len(digits) % 3 == 2)
-    return article is None or takes_an == (article[1].lower() == "an")
+def article(before: str) -> str | None:
+    """The "a" or "an" right before a number, as in "an 8-foot pole"."""
+    match = re.search(r"\b(an?)\s$", before, re.I)
+    return match and match[1].lower()
+
+
+def takes_an(whole: int) -> bool:
+    """Whether a number is read with a vowel first: 8, 11, 18, 80, 11,000."""
+    digits = str(whole)
+    return digits[0] == "8" or (digits[:2] in ("11", "18") and len(digits) % 3 == 2)
