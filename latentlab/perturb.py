@@ -133,10 +133,11 @@ def trace(problem: Problem) -> Template | None:
     places = [(m.start(), m.end(), _number(m[0].replace(",", ""))) for m in wording.NUMBER.finditer(question)]
     values = tuple(sorted({value for _, _, value in places}))
     spans = [(start, end, values.index(value)) for start, end, value in places]
-    constants = wording.constants(question)
+    constants, doubtful = wording.constants(question)
     percent = {i for _, end, i in spans if wording.PERCENT.match(question[end:])}
     cents = {i for _, end, i in spans if wording.CENTS.match(question[end:])}
-    frozen = {i for i, value in enumerate(values) if value <= 1 or value in constants}
+    wholes = [(i, whole) for _, end, i in spans if (whole := wording.whole(question[end:]))]
+    frozen = {i for i, value in enumerate(values) if value <= 1 or value in doubtful}
     frozen |= {i for start, end, i in spans if wording.is_name(question[:start], question[start:end], question[end:])}
 
     steps, results, behind_result, used, read = [], [], [], set(), set()
@@ -158,6 +159,7 @@ def trace(problem: Problem) -> Template | None:
                 origins += [("variable", i, a, b) for a, b in forms if a + b * old == value]
             if value in constants:
                 origins.append(("constant", 0, value, 0))
+                frozen |= _in_disguise(value, values, wholes)
             if not origins:
                 return None
             behind = set()  # the variables that the literal may depend on
@@ -199,6 +201,19 @@ def _given_twice(values: tuple, constants: set, results: list, behind_result: li
         total = values[i] + values[j]
         frozen |= {i, j} | totals[total] if total in totals and total > 6 else set()
     return frozen
+
+
+def _in_disguise(constant: Number, values: tuple, wholes: list[tuple[int, int]]) -> set[int]:
+    """Variables that a constant may stand for: 2 for 50 %, 30 minutes or 6 months; 3 for 90 / 30 worked in the head."""
+    parts = {i for i, whole in wholes if whole in (constant * values[i], constant * (whole - values[i]))}
+    multiples = {i for i, whole in wholes if whole * constant == values[i]}
+    ratios = {
+        k
+        for i, j in itertools.combinations(range(len(values)), 2)
+        for k in (i, j)
+        if constant > 2 and values[i] > 1 and values[i] * constant == values[j]
+    }
+    return parts | multiples | ratios
 
 
 def parse_step(step: str) -> tuple[str, list[tuple[int, int]], list, str] | None:
@@ -256,7 +271,7 @@ def _grid(template: Template, i: int) -> tuple[int, Sequence[int]]:
     ticks = int(old * scale)
     step = next((s for s in (1000, 500, 100, 50, 10, 5) if ticks % s == 0 and ticks >= 4 * s), 1)
     low, high = max(ticks // 2, 2 if scale == 1 else 1), max(2 * ticks, ticks + 4)
-    ceilings = [wording.ceiling(old, after) for _, _, after in template.contexts(i)]
+    ceilings = [wording.ceiling(old, template.problem.question, after) for _, _, after in template.contexts(i)]
     high = min([high, *[limit * scale for limit in ceilings if limit is not None]])
     grid = range(-(-low // step) * step, high + 1, step)
     for before, text, _ in template.contexts(i):
