@@ -30,7 +30,7 @@ from tqdm import tqdm
 from latentlab.advantage import group_advantages, group_diagnostics
 from latentlab.checkpoint import expect_finite
 from latentlab.config import Config, arm_settings
-from latentlab.curriculum import curriculum_loss
+from latentlab.curriculum import curriculum_gradient
 from latentlab.evaluate import evaluate
 from latentlab.loop import Run, batch_indices, set_learning_rate, update
 from latentlab.loss import grpo_loss, loss_denominator
@@ -147,6 +147,5 @@ def _supervised_step(model, optimizer, train, config: Config, step: int) -> dict
     size = g.num_problems * g.num_generations
     problems = [train[i] for i in batch_indices(len(train), size, seed=config.seed, step=step)]
     plain = replace(config, curriculum=replace(config.curriculum, decode_weight=0.0))  # answers alone: no step's result
-    loss, stats = curriculum_loss(model, problems, config.latent_stages, plain, step=step)
-    loss.backward()
-    return update(model, optimizer, {"loss": loss.item(), **stats}, step=step, max_grad_norm=g.max_grad_norm)
+    stats = curriculum_gradient(model, problems, config.latent_stages, plain, step=step)
+    return update(model, optimizer, stats, step=step, max_grad_norm=g.max_grad_norm)
