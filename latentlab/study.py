@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
-import yaml
 
 from latentlab import report, tables
+from latentlab.config import read_yaml
 
 NOTEBOOKS = "[0-9][0-9]_*.ipynb"
 SAFE_OUTPUTS = {"text/plain", "image/png"}
@@ -48,6 +48,7 @@ def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, repor
     if not chosen:
         raise StudyError(f"--only {only}: expected the beginning of one of {', '.join(p.stem for p in notebooks)}")
     folder = reports / preset
+    report.expect_writable(folder, 64 * 2**20)
     folder.mkdir(parents=True, exist_ok=True)
     library = library_hash()
     for i, path in enumerate(chosen, 1):
@@ -69,10 +70,10 @@ def check_parameters(preset: str, notebooks: list[Path], folder: Path) -> dict[s
     if preset not in known:
         raise StudyError(f"got preset {preset!r}, expected one of {', '.join(known)}")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f"params/{path.name}: no readable YAML: {_one_line(error)}") from None
-    if not isinstance(given, dict) or given.get("preset") != preset:
+        given = read_yaml(path)
+    except ValueError as error:
+        raise StudyError(f"params/{error}") from None
+    if given.get("preset") != preset:
         raise StudyError(f"params/{path.name}: expected `preset: {preset}` and notebook switches, as `key: value`")
     declared = {notebook.stem: _declared(notebook) for notebook in notebooks}
     for key, value in given.items():
