@@ -5,6 +5,7 @@
     grpo       train one GRPO arm                                      --out FOLDER --init-from CHECKPOINT
     evaluate   accuracy of a checkpoint on a benchmark                 CHECKPOINT --benchmark gsm8k
     sweep      arms x seeds: `latentlab sweep compare --preset tiny`
+               GSM8K in a time budget: `latentlab sweep reproduce --preset smol --budget-minutes 24`
     verify     exact theory, exact replay: a self-check                --device cuda --dtype bfloat16
     bench      time the engine                                         --shape gpt2
     data       print or write problems                                 --split test --n 5
@@ -131,10 +132,14 @@ class Study:
 
 @dataclass
 class Sweep:
-    """Arms x seeds as independent runs; finished runs are not redone."""
+    """compare: arms x seeds as independent runs. reproduce: the GSM8K study in one process, inside a time budget."""
 
-    name: Literal["compare"] = "compare"
+    name: Literal["compare", "reproduce"] = "compare"
     out: str = ""  # folder of the runs; default runs/<preset>/<name>
+    budget_minutes: float = 24.0  # reproduce: its parts are sized to fit
+    weights: str = ""  # reproduce: a checkpoint, or one in parts (latentlab.parts); default the preset's backbone
+    device: str = "auto"  # reproduce
+    threads: int = 0  # reproduce
     executor: Literal["local", "slurm"] = "local"  # processes on this machine, or SLURM jobs through submitit
     slurm: tuple[str, ...] = ()  # options of sbatch, as partition=gpu time=600 (minutes) gpus_per_node=1
     retries: int = 1  # further tries of a failed run
@@ -145,6 +150,14 @@ class Sweep:
         out = self.out or f"runs/{config.preset}/{self.name}"
         report.expect_writable(Path(out))
         report.expect_writable(report.reports_folder() / config.preset)
+        if self.name == "reproduce":
+            from latentlab.reproduce import reproduce
+
+            path = reproduce(
+                config, out=out, budget_minutes=self.budget_minutes, device=self.device, weights=self.weights
+            )
+            print("wrote", path)
+            return
         launcher = launch.Launcher(self.executor, self.slurm, self.retries)
         sweep.run_sweep(self.name, config, out=out, launcher=launcher)
 

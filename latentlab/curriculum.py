@@ -123,13 +123,15 @@ def fit_curriculum(
     out: str,
     resume: bool = False,
     first_stage: int = 0,
+    last_stage: int | None = None,
     max_minutes: float = 0.0,
     checkpoint_minutes: float = 10.0,
 ) -> dict:
     """Train through the stages, in place: the model ends with its best weights, and each stage's accuracy is returned.
 
     The run folder `out` gets metrics.jsonl, state.pt, and best/: the last stage's checkpoint with the best validation
-    accuracy. Raises what Run does, ValueError for empty data, Stopped if the run was asked to stop, FloatingPointError
+    accuracy. After a `last_stage` before the last one the model keeps its weights, and a resumed call goes on.
+    Raises what Run does, ValueError for empty data, Stopped if the run was asked to stop, FloatingPointError
     for a NaN.
     """
     if not train or not validation:
@@ -143,10 +145,12 @@ def fit_curriculum(
     if run.new:
         run.progress.step = sum(c.steps[:first_stage])
     reached = bisect_right(list(accumulate(c.steps)), run.progress.step)
+    end = config.latent_stages if last_stage is None else last_stage
     with run:
-        for stage in range(min(reached, config.latent_stages), config.latent_stages + 1):
+        for stage in range(min(reached, end), end + 1):
             _fit_stage(model, train, validation, config, stage, run)
-    run.load_best(model)
+    if end == config.latent_stages:
+        run.load_best(model)
     return {"stages": run.progress.stages, "validation_accuracy": run.progress.best}
 
 
