@@ -6,7 +6,7 @@ from pathlib import Path
 
 from latentlab.report import estimate, leaves, load_result, plot_arms, reports_folder, save_figure, write_atomically
 
-PRESET_ORDER = ("tiny", "smol", "paper")
+PRESET_ORDER = ("tiny", "smol-cpu", "smol", "paper")
 LEFT_OUT = ("smoke",)  # says only that everything runs: its numbers are no results
 
 
@@ -71,6 +71,8 @@ def _notebook_table(results: list[dict]) -> str:
 def _readme_results(results: list[dict], folder: str) -> str:
     parts = []
     for result in results:
+        if result["name"] == "reproduce":
+            parts += [f"{result['preset']}: {cell(result.get('headline'))}", _arms_by_seed(result["arms"])]
         if result["name"] == "compare":
             picture = f"![Arms of preset {result['preset']}]({folder}/{result['preset']}/compare.png)"
             parts += [cell(result.get("headline")), _arms_by_seed(result["arms"]), picture]
@@ -110,7 +112,10 @@ def _command(result: dict) -> str:
         return f"make {name}"
     notebook = re.match(r"(\d\d)_", name)
     verb = f"study --only {notebook[1]}" if notebook else f"sweep {name}"
-    return f"latentlab {verb} --preset {preset}"
+    words = f"latentlab {verb} --preset {preset.removesuffix('-cpu')}"
+    if name == "reproduce":
+        words += f" --budget-minutes {result['metrics']['cost']['budget_minutes']:g}"
+    return words + (" --device cpu" if preset.endswith("-cpu") else "")
 
 
 def _arms_by_seed(arms: list[dict]) -> str:
