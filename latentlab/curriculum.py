@@ -20,6 +20,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from latentlab import parallel
 from latentlab.config import CONTROLS, Config
 from latentlab.evaluate import evaluate
 from latentlab.loop import Run, batch_indices, set_learning_rate, warmup_cosine
@@ -59,27 +60,47 @@ def result_tokens(tokenizer, problems: Sequence[Problem], thoughts: int, c_thoug
 def curriculum_loss(
     model: LatentReasoner, problems: Sequence[Problem], stage: int, config: Config, *, step: int
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Cross-entropy per answer token (nats) of one batch at `stage`, plus the thought-decoding loss: (loss, stats)."""
+    """Cross-entropy per answer token (nats) of one batch at `stage`, plus the thought-decoding loss: (loss, stats).
+
+    Each of several processes computes its share of the problems, divided by the whole batch's tokens: shares add up.
+    """
     c = config.curriculum
-    prompt_ids, prompt_valid = encode_prompts(model.tokenizer, problems, model.device)
     texts = [stage_text(problem, stage, config.latent_stages) for problem in problems]
     tokens, token_mask = encode_answers(model.tokenizer, texts, model.device)
+    targets = result_tokens(model.tokenizer, problems, model.num_thoughts, c.c_thought, model.device)
+    count, decoded = token_mask.sum(), (targets != IGNORE).sum()
+    names = ("loss/answer", "loss/decode") if c.decode_weight and decoded else ("loss/answer",)
+    whole = (*encode_prompts(model.tokenizer, problems, model.device), tokens, token_mask, targets)
+    prompt_ids, prompt_valid, tokens, token_mask, targets = map(parallel.shard, whole)
+    if not len(tokens):  # fewer problems than processes
+        return torch.zeros((), requires_grad=True), dict.fromkeys(names, 0.0)
     masks = None
     if stage > 0:
-        seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)
+        seeds = parallel.shard(rollout_seeds(config.seed, step, [p.id for p in problems], 1))
         slots = 1 + model.num_thoughts + (tokens.shape[1] if c.mask.scope == "all" else 0)
         masks = draw_masks(c.mask, model, seeds, num_slots=slots)
     hidden, thoughts = model.teacher_forced(prompt_ids, prompt_valid, tokens, masks=masks)
-    answer_loss = cross_entropy(model.head(hidden[token_mask]), tokens[token_mask])
-    stats = {"loss/answer": answer_loss.item()}
-    if not c.decode_weight or thoughts.shape[1] == 0:
-        return answer_loss, stats
-    targets = result_tokens(model.tokenizer, problems, thoughts.shape[1], c.c_thought, model.device)
-    if (targets == IGNORE).all():  # no problem of this batch has a step: a mean over nothing is NaN
-        return answer_loss, stats
-    decode_loss = cross_entropy(model.head(thoughts).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-    stats["loss/decode"] = decode_loss.item()
-    return answer_loss + c.decode_weight * decode_loss, stats
+    losses = [cross_entropy(model.head(hidden[token_mask]), tokens[token_mask], reduction="sum") / count]
+    if len(names) > 1:
+        logits = model.head(thoughts).flatten(0, 1)
+        losses.append(cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum") / decoded)
+    stats = {name: loss.item() for name, loss in zip(names, losses, strict=True)}
+    return losses[0] + c.decode_weight * sum(losses[1:]), stats
+
+
+def curriculum_gradient(
+    model: LatentReasoner, problems: Sequence[Problem], stage: int, config: Config, *, step: int
+) -> dict[str, float]:
+    """Add the gradient of `curriculum_loss` of the whole batch to `.grad`, on every process; returns loss and stats."""
+
+    def backward() -> dict[str, float]:
+        loss, stats = curriculum_loss(model, problems, stage, config, step=step)
+        loss.backward()
+        return {"loss": loss.item(), **stats}
+
+    shares = parallel.gather(backward)
+    parallel.sum_gradients(model.parameters())
+    return {name: sum(share[name] for share in shares) for name in shares[0]}
 
 
 def fit_curriculum(

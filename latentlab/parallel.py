@@ -1,0 +1,138 @@
+"""Several processes, one run: who am I, sums of gradients, gathers. One process pays nothing and imports nothing.
+
+A launcher (`accelerate launch`, `torchrun`) starts N processes of the same command on one machine or several, and
+`start` joins them: gloo between CPUs, nccl between GPUs. Every process holds the whole model and takes its share of each
+batch of problems. Three rules make N irrelevant to the result, but for the rounding of sums:
+
+    seeds       follow from (run seed, step, problem id, k), drawn for the whole batch before it is split
+    choices     (accepted groups, best checkpoint, stop) are made by all processes from the same gathered numbers
+    gradients   are divided by the whole batch's denominator, so that they add up: one all-reduce an update
+
+`gather` is also how processes fail together: an error in one is raised in all, with the same words, and rank 0 says it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+KINDS = (FileExistsError, FloatingPointError, OSError, ValueError)  # errors that keep their type on other processes
+
+
+def start(device: str = "auto") -> None:
+    """Join the processes of a launcher, if there is one. Raises ValueError for a launch that cannot work."""
+    env = os.environ
+    if int(env.get("WORLD_SIZE", 1)) == 1:
+        if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and "RANK" not in env:
+            raise ValueError(
+                "accelerate launch: got --cpu with several processes, which starts one only; "
+                "expected --multi_gpu, which starts them on CPUs too (torch finds no GPU or --device cpu is given)"
+            )
+        return
+    if ":" in device:
+        raise ValueError(f"--device: got {device} for {env['WORLD_SIZE']} processes, expected auto, cpu or cuda")
+    from accelerate import PartialState
+
+    if device == "cpu" or not torch.cuda.is_available():
+        PartialState(cpu=True)
+    else:
+        PartialState(backend="cuda:nccl,cpu:gloo")  # tensors over nccl, small objects over gloo
+
+
+def stop() -> None:
+    """Leave the processes of `start`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Which of the processes this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def shard(items: Sequence[T]) -> Sequence[T]:
+    """This process's share: every N-th item, so that a batch that is cut short stays even. May be empty."""
+    return items[rank() :: size()]
+
+
+def in_order(shards: Sequence[Sequence[T]]) -> list[T]:
+    """The items whose shards these are, in rank order: the inverse of `shard`."""
+    return [shards[i % len(shards)][i // len(shards)] for i in range(sum(map(len, shards)))]
+
+
+def gather(work: Callable[[], T]) -> list[T]:
+    """What `work` returns on each process, in rank order, on all of them; also the place where they wait for each other.
+
+    If it raises on some, all raise: those with an error of their own that one, the others the first rank's in its
+    words. RuntimeError if a process is gone. What `work` returns travels by pickle between processes of one run.
+    """
+    if size() == 1:
+        return [work()]
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    kind = next((kind for kind in KINDS if isinstance(error, kind)), RuntimeError)
+    answers: list = [None] * size()
+    _collective(dist.all_gather_object, answers, (result, error and (kind, str(error))))
+    failed = next((failure for _, failure in answers if failure), None)
+    if failed:
+        error = error or failed[0](failed[1])
+        error.said_by_rank_0 = rank() > 0  # one line for all
+        raise error
+    return [answer for answer, _ in answers]
+
+
+def on_main(work: Callable[[], None]) -> None:
+    """Do `work` on rank 0 alone; the others wait, and fail with it."""
+    gather(lambda: work() if rank() == 0 else None)
+
+
+def check_same(**values) -> None:
+    """Raise ValueError, on all processes, for a value that is not the same on every one."""
+    for name, held in zip(values, zip(*gather(lambda: tuple(values.values())), strict=True), strict=True):
+        odd = next((i for i, value in enumerate(held) if value != held[0]), None)
+        if odd is not None:
+            raise ValueError(
+                f"processes: got another {name} on process {odd} than on process 0, expected the same on all; "
+                "give every machine the same files and the same library"
+            )
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace each `.grad` by its sum over all processes, in one all-reduce; a process without rows has none.
+
+    All processes end with the same bits. A parameter without a gradient anywhere keeps none.
+    """
+    if size() == 1:
+        return
+    parameters = list(parameters)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    present = grads[0].new_tensor([p.grad is not None for p in parameters])
+    buffer = torch.cat([present, *(grad.flatten() for grad in grads)])
+    _collective(dist.all_reduce, buffer)
+    present, *sums = buffer.split([len(parameters), *(p.numel() for p in parameters)])
+    for parameter, holders, total in zip(parameters, present.tolist(), sums, strict=True):
+        parameter.grad = total.view_as(parameter) if holders else None
+
+
+def _collective(operation, *arguments) -> None:
+    try:
+        operation(*arguments)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"process {rank()} of {size()}: lost touch with another one ({type(error).__name__}), expected all to go on; "
+            "see what that one said, then start the same command with --resume"
+        ) from error
