@@ -1,7 +1,7 @@
 """Several processes, one run: who am I, sums of gradients, gathers. One process pays nothing and imports nothing.
 
 A launcher (`accelerate launch`, `torchrun`) starts N processes of the same command on one machine or several, and
-`start` joins them: gloo between CPUs, nccl between GPUs. Every process holds the whole model and takes its share of each
+`joined` makes them one run: gloo between CPUs, nccl between GPUs. Every process holds the whole model and takes its share of each
 batch of problems. Three rules make N irrelevant to the result, but for the rounding of sums:
 
     seeds       follow from (run seed, step, problem id, k), drawn for the whole batch before it is split
@@ -14,8 +14,9 @@ batch of problems. Three rules make N irrelevant to the result, but for the roun
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,14 +25,30 @@ T = TypeVar("T")
 KINDS = (FileExistsError, FloatingPointError, OSError, ValueError)  # errors that keep their type on other processes
 
 
-def start(device: str = "auto") -> None:
-    """Join the processes of a launcher, if there is one. Raises ValueError for a launch that cannot work."""
+@contextmanager
+def joined(device: str = "auto") -> Iterator[None]:
+    """Be one of the processes that a launcher started; what fails inside on one of them fails on all.
+
+    Raises ValueError for a launch that cannot work.
+    """
+    _start(device)
+    try:
+        yield
+        gather(lambda: None)  # an error of another process at its very end
+    except Exception as error:
+        _fail(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _start(device: str) -> None:
     env = os.environ
     if int(env.get("WORLD_SIZE", 1)) == 1:
         if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and "RANK" not in env:
             raise ValueError(
-                "accelerate launch: got --cpu with several processes, which starts one only; "
-                "expected --multi_gpu, which starts them on CPUs too (torch finds no GPU or --device cpu is given)"
+                "accelerate launch: got --cpu (or MULTI_CPU) for several processes, which starts a single one; expected "
+                "--multi_gpu, which starts them on CPUs as well"
             )
         return
     if ":" in device:
@@ -42,12 +59,6 @@ def start(device: str = "auto") -> None:
         PartialState(cpu=True)
     else:
         PartialState(backend="cuda:nccl,cpu:gloo")  # tensors over nccl, small objects over gloo
-
-
-def stop() -> None:
-    """Leave the processes of `start`."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -74,24 +85,35 @@ def gather(work: Callable[[], T]) -> list[T]:
     """What `work` returns on each process, in rank order, on all of them; also the place where they wait for each other.
 
     If it raises on some, all raise: those with an error of their own that one, the others the first rank's in its
-    words. RuntimeError if a process is gone. What `work` returns travels by pickle between processes of one run.
+    words. RuntimeError if a process is gone. What `work` returns travels by pickle, between processes of one run.
     """
     if size() == 1:
         return [work()]
-    result, error = None, None
     try:
         result = work()
-    except Exception as caught:
-        error = caught
-    kind = next((kind for kind in KINDS if isinstance(error, kind)), RuntimeError)
+    except Exception as error:
+        _fail(error)
+    return [answer for answer, _ in _exchange((result, None))]
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Tell all processes of `error`, unless they know, and raise it."""
+    if size() > 1 and not hasattr(error, "known_to_all"):
+        kind = next((kind for kind in KINDS if isinstance(error, kind)), RuntimeError)
+        _exchange((None, (kind, str(error))), error)
+    raise error
+
+
+def _exchange(mine: tuple, error: Exception | None = None) -> list[tuple]:
+    """The (result, failure) of every process; raises `error`, or else the first failure of any."""
     answers: list = [None] * size()
-    _collective(dist.all_gather_object, answers, (result, error and (kind, str(error))))
-    failed = next((failure for _, failure in answers if failure), None)
-    if failed:
-        error = error or failed[0](failed[1])
-        error.said_by_rank_0 = rank() > 0  # one line for all
+    _collective(dist.all_gather_object, answers, mine)
+    failure = next((failure for _, failure in answers if failure), None)
+    if failure:
+        error = error or failure[0](failure[1])
+        error.known_to_all = True
         raise error
-    return [answer for answer, _ in answers]
+    return answers
 
 
 def on_main(work: Callable[[], None]) -> None:
@@ -132,7 +154,9 @@ def _collective(operation, *arguments) -> None:
     try:
         operation(*arguments)
     except RuntimeError as error:
-        raise RuntimeError(
-            f"process {rank()} of {size()}: lost touch with another one ({type(error).__name__}), expected all to go on; "
-            "see what that one said, then start the same command with --resume"
-        ) from error
+        lost = RuntimeError(
+            f"process {rank()} of {size()}: lost another one ({str(error).splitlines()[0][:120]}), expected all to go on; "
+            "see what it said last (killed? out of memory?), then start the same command with --resume"
+        )
+        lost.known_to_all = False  # and nobody can be told
+        raise lost from error
