@@ -11,13 +11,15 @@
     report     rebuild RESULTS.md and the README's tables from the result files
 
 Every field of a preset can be set: `latentlab grpo --preset tiny --grpo.learning-rate 1e-5`. A wrong use ends in one
-line on stderr and exit code 2; `--debug` shows the traceback. Heavy imports happen inside a verb.
+line on stderr and exit code 2; `--debug` shows the traceback. SIGTERM, SIGINT and --max-minutes end a training run
+after its step with exit code 75: the same command with --resume goes on. Heavy imports happen inside a verb.
 """
 
 import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -27,38 +29,60 @@ from typing import Annotated, Literal
 from latentlab.config import Config, check, load_preset
 
 
+class Shared:
+    """A verb whose work several processes may share: `accelerate launch ... -m latentlab.cli VERB`."""
+
+    def __call__(self, config: Config) -> None:
+        from latentlab import parallel
+
+        with parallel.joined(self.device):
+            result = self.run(config)
+            if parallel.rank() == 0:
+                self.report(result)
+
+    def report(self, result: dict) -> None:
+        print(json.dumps(result))
+
+
 @dataclass
-class Sft:
+class Sft(Shared):
     """Train the curriculum: stage 0 with explicit steps, then one latent stage after another."""
 
     out: str = ""  # run folder; default runs/<preset>/sft-<control>-s<seed>
     init_from: str = ""  # a checkpoint to start from instead of the preset's backbone
     resume: bool = False
+    max_minutes: float = 0.0  # stop after so many minutes, saved and ready for --resume; 0 is no limit
+    checkpoint_minutes: float = 10.0  # at most so many minutes of work are lost by a kill
     device: str = "auto"  # auto (CUDA if there is one) | cpu | cuda | cuda:1
     threads: int = 0  # torch threads; 0 leaves torch's default
 
-    def __call__(self, config: Config) -> None:
+    def run(self, config: Config) -> dict:
         from latentlab import curriculum, report, sources
         from latentlab.model import LatentReasoner
 
         out = self.out or f"runs/{config.preset}/sft-{config.curriculum.control}-s{config.seed}"
         train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
         model = LatentReasoner.from_config(config, init_from=self.init_from).place(self.device, config.precision)
-        summary = curriculum.fit_curriculum(model, train, validation, config, out=out, resume=self.resume)
-        print(json.dumps({"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}))
+        summary = curriculum.fit_curriculum(
+            model, train, validation, config, out=out, resume=self.resume, max_minutes=self.max_minutes,
+            checkpoint_minutes=self.checkpoint_minutes,
+        )  # fmt: skip
+        return {"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}
 
 
 @dataclass
-class Grpo:
+class Grpo(Shared):
     """Train one GRPO arm from a checkpoint."""
 
     init_from: str = ""  # checkpoint; default the one shipped for the preset in data/checkpoints
     out: str = ""  # run folder; default runs/<preset>/grpo-<arm>-s<seed>
     resume: bool = False
+    max_minutes: float = 0.0  # stop after so many minutes, saved and ready for --resume; 0 is no limit
+    checkpoint_minutes: float = 10.0  # at most so many minutes of work are lost by a kill
     device: str = "auto"
     threads: int = 0
 
-    def __call__(self, config: Config) -> None:
+    def run(self, config: Config) -> dict:
         from latentlab import backbone, grpo, report, sources
         from latentlab.model import LatentReasoner
 
@@ -66,12 +90,15 @@ class Grpo:
         checkpoint = self.init_from or backbone.shipped_checkpoint(config.preset)
         model = LatentReasoner.from_pretrained(checkpoint).place(self.device, config.precision)
         train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
-        summary = grpo.fit_grpo(model, train, validation, config, out=out, resume=self.resume)
-        print(json.dumps({"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}))
+        summary = grpo.fit_grpo(
+            model, train, validation, config, out=out, resume=self.resume, max_minutes=self.max_minutes,
+            checkpoint_minutes=self.checkpoint_minutes,
+        )  # fmt: skip
+        return {"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}
 
 
 @dataclass
-class Evaluate:
+class Evaluate(Shared):
     """Accuracy of a checkpoint: greedy pass@1, and pass@k and the majority over masks."""
 
     checkpoint: str = ""  # folder or Hub id; default the one shipped for the preset
@@ -81,7 +108,7 @@ class Evaluate:
     device: str = "auto"
     threads: int = 0
 
-    def __call__(self, config: Config) -> None:
+    def run(self, config: Config) -> dict:
         from latentlab import backbone, evaluate, sources
         from latentlab.model import LatentReasoner
 
@@ -89,7 +116,9 @@ class Evaluate:
         model = LatentReasoner.from_pretrained(checkpoint).place(self.device, config.precision)
         problems = sources.benchmark(self.benchmark) if self.benchmark else sources.load(config.data, "test")
         g = config.grpo
-        result = evaluate.summary(model, problems[: self.limit or None], config, mask=g.mask, temperature=g.temperature)
+        return evaluate.summary(model, problems[: self.limit or None], config, mask=g.mask, temperature=g.temperature)
+
+    def report(self, result: dict) -> None:
         print(json.dumps(result, indent=1))
         if self.json:
             Path(self.json).write_text(json.dumps(result, indent=1) + "\n")
@@ -194,25 +223,37 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, 1 (a study or run failed), 2 (wrong use)."""
+    """Run one verb; returns the exit code: 0, 1 (a study or run failed), 2 (wrong use), 75 (stopped and saved)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
+    verb = None
     try:
         verb, config = parse(argv)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not isinstance(verb, Shared):
+            raise ValueError(
+                f"{argv[0]}: got {os.environ['WORLD_SIZE']} processes, expected one; only sft, grpo and "
+                "evaluate can share their work"
+            )
         if getattr(verb, "threads", 0):
             import torch
 
             torch.set_num_threads(verb.threads)
         return verb(config) or 0
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        if debug:
+        code = getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
+        if debug and code != 75:
             raise
-        print(f"latentlab: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, OSError)) else 1
+        # Of several processes one says what all of them know: a wrong command line, or what failed on any.
+        if os.environ.get("RANK", "0") == "0" or not getattr(error, "known_to_all", verb is None):
+            print(f"latentlab: {' '.join(str(error).split())}", file=sys.stderr)
+        return code
+    except KeyboardInterrupt:
+        print("latentlab: aborted; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
+        return 130
 
 
 def parse(argv: list[str]):
@@ -241,9 +282,9 @@ def parse(argv: list[str]):
         text = " ".join(re.sub(r"\x1b\[[0-9;]*m|╭.*╮|[─-╿]", " ", said.getvalue()).split())  # no colours, no box
         raise ValueError(f"{argv[0]}: {text}") from None
     check(call.config)
-    for name in ("threads", "limit"):
-        if getattr(call.verb, name, 0) < 0:
-            raise ValueError(f"--{name}: got {getattr(call.verb, name)}, expected at least 0; 0 is the default")
+    for name in ("threads", "limit", "max_minutes", "checkpoint_minutes"):
+        if not getattr(call.verb, name, 0) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')}: got {getattr(call.verb, name)}, expected at least 0")
     return call.verb, call.config
 
 

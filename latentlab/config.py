@@ -76,6 +76,7 @@ class CurriculumConfig:
     steps: tuple[int, ...] = (10, 10)  # updates of stage 0 (explicit steps), 1, ..., the last (no explicit step)
     c_thought: int = 1  # latent thoughts per replaced step
     batch_size: int = 128  # problems per update
+    micro_batch: int = 0  # problems of like length run together, which saves padding; 0 runs the batch at once
     learning_rate: float = 3.0e-3
     betas: tuple[float, ...] = (0.9, 0.98)
     weight_decay: float = 0.01
@@ -198,7 +199,9 @@ def check(config: Config) -> None:
         _among("sweep.controls", control, tuple(CONTROLS))
     _at_least("grpo.num_generations", g.num_generations, 2, "a group needs two rollouts to compare")
     if g.max_candidates:
-        _at_least("grpo.max_candidates", g.max_candidates, g.num_problems, "as many as num_problems, or 0 to take any group")
+        _at_least(
+            "grpo.max_candidates", g.max_candidates, g.num_problems, "as many as num_problems, or 0 to take any group"
+        )
     _at_least("curriculum.steps", len(c.steps), 2, "stage 0 and at least one latent stage")
     _at_least("curriculum.betas", len(c.betas), 2)
     for text, (holds, names) in _RANGES.items():
@@ -224,8 +227,9 @@ _RANGES = {
         "evaluate.batch_size", "evaluate.num_generations", "sweep.tune_steps", "sweep.workers",
     )),
     "at least 0": (lambda x: x >= 0, (
-        "data.train_size", "curriculum.warmup_steps", "curriculum.weight_decay", "curriculum.decode_weight",
-        "grpo.micro_batch", "grpo.max_candidates", "grpo.warmup_steps", "grpo.weight_decay", "grpo.epsilon", "grpo.epsilon_high", "grpo.beta",
+        "data.train_size", "curriculum.micro_batch", "curriculum.warmup_steps", "curriculum.weight_decay",
+        "curriculum.decode_weight", "grpo.max_candidates",
+        "grpo.micro_batch", "grpo.warmup_steps", "grpo.weight_decay", "grpo.epsilon", "grpo.epsilon_high", "grpo.beta",
     )),
     "a number above 0": (lambda x: x > 0, ("curriculum.max_grad_norm", "grpo.max_grad_norm")),
     "a number above 0; greedy answers are arms of their own": (

@@ -14,16 +14,17 @@ Controls: "pause" and "direct" take the same losses, steps and masks; only what 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from latentlab import parallel
 from latentlab.config import CONTROLS, Config
 from latentlab.evaluate import evaluate
-from latentlab.loop import Run, batch_indices, set_learning_rate, warmup_cosine
+from latentlab.loop import Run, batch_indices, progress_bar, set_learning_rate, update, warmup_cosine
 from latentlab.masks import draw_masks, rollout_seeds
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem, step_result
@@ -62,36 +63,37 @@ def curriculum_loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Cross-entropy per answer token (nats) of one batch at `stage`, plus the thought-decoding loss: (loss, stats).
 
-    Each of several processes computes its share of the problems, divided by the whole batch's tokens: shares add up.
+    The batch runs in parts of `micro_batch` problems of like length, so that little is padding, and each of several
+    processes runs its share. Sums are divided by the counts of the whole batch: the losses of all processes add up.
     """
     c = config.curriculum
     texts = [stage_text(problem, stage, config.latent_stages) for problem in problems]
-    tokens, token_mask = encode_answers(model.tokenizer, texts, model.device)
-    targets = result_tokens(model.tokenizer, problems, model.num_thoughts, c.c_thought, model.device)
-    count, decoded = token_mask.sum(), (targets != IGNORE).sum()
-    names = ("loss/answer", "loss/decode") if c.decode_weight and decoded else ("loss/answer",)
-    whole = (*encode_prompts(model.tokenizer, problems, model.device), tokens, token_mask, targets)
-    prompt_ids, prompt_valid, tokens, token_mask, targets = map(parallel.shard, whole)
-    if not len(tokens):  # fewer problems than processes
-        return torch.zeros((), requires_grad=True), dict.fromkeys(names, 0.0)
-    masks = None
-    if stage > 0:
-        seeds = parallel.shard(rollout_seeds(config.seed, step, [p.id for p in problems], 1))
-        slots = 1 + model.num_thoughts + (tokens.shape[1] if c.mask.scope == "all" else 0)
-        masks = draw_masks(c.mask, model, seeds, num_slots=slots)
-    hidden, thoughts = model.teacher_forced(prompt_ids, prompt_valid, tokens, masks=masks)
-    losses = [cross_entropy(model.head(hidden[token_mask]), tokens[token_mask], reduction="sum") / count]
-    if len(names) > 1:
-        logits = model.head(thoughts).flatten(0, 1)
-        losses.append(cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum") / decoded)
-    stats = {name: loss.item() for name, loss in zip(names, losses, strict=True)}
-    return losses[0] + c.decode_weight * sum(losses[1:]), stats
+    targets = result_tokens(model.tokenizer, problems, model.num_thoughts, c.c_thought, "cpu")  # [B, L]
+    answered = int(encode_answers(model.tokenizer, texts, "cpu")[1].sum())
+    decoded = int((targets != IGNORE).sum()) if c.decode_weight else 0
+    seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)
+    answer = decode = torch.zeros((), device=model.device, requires_grad=True)  # a process may have no problem
+    for rows in _parts([len(p.question) + len(text) for p, text in zip(problems, texts, strict=True)], c.micro_batch):
+        prompt_ids, prompt_valid = encode_prompts(model.tokenizer, [problems[row] for row in rows], model.device)
+        tokens, token_mask = encode_answers(model.tokenizer, [texts[row] for row in rows], model.device)
+        masks = None
+        if stage > 0:
+            slots = 1 + model.num_thoughts + (tokens.shape[1] if c.mask.scope == "all" else 0)
+            masks = draw_masks(c.mask, model, seeds[rows], num_slots=slots)
+        hidden, thoughts = model.teacher_forced(prompt_ids, prompt_valid, tokens, masks=masks)
+        answer = answer + _summed(model.head(hidden[token_mask]), tokens[token_mask])
+        if decoded:
+            decode = decode + _summed(model.head(thoughts).flatten(0, 1), targets[rows].flatten().to(model.device))
+    loss, stats = answer / answered, {"loss/answer": answer.item() / answered}
+    if decoded:
+        loss, stats["loss/decode"] = loss + c.decode_weight * decode / decoded, decode.item() / decoded
+    return loss, stats
 
 
 def curriculum_gradient(
     model: LatentReasoner, problems: Sequence[Problem], stage: int, config: Config, *, step: int
 ) -> dict[str, float]:
-    """Add the gradient of `curriculum_loss` of the whole batch to `.grad`, on every process; returns loss and stats."""
+    """Add the gradient of this process's share of `curriculum_loss` to `.grad`; the whole batch's loss and stats."""
 
     def backward() -> dict[str, float]:
         loss, stats = curriculum_loss(model, problems, stage, config, step=step)
@@ -99,8 +101,21 @@ def curriculum_gradient(
         return {"loss": loss.item(), **stats}
 
     shares = parallel.gather(backward)
-    parallel.sum_gradients(model.parameters())
     return {name: sum(share[name] for share in shares) for name in shares[0]}
+
+
+def _parts(lengths: list[int], size: int) -> list[list[int]]:
+    """This process's rows in parts of `size`, like lengths together; 0 takes them at once and as they are."""
+    rows = list(range(len(lengths)))
+    if size:
+        rows.sort(key=lengths.__getitem__)
+    rows = parallel.shard(rows)
+    size = size or len(lengths)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
 def fit_curriculum(
@@ -112,57 +127,56 @@ def fit_curriculum(
     out: str,
     resume: bool = False,
     first_stage: int = 0,
+    max_minutes: float = 0.0,
+    checkpoint_minutes: float = 10.0,
 ) -> dict:
     """Train through the stages, in place: the model ends with its best weights, and each stage's accuracy is returned.
 
-    The run folder `out` gets metrics.jsonl, state.pt after every stage, and best/: the last stage's checkpoint with the
-    best validation accuracy. Raises ValueError for empty data, FileExistsError for a used folder.
+    The run folder `out` gets metrics.jsonl, state.pt, and best/: the last stage's checkpoint with the best validation
+    accuracy. Raises what Run does, ValueError for empty data, Stopped if the run was asked to stop, FloatingPointError
+    for a NaN.
     """
     if not train or not validation:
         raise ValueError(f"data: got {len(train)} training and {len(validation)} validation problems, expected both")
     c = config.curriculum
     model.feedback = CONTROLS[c.control]
-    run = Run(out, config, loop="curriculum", resume=resume)
-    stages: dict[str, float] = {}
-    if run.state:
-        first_stage, stages = run.state["next_stage"], run.state["stages"]
-        model.lm.load_state_dict(run.state["model"])
-    best = stages.get(str(config.latent_stages), -1.0)
-    for stage in range(first_stage, config.latent_stages + 1):
-        accuracy = best = _fit_stage(model, train, validation, config, stage, run)
-        stages[str(stage)] = accuracy
-        run.save(model=model.lm.state_dict(), next_stage=stage + 1, stages=stages)
+    run = Run(
+        out, config, model, loop="curriculum", problems=(*train, *validation), resume=resume, max_minutes=max_minutes,
+        checkpoint_minutes=checkpoint_minutes,
+    )  # fmt: skip
+    if run.new:
+        run.progress.step = sum(c.steps[:first_stage])
+    reached = bisect_right(list(accumulate(c.steps)), run.progress.step)
+    with run:
+        for stage in range(min(reached, config.latent_stages), config.latent_stages + 1):
+            _fit_stage(model, train, validation, config, stage, run)
     run.load_best(model)
-    return {"stages": stages, "validation_accuracy": best}
+    return {"stages": run.progress.stages, "validation_accuracy": run.progress.best}
 
 
-def _fit_stage(model, train, validation, config: Config, stage: int, run: Run) -> float:
-    """One stage with a fresh optimizer: the validation accuracy it ends with (the last stage: its best)."""
+def _fit_stage(model, train, validation, config: Config, stage: int, run: Run) -> None:
+    """One stage, or what is left of it, with an optimizer of its own."""
     c, last = config.curriculum, stage == config.latent_stages
     set_stage(model, config, stage, validation)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay)
-    total, offset = c.steps[stage], sum(c.steps[:stage])
-    best = -1.0
-    for i in tqdm(range(total), desc=f"{c.control} stage {stage}", leave=False):
+    total, offset, stages = c.steps[stage], sum(c.steps[:stage]), run.progress.stages
+    start = run.progress.step - offset
+    run.restore(model, optimizer if start else None)
+    for i in progress_bar(range(start, total), desc=f"{c.control} stage {stage}", initial=start, total=total):
+        if last and run.progress.best >= c.stop_accuracy:
+            break
+        step = offset + i
         share = warmup_cosine(i, total=total, warmup=c.warmup_steps, final=c.final_lr_fraction)
         set_learning_rate(optimizer, c.learning_rate * share)
-        batch = [train[j] for j in batch_indices(len(train), c.batch_size, seed=config.seed, step=offset + i)]
-        loss, stats = curriculum_loss(model, batch, stage, config, step=offset + i)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.max_grad_norm).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        record = {"step": offset + i, "stage": stage, "loss": loss.item(), **stats, "grad_norm": norm}
+        batch = [train[j] for j in batch_indices(len(train), c.batch_size, seed=config.seed, step=step)]
+        stats = curriculum_gradient(model, batch, stage, config, step=step)
+        stats = update(model, optimizer, stats, step=step, max_grad_norm=c.max_grad_norm)
+        record = {"step": step, "stage": stage, **stats}
         if i + 1 == total or (last and (i + 1) % c.eval_every == 0):
-            record["validation_accuracy"] = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
-        run.log(record)
-        accuracy = record.get("validation_accuracy", -1.0)
-        if last and accuracy > best:
-            run.save_best(model)
-        best = max(best, accuracy)
-        if last and best >= c.stop_accuracy:
-            break
-    return best
+            accuracy = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
+            record["validation_accuracy"] = accuracy
+            stages[str(stage)] = max(accuracy, stages.get(str(stage), accuracy))
+        run.end_step(model, optimizer, record, last=last and i + 1 == total, keep_best=last)
 
 
 def set_stage(model: LatentReasoner, config: Config, stage: int, validation: Sequence[Problem]) -> None:

@@ -84,12 +84,18 @@ def evaluate(
                 run_seed=run_seed, step=0, edit=edit,
             )  # fmt: skip
             grouped = out.thoughts.unflatten(0, (-1, num_generations))  # [B, K, L, D]
-            spread = (grouped - grouped[:, :1]).abs().flatten(1).amax(1) if grouped.numel() else grouped.new_zeros(len(batch))
+            spread = (
+                (grouped - grouped[:, :1]).abs().flatten(1).amax(1)
+                if grouped.numel()
+                else grouped.new_zeros(len(batch))
+            )
             results.append((out.rewards(exact_answer), out.text, spread.float().cpu()))
         return results
 
     correct, text, spread = zip(*parallel.in_order(parallel.gather(answer)), strict=True)
-    return Evaluation(tuple(problems), torch.cat(correct).numpy(), tuple(chain.from_iterable(text)), torch.cat(spread).numpy())
+    return Evaluation(
+        tuple(problems), torch.cat(correct).numpy(), tuple(chain.from_iterable(text)), torch.cat(spread).numpy()
+    )
 
 
 def summary(

@@ -21,19 +21,18 @@ Masks are drawn once, stored with the rollouts and replayed in the update; `repl
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from tqdm import tqdm
 
 from latentlab import parallel
 from latentlab.advantage import group_advantages, group_diagnostics, is_collapsed
+from latentlab.checkpoint import expect_finite
 from latentlab.config import Config, arm_settings
 from latentlab.curriculum import curriculum_gradient
 from latentlab.evaluate import evaluate
-from latentlab.loop import Run, batch_indices, set_learning_rate
+from latentlab.loop import Run, batch_indices, progress_bar, set_learning_rate, update
 from latentlab.loss import grpo_loss, loss_denominator
 from latentlab.masks import rollout_seeds
 from latentlab.model import LatentReasoner
@@ -51,44 +50,49 @@ def fit_grpo(
     out: str,
     resume: bool = False,
     reward=exact_answer,
+    max_minutes: float = 0.0,
+    checkpoint_minutes: float = 10.0,
 ) -> dict:
     """Train one arm, in place; the model ends with the weights that were best on the validation set.
 
-    The run folder `out` gets metrics.jsonl, state.pt and best/. Raises ValueError for empty data, FileExistsError for a
-    used folder, FloatingPointError for a NaN (the last good checkpoint is kept).
+    The run folder `out` gets metrics.jsonl, state.pt and best/. Raises what Run does, ValueError for empty data,
+    Stopped if the run was asked to stop, FloatingPointError for a NaN (the last good checkpoint is kept).
     """
     if not train or not validation:
         raise ValueError(f"data: got {len(train)} training and {len(validation)} validation problems, expected both")
     g = config.grpo
     reference = copy.deepcopy(model).requires_grad_(False) if g.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=g.learning_rate, weight_decay=g.weight_decay)
-    run = Run(out, config, loop="grpo", resume=resume)
-    start, best = 0, -1.0
-    if run.state:
-        start, best = run.state["next_step"], run.state["best"]
-        model.lm.load_state_dict(run.state["model"])
-        optimizer.load_state_dict(run.state["optimizer"])
-    else:
-        best = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
-        run.log({"step": -1, "validation_accuracy": best})
-        run.save_best(model)
-    for step in tqdm(range(start, g.steps), desc=f"grpo {g.arm}", initial=start, total=g.steps, leave=False):
-        set_learning_rate(optimizer, g.learning_rate * min(1.0, (step + 1) / max(1, g.warmup_steps)))
-        if g.arm == "supervised":
-            record = _supervised_step(model, optimizer, train, config, step)
-        else:
-            record = _grpo_step(model, reference, optimizer, train, config, step, reward)
-        record = {"step": step, "arm": g.arm, "rollouts": (step + 1) * g.num_problems * g.num_generations, **record}
-        if (step + 1) % g.eval_every == 0 or step + 1 == g.steps:
-            record["validation_accuracy"] = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
-        run.log(record)
-        if record.get("validation_accuracy", -1.0) > best:
-            best = record["validation_accuracy"]
-            run.save_best(model)
-        if "validation_accuracy" in record:
-            run.save(model=model.lm.state_dict(), optimizer=optimizer.state_dict(), next_step=step + 1, best=best)
+    run = Run(
+        out, config, model, loop="grpo", problems=(*train, *validation), resume=resume, max_minutes=max_minutes,
+        checkpoint_minutes=checkpoint_minutes,
+    )  # fmt: skip
+    run.restore(model, optimizer)
+    progress, budget = run.progress, g.steps * g.num_problems * g.num_generations  # rollouts, equal for all arms
+    with run, progress_bar(total=budget, initial=progress.rollouts, desc=f"grpo {g.arm}", unit="rollout") as bar:
+        if run.new:
+            run.end_step(model, optimizer, {"step": -1, "validation_accuracy": _accuracy(model, validation, config)})
+        while progress.rollouts < budget:
+            step, left = progress.step, (budget - progress.rollouts) // g.num_generations  # problems
+            set_learning_rate(optimizer, g.learning_rate * min(1.0, (step + 1) / max(1, g.warmup_steps)))
+            if g.arm == "supervised":
+                stats = _supervised_step(model, optimizer, train, config, step)
+            else:
+                stats = _grpo_step(model, reference, optimizer, train, config, step, reward, left)
+            spent = stats.get("candidates", g.num_problems) * g.num_generations
+            progress.rollouts += spent
+            record = {"step": step, "arm": g.arm, "rollouts": progress.rollouts, **stats}
+            last = progress.rollouts == budget
+            if last or (step + 1) % g.eval_every == 0:
+                record["validation_accuracy"] = _accuracy(model, validation, config)
+            run.end_step(model, optimizer, record, last=last)
+            bar.update(spent)
     run.load_best(model)
-    return {"validation_accuracy": best, "rollouts": g.steps * g.num_problems * g.num_generations}
+    return {"validation_accuracy": progress.best, "rollouts": progress.rollouts}
+
+
+def _accuracy(model, validation, config: Config) -> float:
+    return evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,9 @@ class Sampled:
     parts: list[tuple[Rollouts, list[int]]]
 
 
-def sample_groups(model, train, config: Config, step: int, reward, *, limit: int | None = None, chunk: int = 0) -> Sampled:
+def sample_groups(
+    model, train, config: Config, step: int, reward, *, limit: int | None = None, chunk: int = 0
+) -> Sampled:
     """Roll out the problems of `step`, over all processes: num_problems of them, whatever their rewards.
 
     With `max_candidates` (DAPO's dynamic sampling) groups of equal rewards are passed over and further problems are
@@ -130,7 +136,10 @@ def sample_groups(model, train, config: Config, step: int, reward, *, limit: int
             run_seed=config.seed, step=step, seeds=seeds[mine].flatten(),
         )  # fmt: skip
         parts.append((out, mine))
-        return list(zip(out.rewards(reward).tolist(), out.token_mask.sum(1).view(-1, k).tolist(), strict=True))
+        rewards = out.rewards(reward)  # [B, K]
+        sums = zip(out.problems, rewards.sum(1).tolist(), strict=True)
+        expect_finite({f"reward of {p.id}": total for p, total in sums}, step, "correct the reward function")
+        return list(zip(rewards.tolist(), out.token_mask.sum(1).view(-1, k).tolist(), strict=True))
 
     found: list[tuple[list[float], list[int]]] = []
     kept: list[int] = []
@@ -173,12 +182,9 @@ def _grpo_step(model, reference, optimizer, train, config: Config, step: int, re
 
     for iteration in range(g.num_iterations):
         stats = merge_stats([share for shares in parallel.gather(backward) for share in shares])
-        parallel.sum_gradients(model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), g.max_grad_norm).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if iteration == 0 or not math.isfinite(norm):  # a NaN of a later update must reach the log, which stops the run
-            record |= {**stats, "grad_norm": norm}
+        stats = update(model, optimizer, stats, step=step, max_grad_norm=g.max_grad_norm)
+        if iteration == 0:
+            record |= stats
     return record
 
 
@@ -206,7 +212,9 @@ def policy_gradient(
             epsilon_high=g.epsilon_high, beta=g.beta, ref_logp=ref_logp, loss_type=g.loss_type, denominator=denominator,
         )  # fmt: skip
         loss.backward()
-        shares.append((int(part.token_mask.sum()), {"loss": loss.item(), "replay_gap": replay_gap(logp, part), **stats}))
+        shares.append(
+            (int(part.token_mask.sum()), {"loss": loss.item(), "replay_gap": replay_gap(logp, part), **stats})
+        )
     return merge_stats(shares)
 
 
@@ -232,7 +240,4 @@ def _supervised_step(model, optimizer, train, config: Config, step: int) -> dict
     problems = [train[i] for i in batch_indices(len(train), size, seed=config.seed, step=step)]
     plain = replace(config, curriculum=replace(config.curriculum, decode_weight=0.0))  # answers alone: no step's result
     stats = curriculum_gradient(model, problems, config.latent_stages, plain, step=step)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), g.max_grad_norm).item()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {**stats, "grad_norm": norm}
+    return update(model, optimizer, stats, step=step, max_grad_norm=g.max_grad_norm)

@@ -1,8 +1,8 @@
 """Several processes, one run: who am I, sums of gradients, gathers. One process pays nothing and imports nothing.
 
 A launcher (`accelerate launch`, `torchrun`) starts N processes of the same command on one machine or several, and
-`joined` makes them one run: gloo between CPUs, nccl between GPUs. Every process holds the whole model and takes its share of each
-batch of problems. Three rules make N irrelevant to the result, but for the rounding of sums:
+`joined` makes them one run: gloo between CPUs, nccl between GPUs. Every process holds the whole model and takes its
+share of each batch of problems. Three rules make N irrelevant to the result, but for the rounding of sums:
 
     seeds       follow from (run seed, step, problem id, k), drawn for the whole batch before it is split
     choices     (accepted groups, best checkpoint, stop) are made by all processes from the same gathered numbers
@@ -47,8 +47,8 @@ def _start(device: str) -> None:
     if int(env.get("WORLD_SIZE", 1)) == 1:
         if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and "RANK" not in env:
             raise ValueError(
-                "accelerate launch: got --cpu (or MULTI_CPU) for several processes, which starts a single one; expected "
-                "--multi_gpu, which starts them on CPUs as well"
+                "accelerate launch: got --cpu (or MULTI_CPU) for several processes, which starts a single one, "
+                "expected --multi_gpu, which starts them on CPUs as well"
             )
         return
     if ":" in device:
@@ -82,7 +82,7 @@ def in_order(shards: Sequence[Sequence[T]]) -> list[T]:
 
 
 def gather(work: Callable[[], T]) -> list[T]:
-    """What `work` returns on each process, in rank order, on all of them; also the place where they wait for each other.
+    """What `work` returns on each process, in rank order, on all of them, which wait for each other here.
 
     If it raises on some, all raise: those with an error of their own that one, the others the first rank's in its
     words. RuntimeError if a process is gone. What `work` returns travels by pickle, between processes of one run.
@@ -123,6 +123,8 @@ def on_main(work: Callable[[], None]) -> None:
 
 def check_same(**values) -> None:
     """Raise ValueError, on all processes, for a value that is not the same on every one."""
+    if size() == 1:
+        return
     for name, held in zip(values, zip(*gather(lambda: tuple(values.values())), strict=True), strict=True):
         odd = next((i for i, value in enumerate(held) if value != held[0]), None)
         if odd is not None:
@@ -155,8 +157,8 @@ def _collective(operation, *arguments) -> None:
         operation(*arguments)
     except RuntimeError as error:
         lost = RuntimeError(
-            f"process {rank()} of {size()}: lost another one ({str(error).splitlines()[0][:120]}), expected all to go on; "
-            "see what it said last (killed? out of memory?), then start the same command with --resume"
+            f"process {rank()} of {size()}: lost another one ({str(error).splitlines()[0][:120]}), expected all to go "
+            "on; see what it said last (killed? out of memory?), then start the same command with --resume"
         )
         lost.known_to_all = False  # and nobody can be told
         raise lost from error

@@ -86,8 +86,8 @@ def rollout(
 ) -> Rollouts:
     """Sample (temperature > 0) or take the argmax (temperature 0) of `num_generations` answers per problem.
 
-    `masks` may be a spec, then the masks are drawn from the rollout seeds; None runs the clean model. `seeds` [R] is for
-    a part of a batch, where a problem drawn twice may lie in two parts; by default they follow from (run_seed, step).
+    `masks` may be a spec, then the masks are drawn from the rollout seeds; None runs the clean model. `seeds` [R]
+    follow from (run_seed, step) by default; a part of a batch brings its own, since a problem drawn twice counts on.
     Raises ValueError for an empty problem list, a temperature below 0 or more positions than the backbone has.
     """
     if not problems:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from latentlab.compare import read_done, write_compare
 from latentlab.config import Config, load_preset, to_dict
+from latentlab.loop import seconds_spent
 from latentlab.report import commit, write_atomically
 
 # Two processes on two cores: one thread each. The malloc settings keep freed memory instead of handing it back to the
@@ -74,7 +74,7 @@ def run_jobs(jobs: list[Job], folder: Path, config: Config, overrides: list[str]
 def _run(job: Job, folder: Path, config: Config, overrides: list[str]) -> str | None:
     """One process; its name if it failed. done.json is written last, with the seconds it took."""
     target = folder / job.name
-    begun, made_by = time.time() - _spent(target), commit()
+    begun, made_by = time.time() - seconds_spent(target), commit()
     words = _words(job, target, config, overrides)
     resume = ["--resume"] if (target / "config.json").exists() else []
     with open(folder / f"{job.name}.log", "a") as log:
@@ -107,13 +107,6 @@ def _finished(job: Job, folder: Path, config: Config, overrides: list[str]) -> b
     if made != asked:
         raise ValueError(f"sweep: {job.name} was made by `{made}`, expected `{asked}`; delete it, or use another --out")
     return True
-
-
-def _spent(run: Path) -> float:
-    """Seconds that earlier processes of an interrupted run took, as far as they logged: each counts from 0."""
-    metrics = run / "metrics.jsonl"
-    clock = [float(s) for s in re.findall(r'"seconds": ([\d.]+)}', metrics.read_text())] if metrics.exists() else []
-    return sum(now for now, after in zip(clock, [*clock[1:], 0.0], strict=False) if after < now)
 
 
 def _check_plan(config: Config) -> None:

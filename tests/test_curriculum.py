@@ -24,10 +24,6 @@ from latentlab.problems import Problem
 PROBLEM = Problem("p", "Leo has 2 books.", ("<<2+3=5>>", "<<5*2=10>>", "<<10-1=9>>"), "9", "test")
 
 
-def without_seconds(folder):
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder)]
-
-
 def test_each_stage_replaces_one_more_step():
     assert [stage_text(PROBLEM, stage, 4) for stage in range(4)] == [
         "<<2+3=5>>\n<<5*2=10>>\n<<10-1=9>>\n### 9", "<<5*2=10>>\n<<10-1=9>>\n### 9", "<<10-1=9>>\n### 9", "### 9",
@@ -171,7 +167,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(config, word_sets, tmp_p
     resumed = LatentReasoner.from_config(c)
     assert fit_curriculum(resumed, *word_sets, c, out=tmp_path / "run", resume=True) == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    assert without_seconds(tmp_path / "run") == without_seconds(tmp_path / "whole")
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
     best = [(tmp_path / name / "best" / "model.safetensors").read_bytes() for name in ("whole", "run")]
     assert best[0] == best[1]
     model = LatentReasoner.from_config(c)
@@ -192,7 +188,7 @@ def test_a_nan_stops_the_run_and_keeps_the_last_checkpoint(config, word_sets, tm
         patch.setattr(curriculum, "curriculum_loss", poisoned)
         fit_curriculum(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run")
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    assert state["next_stage"] == 1 and all(torch.isfinite(w).all() for w in state["model"].values())
+    assert state["progress"]["step"] == 3 and all(torch.isfinite(w).all() for w in state["model"].values())
     fit_curriculum(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run", resume=True)
 
 
@@ -221,3 +217,23 @@ def test_a_mask_is_drawn_per_problem_and_step(config, word_sets, monkeypatch):
     for step in (0, 1):
         curriculum_loss(model, word_sets[0][:3], 1, c, step=step)
     assert len(set(torch.cat(seen).tolist())) == 6
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("scheme", ["shared", "per_step"])
+def test_parts_of_like_length_give_the_loss_of_the_whole_batch(config, word_sets, stage, scheme):
+    train = sorted(word_sets[0][:7], key=lambda p: p.id, reverse=True)
+    values = {}
+    for size in (0, 1, 3):
+        c = config(curriculum={"micro_batch": size, "decode_weight": 0.5, "mask": {"scheme": scheme, "rate": 0.3}})
+        model = LatentReasoner.from_config(c)
+        model.lm.double()
+        set_stage(model, c, stage, train)
+        loss, stats = curriculum_loss(model, train, stage, c, step=3)
+        loss.backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        values[size] = (loss.item(), grads, stats)
+    for size in (1, 3):
+        assert values[size][0] == pytest.approx(values[0][0], rel=1e-12)
+        assert values[size][2] == pytest.approx(values[0][2], rel=1e-12)
+        assert torch.allclose(values[size][1], values[0][1], rtol=1e-9, atol=1e-12)

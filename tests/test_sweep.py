@@ -98,7 +98,7 @@ def test_failed_runs_are_listed_with_their_logs_and_tried_again_with_resume(proc
 def test_seconds_count_the_earlier_processes_of_a_resumed_run(processes, tmp_path):
     """Each process counts from 0: 20 s and 300 s were spent before this one."""
     lines = [{"step": step, "seconds": seconds} for step, seconds in enumerate((10.0, 20.0, 5.0, 300.0))]
-    (tmp_path / "a" / "metrics.jsonl").write_text(
+    (tmp_path / "a" / "timing.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "sec'
     )
     run_jobs(JOBS[:1], tmp_path, small(), [])
