@@ -101,18 +101,20 @@ def merged(values, changes):
     return {**values, **both}
 
 
+SMALL = {
+    "data": {"train_size": 24, "validation_size": 6, "test_size": 6, "steps": 2},
+    "backbone": {"n_layer": 1, "n_embd": 32, "n_positions": 64},
+    "curriculum": {"steps": [3, 2, 4], "batch_size": 6, "eval_every": 2, "stop_accuracy": 1.0, "warmup_steps": 2},
+    "grpo": {"steps": 4, "num_problems": 3, "num_generations": 4, "eval_every": 2},
+    "evaluate": {"batch_size": 4, "num_generations": 4},
+}
+
+
+def small_config(**changes):
+    """small_config(grpo={"arm": "none"}): the tiny preset, shrunk to a run of a second, with changes."""
+    return from_dict(merged(merged(to_dict(load_preset("tiny")), SMALL), changes))
+
+
 @pytest.fixture
 def config():
-    """config(grpo={"arm": "none"}): the tiny preset, shrunk to a run of a second, with changes."""
-    small = {
-        "data": {"train_size": 24, "validation_size": 6, "test_size": 6, "steps": 2},
-        "backbone": {"n_layer": 1, "n_embd": 32, "n_positions": 64},
-        "curriculum": {"steps": [3, 2, 4], "batch_size": 6, "eval_every": 2, "stop_accuracy": 1.0, "warmup_steps": 2},
-        "grpo": {"steps": 4, "num_problems": 3, "num_generations": 4, "eval_every": 2},
-        "evaluate": {"batch_size": 4, "num_generations": 4},
-    }
-
-    def make(**changes):
-        return from_dict(merged(merged(to_dict(load_preset("tiny")), small), changes))
-
-    return make
+    return small_config
