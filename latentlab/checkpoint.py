@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -118,6 +119,7 @@ def made_with() -> dict:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
+        "processes": parallel.size(),
     }
 
 
@@ -132,6 +134,9 @@ def read_config(path: Path) -> dict:
 def read_state(path: Path, asked: dict) -> dict:
     """state.pt of a run with the same `identity`. Raises ValueError with one line."""
     try:
+        damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums that it writes
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, weights_only=True, map_location="cpu")
         expect_same(state["identity"], asked, "the checkpoint")
         before, now = state["made_with"], made_with()

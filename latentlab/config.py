@@ -56,6 +56,7 @@ class DataConfig:
     validation_size: int = 200  # problems
     test_size: int = 200  # problems
     steps: int = 4  # arithmetic steps of a word problem
+    copies: int = 0  # number-perturbed copies per training problem at most, see perturb.py; GSM8K data sets only
     seed: int = 0
 
 
@@ -189,6 +190,10 @@ def check(config: Config) -> None:
     c, g, s = config.curriculum, config.grpo, config.sweep
     _among("precision", config.precision, ("float32", "bfloat16"))
     _among("data.name", config.data.name, ("word_problems", "gsm8k", "gsm8k_aug"))
+    if config.data.copies and config.data.name == "word_problems":
+        raise ValueError(
+            f"data.copies: got {config.data.copies} with word_problems, expected 0; copies need gsm8k or gsm8k_aug"
+        )
     _among("curriculum.control", c.control, tuple(CONTROLS))
     for arm in (g.arm, *s.arms):
         _among("arm", arm, ARMS)
@@ -227,8 +232,8 @@ _RANGES = {
         "evaluate.batch_size", "evaluate.num_generations", "sweep.tune_steps", "sweep.workers",
     )),
     "at least 0": (lambda x: x >= 0, (
-        "data.train_size", "curriculum.micro_batch", "curriculum.warmup_steps", "curriculum.weight_decay",
-        "curriculum.decode_weight", "grpo.max_candidates",
+        "data.train_size", "data.copies", "grpo.max_candidates",
+        "curriculum.micro_batch", "curriculum.warmup_steps", "curriculum.weight_decay", "curriculum.decode_weight",
         "grpo.micro_batch", "grpo.warmup_steps", "grpo.weight_decay", "grpo.epsilon", "grpo.epsilon_high", "grpo.beta",
     )),
     "a number above 0": (lambda x: x > 0, ("curriculum.max_grad_norm", "grpo.max_grad_norm")),

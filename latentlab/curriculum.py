@@ -58,47 +58,36 @@ def result_tokens(tokenizer, problems: Sequence[Problem], thoughts: int, c_thoug
     return targets.to(device)
 
 
-def curriculum_loss(
-    model: LatentReasoner, problems: Sequence[Problem], stage: int, config: Config, *, step: int
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Cross-entropy per answer token (nats) of one batch at `stage`, plus the thought-decoding loss: (loss, stats).
-
-    The batch runs in parts of `micro_batch` problems of like length, so that little is padding, and each of several
-    processes runs its share. Sums are divided by the counts of the whole batch: the losses of all processes add up.
-    """
-    c = config.curriculum
-    texts = [stage_text(problem, stage, config.latent_stages) for problem in problems]
-    targets = result_tokens(model.tokenizer, problems, model.num_thoughts, c.c_thought, "cpu")  # [B, L]
-    answered = int(encode_answers(model.tokenizer, texts, "cpu")[1].sum())
-    decoded = int((targets != IGNORE).sum()) if c.decode_weight else 0
-    seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)
-    answer = decode = torch.zeros((), device=model.device, requires_grad=True)  # a process may have no problem
-    for rows in _parts([len(p.question) + len(text) for p, text in zip(problems, texts, strict=True)], c.micro_batch):
-        prompt_ids, prompt_valid = encode_prompts(model.tokenizer, [problems[row] for row in rows], model.device)
-        tokens, token_mask = encode_answers(model.tokenizer, [texts[row] for row in rows], model.device)
-        masks = None
-        if stage > 0:
-            slots = 1 + model.num_thoughts + (tokens.shape[1] if c.mask.scope == "all" else 0)
-            masks = draw_masks(c.mask, model, seeds[rows], num_slots=slots)
-        hidden, thoughts = model.teacher_forced(prompt_ids, prompt_valid, tokens, masks=masks)
-        answer = answer + _summed(model.head(hidden[token_mask]), tokens[token_mask])
-        if decoded:
-            decode = decode + _summed(model.head(thoughts).flatten(0, 1), targets[rows].flatten().to(model.device))
-    loss, stats = answer / answered, {"loss/answer": answer.item() / answered}
-    if decoded:
-        loss, stats["loss/decode"] = loss + c.decode_weight * decode / decoded, decode.item() / decoded
-    return loss, stats
-
-
 def curriculum_gradient(
     model: LatentReasoner, problems: Sequence[Problem], stage: int, config: Config, *, step: int
 ) -> dict[str, float]:
-    """Add the gradient of this process's share of `curriculum_loss` to `.grad`; the whole batch's loss and stats."""
+    """Add the gradient of one batch's loss at `stage` to `.grad`; returns the losses, in nats.
+
+    loss/answer: cross-entropy per answer token; loss/decode: the same per decoded thought; loss: their weighted sum.
+    The batch runs in parts of `micro_batch` problems of like length, so that little is padding, and several processes
+    share it. Each part is divided by the token counts of the whole batch, so parts and shares add up to its loss.
+    """
+    c = config.curriculum
+    texts = [stage_text(problem, stage, config.latent_stages) for problem in problems]
+    _, token_mask = encode_answers(model.tokenizer, texts, "cpu")
+    targets = result_tokens(model.tokenizer, problems, model.num_thoughts, c.c_thought, "cpu")
+    counts = {"loss/answer": int(token_mask.sum())}
+    if c.decode_weight and (decoded := int((targets != IGNORE).sum())):  # a mean over nothing is NaN
+        counts["loss/decode"] = decoded
+    seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)  # before anything is split
+    lengths = [len(p.question) + len(text) for p, text in zip(problems, texts, strict=True)]
 
     def backward() -> dict[str, float]:
-        loss, stats = curriculum_loss(model, problems, stage, config, step=step)
-        loss.backward()
-        return {"loss": loss.item(), **stats}
+        total = dict.fromkeys(("loss", *counts), 0.0)
+        for rows in _parts(lengths, c.micro_batch):
+            part, mine = [problems[row] for row in rows], [texts[row] for row in rows]
+            sums = _summed_losses(model, part, mine, seeds[rows] if stage else None, config)
+            losses = {name: sums[name] / count for name, count in counts.items()}
+            loss = losses["loss/answer"] + c.decode_weight * losses.get("loss/decode", 0.0)
+            loss.backward()
+            for name, value in {"loss": loss, **losses}.items():
+                total[name] += value.item()
+        return total
 
     shares = parallel.gather(backward)
     return {name: sum(share[name] for share in shares) for name in shares[0]}
@@ -114,8 +103,22 @@ def _parts(lengths: list[int], size: int) -> list[list[int]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+def _summed_losses(model, problems, texts, seeds, config: Config) -> dict[str, torch.Tensor]:
+    """The two losses of some problems, summed over tokens; without seeds no mask is worn (stage 0)."""
+    c = config.curriculum
+    prompt_ids, prompt_valid = encode_prompts(model.tokenizer, problems, model.device)
+    tokens, token_mask = encode_answers(model.tokenizer, texts, model.device)
+    masks = None
+    if seeds is not None:
+        slots = 1 + model.num_thoughts + (tokens.shape[1] if c.mask.scope == "all" else 0)
+        masks = draw_masks(c.mask, model, seeds, num_slots=slots)
+    hidden, thoughts = model.teacher_forced(prompt_ids, prompt_valid, tokens, masks=masks)
+    losses = {"loss/answer": cross_entropy(model.head(hidden[token_mask]), tokens[token_mask], reduction="sum")}
+    if c.decode_weight and thoughts.shape[1]:
+        targets = result_tokens(model.tokenizer, problems, thoughts.shape[1], c.c_thought, model.device).flatten()
+        logits = model.head(thoughts).flatten(0, 1)
+        losses["loss/decode"] = cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    return losses
 
 
 def fit_curriculum(
@@ -127,13 +130,15 @@ def fit_curriculum(
     out: str,
     resume: bool = False,
     first_stage: int = 0,
+    last_stage: int | None = None,
     max_minutes: float = 0.0,
     checkpoint_minutes: float = 10.0,
 ) -> dict:
     """Train through the stages, in place: the model ends with its best weights, and each stage's accuracy is returned.
 
     The run folder `out` gets metrics.jsonl, state.pt, and best/: the last stage's checkpoint with the best validation
-    accuracy. Raises what Run does, ValueError for empty data, Stopped if the run was asked to stop, FloatingPointError
+    accuracy. After a `last_stage` before the last one the model keeps its weights, and a resumed call goes on.
+    Raises what Run does, ValueError for empty data, Stopped if the run was asked to stop, FloatingPointError
     for a NaN.
     """
     if not train or not validation:
@@ -147,10 +152,12 @@ def fit_curriculum(
     if run.new:
         run.progress.step = sum(c.steps[:first_stage])
     reached = bisect_right(list(accumulate(c.steps)), run.progress.step)
+    end = config.latent_stages if last_stage is None else last_stage
     with run:
-        for stage in range(min(reached, config.latent_stages), config.latent_stages + 1):
+        for stage in range(min(reached, end), end + 1):
             _fit_stage(model, train, validation, config, stage, run)
-    run.load_best(model)
+    if end == config.latent_stages:
+        run.load_best(model)
     return {"stages": run.progress.stages, "validation_accuracy": run.progress.best}
 
 

@@ -11,7 +11,7 @@ LEFT_OUT = ("smoke",)  # says only that everything runs: its numbers are no resu
 
 
 def build_report(directory=None) -> Path:
-    """Write RESULTS.md from every `*/*.json` of the result folder, and the marked blocks of the README beside it.
+    """Write RESULTS.md from every JSON file of the result folder, and the marked blocks of the README beside it.
 
     Files that are no results are listed. Returns the path of RESULTS.md. The README changes only where it lies beside
     the result folder, so a temporary folder never touches the committed one.
@@ -36,13 +36,13 @@ def build_report(directory=None) -> Path:
 
 def _collect(folder: Path) -> tuple[list[dict], list[str]]:
     """Results in the order (preset, name), and the relative paths of the JSON files that are none."""
-    results, unknown = [], [path.name for path in sorted(folder.glob("*.json"))]
-    for path in sorted(folder.glob("*/*.json")):
-        result = load_result(path)
-        if result and (result["name"], result["preset"]) == (path.stem, path.parent.name):
+    results, unknown = [], []
+    for path in (*sorted(folder.glob("*.json")), *sorted(folder.glob("*/*.json"))):
+        result, preset = load_result(path), "" if path.parent == folder else path.parent.name
+        if result and (result["name"], result["preset"]) == (path.stem, preset):
             results.append(result)
         else:
-            unknown.append(f"{path.parent.name}/{path.name}")
+            unknown.append(f"{preset}/{path.name}".lstrip("/"))
     results = [result for result in results if result["preset"] not in LEFT_OUT]
     rank = {preset: i for i, preset in enumerate(PRESET_ORDER)}
     return sorted(results, key=lambda r: (rank.get(r["preset"], len(rank)), r["preset"], r["name"])), unknown
@@ -82,7 +82,8 @@ def _section(result: dict) -> str:
     about = {key: result.get(key) for key in ("started", "seconds", "commit")} | result["parameters"]
     about |= dict(leaves(result["environment"]))
     made = [f"{_cell(k)} {_cell(v)}" for k, v in about.items() if not isinstance(v, (dict, list))]
-    link = f"[all of it]({result['preset']}/{result['name']}.json)"
+    where = [result[key] for key in ("preset", "name") if result[key]]  # no preset: of the library, not of a study
+    link = f"[all of it]({'/'.join(where)}.json)"
     skipped, metrics = [], []
     for path, value in leaves(result["metrics"]):
         if path.split(".")[-1] == "skipped":
@@ -90,7 +91,7 @@ def _section(result: dict) -> str:
         elif not re.search(r"\.\d+(\.|$)", path):  # lists are curves: in the JSON and in the figures
             metrics.append([_cell(path), _cell(value)])
     parts = [
-        f"## {_cell(result['preset'])} · {_cell(result['name'])}",
+        f"## {' · '.join(map(_cell, where))}",
         _cell(result.get("headline")),
         " · ".join([f"`{_command(result)}`", *made, link]),
         _arms_by_seed(result["arms"]) if result["name"] == "compare" else "",
@@ -104,6 +105,8 @@ def _section(result: dict) -> str:
 def _command(result: dict) -> str:
     """The command that makes this result."""
     name, preset = result["name"], result["preset"]
+    if not preset:
+        return f"make {name}"
     notebook = re.match(r"(\d\d)_", name)
     verb = f"study --only {notebook[1]}" if notebook else f"sweep {name}"
     return f"latentlab {verb} --preset {preset}"
