@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from latentlab import parallel
 from latentlab.report import commit
 
 SLACK = 16 * 2**20  # bytes of a run folder that are no weights: tokenizer, metrics
@@ -119,6 +120,7 @@ def made_with() -> dict:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
+        "processes": parallel.size(),
     }
 
 
@@ -146,7 +148,7 @@ def read_state(path: Path, asked: dict) -> dict:
         raise
     except Exception as error:  # cut off, foreign, or a pickle that weights_only refuses: torch raises many kinds
         raise ValueError(unusable(path, error)) from error
-    if changed:
+    if changed and parallel.rank() == 0:
         print(f"resume: the checkpoint was made with {', '.join(changed)}; last digits may differ", file=sys.stderr)
     return state
 
