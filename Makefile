@@ -35,6 +35,7 @@ bench: $(READY)
 # Kills, poisons and soaks small runs (ten minutes): reports/reliability.json.
 reliability: $(READY)
 	@PYTHONPATH=. $(BIN)/python tests/reliability.py
+	@PYTHONPATH=$(CURDIR):tests $(BIN)/python tests/misuse.py
 	@$(BIN)/latentlab report
 
 # The stamp is written last: an interrupted installation starts again.

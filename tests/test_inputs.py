@@ -46,16 +46,20 @@ def snapshot(folder):
 
 @pytest.fixture
 def misuse(capfd, record_property, tmp_path, monkeypatch):
-    """misuse(kind, *words): the one line of a command that must be refused; the counts by kind are kept."""
+    """misuse(kind, *words): the one line of a command that must be refused; what happened is counted."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LATENTLAB_REPORTS", str(tmp_path / "reports"))
     counts = Counter()
+    record_property("inputs", counts)
 
     def call(kind, *words, may_pass=False):
         before = snapshot(tmp_path)
         code = main([str(word) for word in words])
         out, err = capfd.readouterr()
-        counts[kind] += 1
+        counts.update({
+            kind: 1, "refused": code != 0, "more_than_one_line": err.count("\n") > 1,
+            "payloads_run": (tmp_path / "payload").exists(), "folders_changed": snapshot(tmp_path) != before,
+        })  # fmt: skip
         assert not (tmp_path / "payload").exists()
         if may_pass and code == 0:
             return ""
@@ -66,8 +70,7 @@ def misuse(capfd, record_property, tmp_path, monkeypatch):
         assert snapshot(tmp_path) == before
         return err
 
-    yield call
-    record_property("inputs", dict(counts))
+    return call
 
 
 @pytest.fixture(scope="session")
