@@ -187,13 +187,22 @@ def wait_for(condition):
 
 
 def test_workers_processes_at_a_time(real):
-    jobs = [*JOBS, *JOBS[:0]]
-    run_jobs(jobs, real, small(workers=2), [])
-    running = most = 0
-    for line in journal(real):
-        running += 1 if line.startswith("begin") else -1
-        most = max(most, running)
-    assert (running, most) == (0, 2) and set(table(real).values()) == {"finished"}
+    """Two begin and wait; the third begins when they have been let go."""
+    for job in JOBS:
+        (real / job.name / "plan").write_text("wait")
+    seen = []
+
+    def let_go():
+        wait_for(lambda: len(journal(real)) == 2)
+        time.sleep(0.3)
+        seen.extend(journal(real))
+        (real / "go").touch()
+
+    thread = threading.Thread(target=let_go)
+    thread.start()
+    run_jobs(JOBS, real, small(workers=2), [])
+    thread.join()
+    assert sorted(seen) == ["begin a", "begin b"] and set(table(real).values()) == {"finished"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
