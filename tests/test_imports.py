@@ -16,8 +16,8 @@ SHARED = {"problems", "config"}
 # Modules import only from their left; training evaluates on its validation problems, so `evaluate` comes before it.
 # A new module gets its place here.
 ORDER = (
-    "problems config hub word_problems wording perturb sources statistics masks smollm2 published backbone model rollout reward"
-    " evaluate advantage loss loop curriculum grpo collapse reference enumeration theory proofs checks report verify"
+    "problems config hub word_problems wording perturb sources statistics masks smollm2 published backbone model rollout"
+    " reward evaluate advantage loss loop curriculum grpo collapse reference enumeration theory proofs checks report verify"
     " tables study compare sweep bench cli"
 ).split()
 HEAVY = {"torch", "transformers", "datasets", "tyro", "papermill"}
