@@ -24,8 +24,6 @@ import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
-os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # before the imports
-
 import numpy as np
 import torch
 from conftest import small_config
@@ -464,7 +462,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=report.reports_folder() / "reliability.json")
     options = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # no thread must be left out of a fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rng, started, scratch = random.Random(options.seed), time.time(), Path(tempfile.mkdtemp(prefix="latentlab-"))
     try:
         sections = {"checkpoint": sizes(scratch), "kills": run_kills(options.kills, rng, scratch)}
