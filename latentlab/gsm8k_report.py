@@ -78,11 +78,26 @@ def write_report(
     )  # fmt: skip
 
 
+def read_reproduce(*presets: str) -> dict | None:
+    """The first of these presets' results that is there, with `outcomes` {run: [n] of 0/1} and `samples`; or None."""
+    for preset in presets:
+        found = report.find_result("reproduce", preset)
+        if found:
+            samples = json.loads((found["folder"] / "reproduce_samples.json").read_text())
+            with np.load(found["folder"] / "reproduce_outcomes.npz") as packed:
+                n = int(packed["n"])
+                outcomes = {name: np.unpackbits(packed[name])[:n] for name in packed.files if name != "n"}
+            return {**found, "outcomes": outcomes, "samples": samples}
+    return None
+
+
 def verdict_of(gain: dict, device: str) -> str:
     """The verdict of the comparison; on a CPU the budget is no budget, and the rule's word is given beside it."""
     if "skipped" in gain:
         return gain["skipped"]
     word = verdict(gain["difference"], gain["low"], gain["high"], target=PUBLISHED["points"])
+    if gain["low"] == gain["high"]:  # no problem was answered differently: an interval of width 0 resolves nothing
+        word = "not resolved"
     return word if device == "cuda" else f"{NOT_ON_GPU} (the rule's word for these numbers: {word})"
 
 

@@ -1,107 +1,58 @@
 """Number-perturbed copies of a word problem: the same words and steps with other numbers, the chain recomputed.
 
-The distinct digit values of a question are its variables; equal numbers stay tied. Each leaf of each equation must be
-traced to a variable, to the result of an earlier step, or to a constant that the wording licenses (number words,
-half and twice, unit facts, percent, cents). A leaf with two possible origins freezes every number that either depends
-on; a leaf with none rejects the problem. The copies teach arithmetic and number binding, not new wording: they are
-not GSM8K-Aug. `sources.benchmark("gsm8k_perturbed")`, validation with fresh numbers, tells reasoning from recall.
+The distinct digit values of a question are its variables; equal numbers stay tied. Each literal of each equation must
+be traced to a variable, to the result of an earlier step, or to a constant that the wording licenses (wording.py).
+A literal with two possible origins freezes every number that either depends on; one with none rejects the problem.
+The copies teach arithmetic and number binding, not new wording: they are not GSM8K-Aug.
+`sources.benchmark("gsm8k_perturbed")`, validation with fresh numbers, tells reasoning from recall.
 """
 
 import ast
+import bisect
 import itertools
 import operator
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from latentlab import wording
 from latentlab.problems import Problem, canonical_answer
 
-_MISSES = 300  # draws without a new variant before a problem is taken to have no more
-_NUMBER = re.compile(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?![.,]?\d)")
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-
-# Words that license constants. Generous on purpose: a constant that equals a question number freezes that number.
-_LICENCES = [(re.compile(rf"\b(?:{words})", re.I), [Fraction(value) for value in values.split()]) for words, values in (
-    ("half|halves|halfway|midway", "2 1/2"),
-    ("twice|doubl|both|pairs?\\b|couples?\\b|twins?\\b|two\\b|either|bicycle|each other|second|biweekly|semi", "2"),
-    ("tripl|thrice|third|tricycle|triang", "3 1/3 2 2/3"),
-    ("quadrupl|quarter|fourth|squares?\\b|rectang|perimeter|sides|tires?|wheels?|legs?|feet|corners?|seasons?",
-     "4 1/4 3/4 3 2"),
-    ("eyes?\\b|ears?\\b|hands?\\b|arms?\\b|wings?\\b|shoes?\\b|socks?\\b|gloves?\\b|parents|round.?trip|and back", "2"),
-    ("fifth", "5 1/5 4/5 4"), ("sixth", "6 1/6 5/6 5"), ("seventh", "7 1/7 6/7 6"), ("eighth", "8 1/8 7/8 7"),
-    ("ninth", "9 1/9 8/9 8"), ("tenth", "10 1/10 9/10 9"), ("dozen", "12"), ("once|single|another|one\\b", "1"),
-    ("(?:him|her|my|your)self|themselves|ourselves|including", "1"),
-    ("seconds?\\b|minutes?\\b|hours?\\b|hourly", "60 3600"), ("hours?\\b|days?\\b|daily", "24"),
-    ("days?\\b|daily|weeks?\\b|weekly|every ?day|weekdays?|weekends?|\\w+day", "7 5 2"),
-    ("months?\\b|monthly|years?\\b|yearly|annual|january|february|march|april|may|june|july|august|september|october"
-     "|november|december", "12 30 31 28 365 52 4"),
-    ("foot|feet|ft\\b|inch|inches", "12"), ("yards?\\b|feet|foot", "3"), ("pounds?\\b|lbs?\\b|ounces?|oz\\b", "16"),
-    ("kilo|km|kg|met(?:er|re)|lit(?:er|re)|grams?|mg\\b|ml\\b|milli", "1000"), ("cm\\b|centi|met(?:er|re)", "100"),
-    ("gallons?|quarts?|pints?|cups?", "2 4 8 16 128"), ("decades?", "10"), ("centur", "100"), ("tons?\\b", "2000"),
-    ("cents?\\b|penn(?:y|ies)|dimes?|nickels?|quarters?|coins?|change", "100 25 10 5 1 .25 .1 .05 .01"),
-    ("percent|percentage", "100 1"), ("score", "20"), ("cards?", "52"), ("hundreds?", "100"), ("thousands?", "1000"),
-    ("millions?", "1000000"), ("average", "2"), ("miles?", "5280"),
-)]  # fmt: skip
-_ONES = dict(zip(
-    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen".split(), range(1, 20), strict=True,
-))  # fmt: skip
-_TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10), strict=True))
-_WORD = re.compile(rf"\b(?:{'|'.join([*_TENS, *sorted(_ONES, key=len, reverse=True)])})", re.I)
-_MONTHS = (
-    "jan(?:uary)?|feb(?:ruary)?|march|april|may|june|july|aug(?:ust)?|sept(?:ember)?|oct(?:ober)?|nov(?:ember)?"
-    "|dec(?:ember)?"
-)
-
-# Numbers that name something instead of counting it are frozen: dates, clock times, ordinals, fractions, ratios, names.
-_NAMED_BEFORE = re.compile(
-    rf"(?:[\w.,]|[/:#\u00d7\u2013-]\s?|\b(?:{_MONTHS}|grade|size|level|chapter|page|route|channel|room|number|no\.|day|week"
-    r"|year|age|aged|door|house|model|type|version|phase|stage|step|at|since|ratio of|about|approximately)\s)$",
-    re.I,
-)
-_NAMED_AFTER = re.compile(
-    r"(?:(?!(?:kg|km|cm|mm|ml|mg|g|m|l|lbs?|ft|oz|mph|gb|mb|in)\b)[A-Za-z]|\s?[/:\u00d7\u2013]|\s?-\s?\d|-(?:in|for|to)-"
-    r"|\s?(?:a\.?m\b|p\.?m\b|o['\u2019]clock|noon|BC|AD)|\s?to\s\d|\s(?:and|\d+/)\s?\d+/\d|\s\d+/\d|\s(?:halves|thirds|fourths|fifths))",
-    re.I,
-)
-_YEAR_BEFORE = re.compile(r"(?:^|[a-z,(]\s|\()$")
-
-# Units whose quantity has a natural ceiling: a value at most the ceiling stays at most there.
-_CEILINGS = [(re.compile(pattern, re.I), ceilings) for pattern, ceilings in (
-    (r"(?:\w+\s)?hours?\b", (12, 24)), (r"(?:\w+\s)?(?:minutes?|seconds?)\b", (60,)),
-    (r"(?:\w+\s)?days?\b", (7, 30, 365)), (r"(?:\w+\s)?weeks?\b", (4, 52)), (r"(?:\w+\s)?months?\b", (12,)),
-    (r"(?:years?\s?-?old|years? of age)", (18, 100)), (r"(?:ft|feet|foot)\b", (8,)),
-)]  # fmt: skip
+_MISSES = 200  # draws in a row without a new variant, after which a problem is taken to have no more
+_FACTOR = 5  # a result stays within this factor of the old one
+_ROUND = ((1000, 8000), (500, 4000), (100, 800), (50, 400), (10, 80), (5, 20))  # (step, smallest value that takes it)
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: Fraction}
+Number = int | Fraction  # int where whole: four times as fast
 
 
 def perturb(problem: Problem, n: int, seed: int) -> list[Problem]:
-    """Up to `n` copies of `problem` with other numbers, fewer where the numbers leave no room, none where in doubt.
+    """Up to `n` copies of `problem` with other numbers: fewer where the numbers leave no room, none where in doubt.
 
     Variant k depends on (problem, seed, k) alone, not on n. Its id is "<id>~<k>", its source "<source>/perturbed".
-    All variants differ from one another and from the original, every equation holds exactly, integers stay positive
-    integers, decimals keep their places, and any two numbers of the question keep their order.
+    All variants differ from one another and from the original, every equation holds exactly, whole numbers stay
+    positive whole numbers, decimals keep their places, and any two numbers of the question keep their order.
+    Raises ValueError for n < 0.
     """
     if n < 0:
         raise ValueError(f"got n = {n}, expected at least 0: pass the number of copies")
     template = trace(problem)
-    if template is None or n == 0:
+    if template is None:
         return []
-    rng = random.Random(f"perturb, seed {seed}, {problem.id}, {problem.question}")  # seeded through SHA-512
-    grids = [_grid(template, i) if i in template.free else [value] for i, value in enumerate(template.values)]
-    variants, seen, misses = [], {tuple(template.values)}, 0
+    rng = random.Random(f"perturb, seed {seed}, {problem.id}, {problem.question}")  # seeded through SHA-512 of the text
+    grids = {i: _grid(template, i) for i in sorted(template.free)}
+    variants, seen, misses = [], {template.values}, 0
     while len(variants) < n and misses < _MISSES:
-        values = tuple([grid[int(rng.random() * len(grid))] if len(grid) > 1 else grid[0] for grid in grids])
-        results = None if values in seen else template.recompute(values)
+        values = _draw(rng, template, grids)
+        results = None if values is None or values in seen else template.recompute(values)
         if results is None:
             misses += 1
             continue
         misses = 0
         seen.add(values)
         question, steps = template.write(values, results)
-        answer = canonical_answer(_plain(results[-1]))
-        k = len(variants)
+        answer, k = canonical_answer(_plain(results[-1])), len(variants)
         variants.append(Problem(f"{problem.id}~{k}", question, steps, answer, f"{problem.source}/perturbed"))
     return variants
 
@@ -113,14 +64,20 @@ def perturbed(problems: Iterable[Problem], n: int, seed: int) -> list[Problem]:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A literal of an equation: a + b * (variable or earlier result `index`), or a constant where index is None."""
+    """A literal of an equation and its origin: a + b * (variable or result `index`), or the constant a."""
 
     text: str
     span: tuple[int, int]  # in the expression
-    origin: str  # "variable", "result" or "constant"
+    origin: str  # "variable" | "result" | "constant"
     index: int
-    a: Fraction
-    b: Fraction
+    a: Number
+    b: Number
+
+    def value(self, values: tuple[Number, ...], results: list[Number]) -> Number:
+        if self.origin == "constant":
+            return self.a
+        source = (values if self.origin == "variable" else results)[self.index]
+        return source if self.b == 1 and not self.a else _whole(self.a + self.b * source)
 
 
 @dataclass(frozen=True)
@@ -129,114 +86,148 @@ class Template:
 
     problem: Problem
     spans: list[tuple[int, int, int]]  # (start, end, variable) of each number of the question
-    values: list[Fraction]  # of the variables, in the question
+    values: tuple[Number, ...]  # of the variables in the original, ascending
     free: frozenset[int]  # the variables that may change
-    steps: list[tuple]  # (expression, leaves, postfix program, text of the result)
-    results: list[Fraction]  # in the original
+    steps: list[tuple[str, list[Leaf], list, str]]  # expression, literals, postfix program, text of the result
+    results: list[Number]  # in the original
+    order: list[int]  # ranks of values + results, to be kept where the wording decides by comparison; else empty
 
-    def recompute(self, values: tuple[Fraction, ...]) -> list[Fraction] | None:
-        """The results under new values; None where order, sign, wholeness or the number of decimals is not kept."""
-        order = sorted(range(len(values)), key=self.values.__getitem__)
-        if any(values[i] >= values[j] for i, j in itertools.pairwise(order)):
-            return None
+    def recompute(self, values: tuple[Number, ...]) -> list[Number] | None:
+        """The results under new values; None where sign, wholeness, places or an order that decides is not kept."""
         results = []
         for (_, leaves, program, _), old in zip(self.steps, self.results, strict=True):
-            new = _run(program, [_leaf_value(leaf, values, results) for leaf in leaves])
-            if new is None or (new > 0) != (old > 0) or (new == 0) != (old == 0):
+            new = _run(program, [leaf.value(values, results) for leaf in leaves])
+            if new is None or not old <= new * _FACTOR or not new <= old * _FACTOR:
                 return None
             places = _places(new)
-            if places is None or places > _places(old) or not old / 5 <= new <= old * 5:
+            if places is None or places > _places(old):
                 return None
             results.append(new)
+        if self.order:
+            old, new = [*self.values, *self.results], [*values, *results]
+            if any(
+                new[i] > new[j] or (new[i] == new[j]) != (old[i] == old[j]) for i, j in itertools.pairwise(self.order)
+            ):
+                return None
         return results
 
-    def write(self, values: tuple[Fraction, ...], results: list[Fraction]) -> tuple[str, tuple[str, ...]]:
+    def write(self, values: tuple[Number, ...], results: list[Number]) -> tuple[str, tuple[str, ...]]:
         """(question, steps) with these numbers, each written in the manner of the original."""
         question, steps = self.problem.question, []
         for start, end, i in reversed(self.spans):
             question = question[:start] + _write(values[i], question[start:end]) + question[end:]
         for (text, leaves, _, old), result in zip(self.steps, results, strict=True):
             for leaf in reversed(leaves):
-                new = _write(_leaf_value(leaf, values, results), leaf.text)
-                text = text[: leaf.span[0]] + new + text[leaf.span[1] :]
+                text = text[: leaf.span[0]] + _write(leaf.value(values, results), leaf.text) + text[leaf.span[1] :]
             steps.append(f"<<{text}={_write(result, old)}>>")
         return question, tuple(steps)
 
+    def contexts(self, i: int) -> list[tuple[str, str, str]]:
+        """(text before, number, text after) of each place of variable i."""
+        q = self.problem.question
+        return [(q[:start], q[start:end], q[end:]) for start, end, k in self.spans if k == i]
+
 
 def trace(problem: Problem) -> Template | None:
-    """The template of a problem, or None where the origin of some number is in doubt or nothing may change."""
+    """The template of a problem, or None where the origin of some literal is in doubt or no number may change."""
     question = problem.question
-    matches = list(_NUMBER.finditer(question))
-    values = sorted({Fraction(m[0].replace(",", "")) for m in matches})
-    spans = [(m.start(), m.end(), values.index(Fraction(m[0].replace(",", "")))) for m in matches]
-    constants = _constants(question)
-    named = {i for start, end, i in spans if _named(question, start, end) or values[i] <= 1 or values[i] in constants}
-    percent = {i for _, end, i in spans if re.match(r"\s?(?:%|percent)", question[end:])}
-    cents = {i for _, end, i in spans if re.match(r"\s?(?:cents?\b|\u00a2)", question[end:])}
+    places = [(m.start(), m.end(), _number(m[0].replace(",", ""))) for m in wording.NUMBER.finditer(question)]
+    values = tuple(sorted({value for _, _, value in places}))
+    spans = [(start, end, values.index(value)) for start, end, value in places]
+    constants, doubtful = wording.constants(question)
+    percent = {i for _, end, i in spans if wording.PERCENT.match(question[end:])}
+    cents = {i for _, end, i in spans if wording.CENTS.match(question[end:])}
+    wholes = [(i, whole) for _, end, i in spans if (whole := wording.whole(question[end:]))]
+    frozen = {i for i, value in enumerate(values) if value <= 1 or value in doubtful}
+    frozen |= {i for start, end, i in spans if wording.is_name(question[:start], question[start:end], question[end:])}
 
-    steps, results, supports, used, read, frozen = [], [], [], set(), set(), set(named)
+    steps, results, behind_result, used, read = [], [], [], [], set()
     for step in problem.steps:
         parsed = parse_step(step)
         if parsed is None:
             return None
-        text, literals, program, result = parsed
-        leaves, support = [], set()
+        text, literals, program, written = parsed
+        leaves, behind_step = [], set()
         for start, end in literals:
-            literal = text[start:end]
-            value = Fraction(literal)
-            found = [("result", j, Fraction(0), Fraction(1)) for j, old in enumerate(results) if old == value]
+            value = _number(text[start:end])
+            origins = [("result", j, 0, 1) for j, old in enumerate(results) if old == value]
             for i, old in enumerate(values):
-                forms = [(Fraction(0), Fraction(1))]
+                forms = [(0, 1)]
                 if i in percent | cents:
-                    forms.append((Fraction(0), Fraction(1, 100)))
-                if i in percent and old < 100:
-                    forms += [(Fraction(x), Fraction(s, 100 // x)) for x in (1, 100) for s in (-1, 1)]
-                found += [("variable", i, a, b) for a, b in forms if a + b * old == value]
+                    forms.append((0, Fraction(1, 100)))
+                if i in percent and old < 100:  # what is left of, or comes to, a whole: 80 or .8 for "20% off"
+                    forms += [(100, -1), (100, 1), (1, Fraction(-1, 100)), (1, Fraction(1, 100))]
+                origins += [("variable", i, a, b) for a, b in forms if a + b * old == value]
             if value in constants:
-                found.append(("constant", 0, value, Fraction(0)))
-            if not found:
+                origins.append(("constant", 0, value, 0))
+                frozen |= _in_disguise(value, values, wholes)
+            if not origins:
                 return None
-            behind = set()
-            for origin, i, _, _ in found:
-                behind |= {i} if origin == "variable" else supports[i] if origin == "result" else set()
-                used |= {i} if origin == "variable" else set()
+            behind = set()  # the variables that the literal may depend on
+            for origin, i, _, _ in origins:
+                behind |= {i} if origin == "variable" else behind_result[i] if origin == "result" else set()
+                used += [i] if origin == "variable" else []
                 read |= {i} if origin == "result" else set()
-            if len(found) > 1:
+            if len(origins) > 1:
                 frozen |= behind
-            support |= behind
-            leaves.append(Leaf(literal, (start, end), *found[0]))
-        old = _run(program, [Fraction(leaf.text) for leaf in leaves])
-        if old is None or old != Fraction(result) or old <= 0 or _places(old) is None:
+            behind_step |= behind
+            leaves.append(Leaf(text[start:end], (start, end), *origins[0]))
+        result = _run(program, [_number(leaf.text) for leaf in leaves])
+        if result is None or result != _number(written) or result <= 0 or _places(result) is None:
             return None
-        steps.append((text, leaves, program, result))
-        results.append(old)
-        supports.append(support)
+        steps.append((text, leaves, program, written))
+        results.append(result)
+        behind_result.append(behind_step)
     if not steps or canonical_answer(_plain(results[-1])) != problem.answer:
         return None
-    if not read >= set(range(len(steps) - 1)):  # a result that nothing uses: it served a comparison, as in "the slower"
+    if not read >= set(range(len(steps) - 1)):  # a result that nothing uses served a comparison: "the slower one"
         return None
-    for i, value in enumerate(values):  # a number of the question that is also a result: given twice
-        for result, support in zip(results, supports, strict=True):
-            if value == result:
-                frozen |= support | {i}
-    totals = {value: {i} for i, value in enumerate(values)} | {
-        total: set() for total in map(Fraction, (7, 12, 24, 30, 60, 100, 1)) if total in constants
+    said = [i for _, _, i in spans]
+    frozen |= {i for i in range(len(values)) if said.count(i) > used.count(i)}  # some mention explains nothing
+    frozen |= _given_twice(values, constants, results, behind_result)
+    all_values = [*values, *results]
+    order = sorted(range(len(all_values)), key=all_values.__getitem__) if wording.decides(question) else []
+    template = Template(problem, spans, values, frozenset(set(used) - frozen), steps, results, order)
+    as_it_was = template.write(values, results) == (question, problem.steps)
+    return template if as_it_was and template.free else None
+
+
+def _given_twice(values: tuple, constants: set, results: list, behind_result: list[set[int]]) -> set[int]:
+    """Variables of redundant givens: 10 boys, 15 girls, 25 children; 3 days and 4 days of a week; a given result."""
+    frozen = set()
+    for i, value in enumerate(values):
+        for result, behind in zip(results, behind_result, strict=True):
+            frozen |= behind | {i} if value == result else set()
+    totals = {total: set() for total in (7, 12, 24, 30, 60, 100, 1) if total in constants}
+    totals |= {value: {i} for i, value in enumerate(values)}
+    for n, least in ((2, 7), (3, 20)):
+        for parts in itertools.combinations(range(len(values)), n):
+            total = sum([values[i] for i in parts])
+            frozen |= totals[total].union(parts) if total in totals and total >= least else set()
+    return frozen
+
+
+def _in_disguise(constant: Number, values: tuple, wholes: list[tuple[int, int]]) -> set[int]:
+    """Variables that a constant may stand for: 2 for 50 %, 30 minutes or 6 months; 3 for 90 / 30 worked in the head."""
+    parts = {i for i, whole in wholes if whole in (constant * values[i], constant * (whole - values[i]))}
+    multiples = {i for i, whole in wholes if whole * constant == values[i]}
+    ratios = {
+        k
+        for i, j in itertools.combinations(range(len(values)), 2)
+        for k in (i, j)
+        if constant > 2 and values[i] > 1 and values[i] * constant == values[j]
     }
-    for i, j in itertools.combinations(range(len(values)), 2):  # redundant givens: 10 boys, 15 girls, 25 children
-        if (both := totals.get(values[i] + values[j])) is not None and values[i] + values[j] > 6:
-            frozen |= {i, j} | both
-    template = Template(problem, spans, values, frozenset(used - frozen), steps, results)
-    whole = template.write(tuple(values), results) == (question, problem.steps)
-    return template if whole and template.free else None
+    return parts | multiples | ratios
 
 
 def parse_step(step: str) -> tuple[str, list[tuple[int, int]], list, str] | None:
     """(expression, spans of its literals, postfix program, text of the result) of "<<2*(3+4)=14>>".
 
-    The program holds the index of a literal or an operation; None for anything but + - * / and parentheses.
+    The program holds the index of a literal or an operation. None for anything but numbers, + - * / and parentheses,
+    and for an expression without an operation.
     """
     match = re.fullmatch(r"<<([-+*/(). 0-9]{1,200})=((?:[0-9]+)?(?:\.[0-9]+)?)>>", step)
-    if match is None or not match[2] or "**" in step or "//" in step:
+    if match is None or not match[2]:
         return None
     text = match[1]
     try:
@@ -246,133 +237,105 @@ def parse_step(step: str) -> tuple[str, list[tuple[int, int]], list, str] | None
     shift = len(text) - len(text.lstrip())
     literals, program = [], []
 
-    def visit(node) -> bool:
+    def visit(node: ast.expr) -> bool:
         if isinstance(node, ast.Constant):
             literals.append((shift + node.col_offset, shift + node.end_col_offset))
             program.append(len(literals) - 1)
-            return re.fullmatch(r"[0-9]*\.?[0-9]+", text[literals[-1][0] : literals[-1][1]]) is not None
+            return re.fullmatch(r"[0-9]*\.?[0-9]+", text[slice(*literals[-1])]) is not None
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
             known = visit(node.left) and visit(node.right)
             program.append(_OPERATORS[type(node.op)])
             return known
         return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd) and visit(node.operand)
 
-    return (text, literals, program, match[2]) if visit(tree) else None
+    return (text, literals, program, match[2]) if visit(tree) and len(program) > 1 else None
 
 
-def _run(program: list, leaves: list[Fraction]) -> Fraction | None:
+def _run(program: list, leaves: list[Number]) -> Number | None:
+    """The value of a postfix program; None for a division by zero."""
     stack = []
     for item in program:
         if isinstance(item, int):
             stack.append(leaves[item])
         else:
             right, left = stack.pop(), stack.pop()
-            if item is operator.truediv and not right:
+            if item is Fraction and not right:
                 return None
             stack.append(item(left, right))
-    return stack[0]
+    return _whole(stack[0])
 
 
-def _leaf_value(leaf: Leaf, values: tuple[Fraction, ...], results: list[Fraction]) -> Fraction:
-    if leaf.origin == "constant":
-        return leaf.a
-    source = (values if leaf.origin == "variable" else results)[leaf.index]
-    return source if leaf.b == 1 and not leaf.a else leaf.a + leaf.b * source
+def _grid(template: Template, i: int) -> tuple[int, Sequence[int]]:
+    """(scale, ticks): variable i may become any tick / scale.
 
-
-def _constants(question: str) -> set[Fraction]:
-    """The constants that the words of a question license."""
-    found = {value for pattern, values in _LICENCES if pattern.search(question) for value in values}
-    if "%" in question:
-        found |= {Fraction(100), Fraction(1)}
-    if "\u00a2" in question:
-        found.add(Fraction(100))
-    words = [(m[0].lower(), m.start(), m.end()) for m in _WORD.finditer(question)]
-    for (word, _, end), (following, start, _) in itertools.pairwise([*words, ("", -1, -1)]):
-        value = (_TENS | _ONES)[word]
-        found.add(Fraction(value))
-        if word in _TENS and following in _ONES and 0 < start - end <= 1:
-            found.add(Fraction(value + _ONES[following]))
-        scale = re.match(r"[\s-](hundred|thousand)", question[end:], re.I)
-        if scale:
-            found.add(Fraction(value * {"hundred": 100, "thousand": 1000}[scale[1].lower()]))
-        below = re.match(
-            r"[\s-](half|halve|third|fourth|quarter|fifth|sixth|seventh|eighth|ninth|tenth)", question[end:], re.I
-        )
-        if below:
-            names = "half third fourth fifth sixth seventh eighth ninth tenth".split()
-            name = {"halve": "half", "quarter": "fourth"}.get(below[1].lower(), below[1].lower())
-            found |= _share(value, names.index(name) + 2)
-    for top, bottom in re.findall(r"(\d+)\s?/\s?(\d+)", question):
-        found |= _share(int(top), int(bottom))
-    return found
-
-
-def _share(top: int, bottom: int) -> set[Fraction]:
-    """What "3/4" or "three quarters" licenses: 3, 4, 3/4 and the rest, 1 and 1/4."""
-    if not 0 < top <= bottom:
-        return {Fraction(top), Fraction(bottom)}
-    return {Fraction(x) for x in (top, bottom, bottom - top, 1)} | {Fraction(top, bottom), 1 - Fraction(top, bottom)}
-
-
-def _named(question: str, start: int, end: int) -> bool:
-    """Whether a number names something (a date, a time, an ordinal, a part of a fraction) instead of counting it."""
-    before, after = question[:start], question[end:]
-    if _NAMED_BEFORE.search(before) or _NAMED_AFTER.match(after):
-        return True
-    return bool(re.fullmatch(r"1[5-9]\d\d|20\d\d", question[start:end])) and bool(_YEAR_BEFORE.search(before))
-
-
-def _grid(template: Template, i: int) -> list[Fraction]:
-    """The values near the old one that variable i may take: as round, as many decimals, below its unit's ceiling."""
-    old, question = template.values[i], template.problem.question
-    places = _places(old)
-    scale = 10**places
+    Near the old value, as round, with as many decimals, below its unit's ceiling, and right after its "a" or "an".
+    """
+    old = template.values[i]
+    scale = 10 ** _places(old)
     ticks = int(old * scale)
-    step = next((s for s in (1000, 500, 100, 50, 10, 5) if ticks % s == 0 and ticks >= 4 * s), 1)
-    low, high = max(ticks // 2, 1 if places else 2), max(2 * ticks, ticks + 4)
-    contexts = [(question[:start], question[start:end], question[end:]) for start, end, k in template.spans if k == i]
-    for _, _, after in contexts:
-        ceilings = (100,) if re.match(r"\s?(?:%|percent)", after) else ()
-        for pattern, limits in _CEILINGS:
-            if pattern.match(after.lstrip(" -")):
-                ceilings = limits
-        high = min([high, *[c * scale - (c == 100) for c in ceilings if old <= c][:1]])
-    grid = [Fraction(t, scale) for t in range(-(-low // step) * step, high + 1, step)]
-    for before, text, _ in contexts:
-        article = re.search(r"\b(an?)\s$", before, re.I)
-        if article:
-            grid = [v for v in grid if _takes_an(v) == (article[1].lower() == "an")]
-        if places and not (text[-1] == "0" or (before.endswith("$") and len(text.partition(".")[2]) == 2)):
-            grid = [v for v in grid if _places(v) == places]
-    return grid or [old]
+    step = next((s for s, least in _ROUND if ticks % s == 0 and ticks >= least), 1)
+    low, high = max(ticks * 3 // 5, 2 if scale == 1 else 1), max(ticks * 9 // 5, ticks + 3)
+    ceilings = [wording.ceiling(old, template.problem.question, after) for _, _, after in template.contexts(i)]
+    high = min([high, *[limit * scale for limit in ceilings if limit is not None]])
+    grid = range(-(-low // step) * step, high + 1, step)
+    for before, text, _ in template.contexts(i):
+        if article := wording.article(before):
+            grid = [tick for tick in grid if wording.takes_an(tick // scale) == (article == "an")]
+        if scale > 1 and not _pads(text):
+            grid = [tick for tick in grid if tick % 10]
+    return scale, grid
 
 
-def _takes_an(value: Fraction) -> bool:
-    digits = str(int(value))
-    return digits[0] == "8" or (digits[:2] in ("11", "18") and len(digits) % 3 == 2)
+def _draw(
+    rng: random.Random, template: Template, grids: dict[int, tuple[int, Sequence[int]]]
+) -> tuple[Number, ...] | None:
+    """New values in the order of the old ones, each uniform between its neighbours so far; None where that fails."""
+    values = [None if i in grids else value for i, value in enumerate(template.values)]
+    left = list(grids)
+    while left:
+        i = left.pop(int(rng.random() * len(left)))
+        scale, ticks = grids[i]
+        below = next((values[j] for j in range(i - 1, -1, -1) if values[j] is not None), 0)
+        above = next((values[j] for j in range(i + 1, len(values)) if values[j] is not None), None)
+        low = bisect.bisect_right(ticks, below * scale)
+        high = len(ticks) if above is None else bisect.bisect_left(ticks, above * scale)
+        if low >= high:
+            return None
+        tick = ticks[low + int(rng.random() * (high - low))]
+        values[i] = tick if scale == 1 else _whole(Fraction(tick, scale))
+    return tuple(values)
 
 
-def _places(value: Fraction) -> int | None:
+def _number(text: str) -> Number:
+    return int(text) if text.isdigit() else _whole(Fraction(text))
+
+
+def _whole(value: Number) -> Number:
+    return value.numerator if value.denominator == 1 else value
+
+
+def _places(value: Number) -> int | None:
     """The number of decimals of a value, None beyond six."""
-    return next((k for k in range(7) if 10**k % value.denominator == 0), None)
+    return 0 if value.denominator == 1 else next((k for k in range(7) if 10**k % value.denominator == 0), None)
 
 
-def _plain(value: Fraction) -> str:
+def _plain(value: Number) -> str:
     """ "2.5" for 5/2; for values with a finite decimal form."""
     places = _places(value)
     digits = str(value.numerator * 10**places // value.denominator).rjust(places + 1, "0")
     return f"{digits[:-places]}.{digits[-places:]}" if places else digits
 
 
-def _write(value: Fraction, like: str) -> str:
+def _pads(like: str) -> bool:
+    """Whether a literal's decimals are padded with zeros, as in "$2.50", "0.25" or "18.0"."""
+    part = like.partition(".")[2]
+    return part[-1:] == "0" or len(part) == 2
+
+
+def _write(value: Number, like: str) -> str:
     """A value in the manner of a literal: its separators, its trailing zeros, its leading zero."""
     whole, _, part = _plain(value).partition(".")
     old_whole, _, old_part = like.partition(".")
-    if "," in like:
-        whole = f"{int(whole):,}"
-    if old_part[-1:] == "0" or len(old_part) == 2:
-        part = part.ljust(len(old_part), "0")
-    if not old_whole and whole == "0":
-        whole = ""
-    return f"{whole}.{part}" if part else whole
+    whole = f"{int(whole):,}" if "," in like else "" if not old_whole and whole == "0" else whole
+    part = part.ljust(len(old_part), "0") if _pads(like) else part
+    return f"{whole}.{part}" if part else whole or "0"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from latentlab import parts, reproduce, sources
+from latentlab import cli, parts, reproduce, sources
 from latentlab.model import LatentReasoner
 from latentlab.word_problems import word_problems
 
@@ -119,3 +119,12 @@ def test_weights_in_parts_come_back_verified(gpt2, tmp_path):
     (tmp_path / "parts" / "parts.json").write_text(json.dumps({"../escape": listed["model.safetensors"]}))
     with pytest.raises(ValueError, match="could not read"):
         parts.join(tmp_path / "parts", tmp_path / "other")
+
+
+def test_both_command_lines_start_the_same_study(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda config, **options: seen.append((config, options)) or "there")
+    assert reproduce.main(["--preset", "smol", "--budget-minutes", "3", "--set", "grpo.steps=7"]) == 0
+    assert cli.main("sweep reproduce --preset smol --budget-minutes 3 --grpo.steps 7".split()) == 0
+    assert seen[0] == seen[1] and seen[0][0].grpo.steps == 7 and seen[0][1]["out"] == "runs/smol/reproduce"
+    assert capsys.readouterr().out == "wrote there\n" * 2
