@@ -347,8 +347,8 @@ def one_nan(name, kind, whole, rng, folder):
 
 def poison(name, kind, at, where):
     """Put a NaN into one number of step `at`; returns the reward to use."""
-    module, loss_name = (grpo, "grpo_loss") if name == "grpo" else (curriculum, "curriculum_loss")
-    update, loss, updates = module.update, getattr(module, loss_name), [0]
+    module = grpo if name == "grpo" else curriculum
+    update, backward, updates = module.update, torch.Tensor.backward, [0]
 
     def here(this):  # is it this kind's turn?
         return kind == this and updates[0] // (CONFIG.grpo.num_iterations if name == "grpo" else 1) == at
@@ -366,12 +366,12 @@ def poison(name, kind, at, where):
         updates[0] += 1
         return stats
 
-    def spoiled_loss(*args, **options):
-        value, stats = loss(*args, **options)
-        return value * (float("nan") if here("loss") else 1.0), stats
+    def spoiled_backward(loss):
+        if here("loss"):
+            loss.data.fill_(float("nan"))
+        return backward(loss, gradient=loss.data.new_tensor(float("nan") if here("loss") else 1.0))
 
-    module.update = spoiled_update
-    setattr(module, loss_name, spoiled_loss)
+    module.update, torch.Tensor.backward = spoiled_update, spoiled_backward
     return lambda text, problem: float("nan") if here("reward") else distinct_words(text, problem)
 
 
