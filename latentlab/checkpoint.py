@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from latentlab import parallel
 from latentlab.report import commit
 
 SLACK = 16 * 2**20  # bytes of a run folder that are no weights: tokenizer, metrics
@@ -118,6 +119,7 @@ def made_with() -> dict:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
+        "processes": parallel.size(),
     }
 
 
@@ -143,7 +145,7 @@ def read_state(path: Path, asked: dict) -> dict:
         raise
     except Exception as error:  # cut off, foreign, or a pickle that weights_only refuses: torch raises many kinds
         raise ValueError(unusable(path, error)) from error
-    if changed:
+    if changed and parallel.rank() == 0:
         print(f"resume: the checkpoint was made with {', '.join(changed)}; last digits may differ", file=sys.stderr)
     return state
 

@@ -21,6 +21,7 @@ import dataclasses
 import errno
 import io
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -30,8 +31,23 @@ from typing import Annotated, Literal
 from latentlab.config import LARGEST, Config, check, load_preset
 
 
+class Shared:
+    """A verb whose work several processes may share: `accelerate launch ... -m latentlab.cli VERB`."""
+
+    def __call__(self, config: Config) -> None:
+        from latentlab import parallel
+
+        with parallel.joined(self.device):
+            result = self.run(config)
+            if parallel.rank() == 0:
+                self.report(result)
+
+    def report(self, result: dict) -> None:
+        print(json.dumps(result))
+
+
 @dataclass
-class Sft:
+class Sft(Shared):
     """Train the curriculum: stage 0 with explicit steps, then one latent stage after another."""
 
     out: str = ""  # run folder; default runs/<preset>/sft-<control>-s<seed>
@@ -42,7 +58,7 @@ class Sft:
     device: str = "auto"  # auto (CUDA if there is one) | cpu | cuda | cuda:1
     threads: int = 0  # torch threads; 0 leaves torch's default
 
-    def __call__(self, config: Config) -> None:
+    def run(self, config: Config) -> dict:
         from latentlab import curriculum, inputs, report, sources
         from latentlab.model import LatentReasoner
 
@@ -55,11 +71,11 @@ class Sft:
             model, train, validation, config, out=out, resume=self.resume, max_minutes=self.max_minutes,
             checkpoint_minutes=self.checkpoint_minutes,
         )  # fmt: skip
-        print(json.dumps({"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}))
+        return {"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}
 
 
 @dataclass
-class Grpo:
+class Grpo(Shared):
     """Train one GRPO arm from a checkpoint."""
 
     init_from: str = ""  # checkpoint; default the one shipped for the preset in data/checkpoints
@@ -70,7 +86,7 @@ class Grpo:
     device: str = "auto"
     threads: int = 0
 
-    def __call__(self, config: Config) -> None:
+    def run(self, config: Config) -> dict:
         from latentlab import backbone, grpo, inputs, report, sources
         from latentlab.model import LatentReasoner
 
@@ -84,11 +100,11 @@ class Grpo:
             model, train, validation, config, out=out, resume=self.resume, max_minutes=self.max_minutes,
             checkpoint_minutes=self.checkpoint_minutes,
         )  # fmt: skip
-        print(json.dumps({"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}))
+        return {"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}
 
 
 @dataclass
-class Evaluate:
+class Evaluate(Shared):
     """Accuracy of a checkpoint: greedy pass@1, and pass@k and the majority over masks."""
 
     checkpoint: str = ""  # folder or Hub id; default the one shipped for the preset
@@ -98,20 +114,24 @@ class Evaluate:
     device: str = "auto"
     threads: int = 0
 
-    def __call__(self, config: Config) -> None:
+    def run(self, config: Config) -> dict:
         from latentlab import backbone, evaluate, inputs, report, sources
         from latentlab.model import LatentReasoner
 
-        json_path = report.expect_file(self.json)
+        report.expect_file(self.json)
         checkpoint = self.checkpoint or backbone.shipped_checkpoint(config.preset)
         problems = sources.benchmark(self.benchmark) if self.benchmark else sources.load(config.data, "test")
         model = LatentReasoner.from_pretrained(checkpoint).place(self.device, config.precision)
         g, problems = config.grpo, problems[: self.limit or None]
         inputs.expect_together(model, problems, config)
-        result = evaluate.summary(model, problems, config, mask=g.mask, temperature=g.temperature)
+        return evaluate.summary(model, problems, config, mask=g.mask, temperature=g.temperature)
+
+    def report(self, result: dict) -> None:
+        from latentlab import report
+
         print(json.dumps(result, indent=1))
-        if json_path:
-            report.write_atomically(json_path, (json.dumps(result, indent=1) + "\n").encode())
+        if self.json:
+            report.write_atomically(Path(self.json), (json.dumps(result, indent=1) + "\n").encode())
 
 
 @dataclass
@@ -243,8 +263,14 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
+    verb = None
     try:
         verb, config = parse(argv)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not isinstance(verb, Shared):
+            raise ValueError(
+                f"{argv[0]}: got {os.environ['WORLD_SIZE']} processes, expected one; only sft, grpo and "
+                "evaluate can share their work"
+            )
         if getattr(verb, "threads", 0):
             import torch
 
@@ -254,7 +280,9 @@ def main(argv: list[str] | None = None) -> int:
         code = getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
         if debug and code != 75:
             raise
-        print(f"latentlab: {_one_line(error)}", file=sys.stderr)
+        # Of several processes one says what all of them know: a wrong command line, or what failed on any.
+        if os.environ.get("RANK", "0") == "0" or not getattr(error, "known_to_all", verb is None):
+            print(f"latentlab: {_one_line(error)}", file=sys.stderr)
         return code
     except KeyboardInterrupt:
         print("latentlab: aborted; a training run goes on from its last checkpoint with --resume", file=sys.stderr)

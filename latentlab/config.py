@@ -95,9 +95,10 @@ class CurriculumConfig:
 @dataclass(frozen=True)
 class GRPOConfig:
     arm: str = "shared"  # see ARMS
-    steps: int = 10  # iterations: a batch of rollouts, then num_iterations updates
+    steps: int = 10  # iterations: a batch of rollouts, then num_iterations updates; in all steps * B * K rollouts
     num_problems: int = 32  # B, problems per iteration
     num_generations: int = 16  # K, rollouts per problem
+    max_candidates: int = 0  # dynamic sampling: try up to this many problems to fill B with mixed groups; 0: take any B
     micro_batch: int = 0  # problems scored at once in the update; 0 takes all
     num_iterations: int = 1  # mu, updates per batch of rollouts
     learning_rate: float = 3.0e-5
@@ -224,6 +225,10 @@ def check(config: Config) -> None:
     for control in s.controls:
         _among("sweep.controls", control, ("pause", "direct"))  # coconut is the baseline of every sweep
     _at_least("grpo.num_generations", g.num_generations, 2, "a group needs two rollouts to compare")
+    if g.max_candidates:
+        _at_least(
+            "grpo.max_candidates", g.max_candidates, g.num_problems, "as many as num_problems, or 0 to take any group"
+        )
     _at_least("curriculum.steps", len(c.steps), 2, "stage 0 and at least one latent stage")
     _at_least("curriculum.betas", len(c.betas), 2)
     for text, (holds, names) in _RANGES.items():
@@ -270,7 +275,7 @@ _RANGES = {
         "evaluate.batch_size", "evaluate.num_generations", "sweep.tune_steps", "sweep.workers",
     )),
     "at least 0": (lambda x: x >= 0, (
-        "data.train_size", "data.copies",
+        "data.train_size", "data.copies", "grpo.max_candidates",
         "curriculum.micro_batch", "curriculum.warmup_steps", "curriculum.weight_decay", "curriculum.decode_weight",
         "grpo.micro_batch", "grpo.warmup_steps", "grpo.weight_decay", "grpo.epsilon", "grpo.epsilon_high", "grpo.beta",
     )),

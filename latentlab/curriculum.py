@@ -20,11 +20,11 @@ from itertools import accumulate
 
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
+from latentlab import parallel
 from latentlab.config import CONTROLS, Config
 from latentlab.evaluate import evaluate
-from latentlab.loop import Run, batch_indices, set_learning_rate, update, warmup_cosine
+from latentlab.loop import Run, batch_indices, progress_bar, set_learning_rate, update, warmup_cosine
 from latentlab.masks import draw_masks, rollout_seeds
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem, step_result
@@ -64,8 +64,8 @@ def curriculum_gradient(
     """Add the gradient of one batch's loss at `stage` to `.grad`; returns the losses, in nats.
 
     loss/answer: cross-entropy per answer token; loss/decode: the same per decoded thought; loss: their weighted sum.
-    The batch runs in parts of `micro_batch` problems of like length, so that little is padding; each part is divided by
-    the token counts of the whole batch, so parts add up to its loss.
+    The batch runs in parts of `micro_batch` problems of like length, so that little is padding, and several processes
+    share it. Each part is divided by the token counts of the whole batch, so parts and shares add up to its loss.
     """
     c = config.curriculum
     texts = [stage_text(problem, stage, config.latent_stages) for problem in problems]
@@ -75,24 +75,31 @@ def curriculum_gradient(
     if c.decode_weight and (decoded := int((targets != IGNORE).sum())):  # a mean over nothing is NaN
         counts["loss/decode"] = decoded
     seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)  # before anything is split
-    total = dict.fromkeys(("loss", *counts), 0.0)
-    for rows in _parts([len(p.question) + len(text) for p, text in zip(problems, texts, strict=True)], c.micro_batch):
-        part, mine = [problems[row] for row in rows], [texts[row] for row in rows]
-        sums = _summed_losses(model, part, mine, seeds[rows] if stage else None, config)
-        losses = {name: sums[name] / count for name, count in counts.items()}
-        loss = losses["loss/answer"] + c.decode_weight * losses.get("loss/decode", 0.0)
-        loss.backward()
-        for name, value in {"loss": loss, **losses}.items():
-            total[name] += value.item()
-    return total
+    lengths = [len(p.question) + len(text) for p, text in zip(problems, texts, strict=True)]
+
+    def backward() -> dict[str, float]:
+        total = dict.fromkeys(("loss", *counts), 0.0)
+        for rows in _parts(lengths, c.micro_batch):
+            part, mine = [problems[row] for row in rows], [texts[row] for row in rows]
+            sums = _summed_losses(model, part, mine, seeds[rows] if stage else None, config)
+            losses = {name: sums[name] / count for name, count in counts.items()}
+            loss = losses["loss/answer"] + c.decode_weight * losses.get("loss/decode", 0.0)
+            loss.backward()
+            for name, value in {"loss": loss, **losses}.items():
+                total[name] += value.item()
+        return total
+
+    shares = parallel.gather(backward)
+    return {name: sum(share[name] for share in shares) for name in shares[0]}
 
 
 def _parts(lengths: list[int], size: int) -> list[list[int]]:
-    """Rows in parts of `size`, like lengths together; 0 takes all rows as they are."""
+    """This process's rows in parts of `size`, like lengths together; 0 takes them at once and as they are."""
     rows = list(range(len(lengths)))
-    if not size:
-        return [rows]
-    rows.sort(key=lengths.__getitem__)
+    if size:
+        rows.sort(key=lengths.__getitem__)
+    rows = parallel.shard(rows)
+    size = size or len(lengths)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
@@ -162,7 +169,7 @@ def _fit_stage(model, train, validation, config: Config, stage: int, run: Run) -
     total, offset, stages = c.steps[stage], sum(c.steps[:stage]), run.progress.stages
     start = run.progress.step - offset
     run.restore(model, optimizer if start else None)
-    for i in tqdm(range(start, total), desc=f"{c.control} stage {stage}", initial=start, total=total, leave=False):
+    for i in progress_bar(range(start, total), desc=f"{c.control} stage {stage}", initial=start, total=total):
         if last and run.progress.best >= c.stop_accuracy:
             break
         step = offset + i

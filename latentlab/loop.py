@@ -26,8 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from latentlab import checkpoint
+from latentlab import checkpoint, parallel
 from latentlab.checkpoint import expect_finite, expect_finite_tensors, write_whole
 from latentlab.config import Config, to_dict
 
@@ -46,7 +47,7 @@ class Progress:
     stages: dict[str, float] = field(default_factory=dict)  # curriculum: the best validation accuracy of each stage
     best: float = -1.0  # validation accuracy of best/
     best_step: int | None = None
-    surplus: dict = field(default_factory=dict)  # streamed groups not used yet: tensors, numbers, text
+    rollouts: int = 0  # grpo: how many were made, whether an update took them or not
 
 
 class Run:
@@ -54,7 +55,8 @@ class Run:
 
     As a context it catches SIGTERM and SIGINT: the step is finished and saved, then `Stopped` is raised; so it is when
     `max_minutes` (0: no limit) have passed. A second SIGINT aborts at once. Raises FileExistsError, ValueError or
-    OSError before anything is written: a used folder, a checkpoint of another run, a disk too small.
+    OSError before anything is written: a used folder, a checkpoint of another run, a disk too small. Of several
+    processes all read and only rank 0 writes: the folder must be one that every machine sees.
     """
 
     def __init__(
@@ -68,16 +70,21 @@ class Run:
         self.identity = checkpoint.identity(loop, to_dict(config), model, problems)
         self.made_with = checkpoint.made_with()
         stored, state = self.folder / "config.json", self.folder / "state.pt"
-        if stored.exists() and not resume:
-            raise FileExistsError(
-                f"run folder: got {folder}, which holds a run already; pass --resume, or another --out"
-            )
-        if stored.exists():
-            checkpoint.expect_same(checkpoint.read_config(stored), to_dict(config), "the run's config.json")
-            self.state = self._read(state) if state.exists() else None
+
+        def look() -> None:
+            if stored.exists() and not resume:
+                raise FileExistsError(
+                    f"run folder: got {folder}, which holds a run already; pass --resume, or another --out"
+                )
+            if stored.exists():
+                checkpoint.expect_same(checkpoint.read_config(stored), to_dict(config), "the run's config.json")
+                self.state = self._read(state) if state.exists() else None
+
+        parallel.gather(look)  # all have looked before rank 0 writes
+        parallel.check_same(**self.identity, checkpoint=self.progress.step)
         self.new = self.state is None
-        checkpoint.expect_space(self.folder, sum(p.numel() * p.element_size() for p in model.parameters()))
-        self._open(stored, to_dict(config))
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        parallel.on_main(lambda: self._open(stored, to_dict(config), weights))
 
     def _read(self, path: Path) -> dict:
         state = checkpoint.read_state(path, self.identity)
@@ -93,8 +100,9 @@ class Run:
             )
         return state
 
-    def _open(self, stored: Path, config: dict) -> None:
+    def _open(self, stored: Path, config: dict, weights: int) -> None:
         """Make the folder, or mend it: drop what was written after the checkpoint, and a line that a kill cut off."""
+        checkpoint.expect_space(self.folder, weights)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(stored, lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
         checkpoint.settle_best(self.folder, self.progress.best_step)
@@ -118,14 +126,21 @@ class Run:
 
     def end_step(self, model, optimizer, record: dict, *, last: bool = False, keep_best: bool = True) -> None:
         """Log `record`, whose step is done; save what is due; raise `Stopped` if the run was asked to stop."""
-        self.log(record)
         self.progress.step = record["step"] + 1
         accuracy = record.get("validation_accuracy")
-        if accuracy is not None and keep_best and accuracy > self.progress.best:
-            self.save_best(model, accuracy, record["step"])
-        stop = "" if last else self.stop_reason()
-        if accuracy is not None or stop or time.monotonic() - self.saved >= 60 * self.checkpoint_minutes:
-            self.save(model, optimizer)
+        best = accuracy is not None and keep_best and accuracy > self.progress.best
+        if best:
+            self.progress.best, self.progress.best_step = accuracy, record["step"]
+        stop = "" if last else max(parallel.gather(self.stop_reason))  # of one process: of all, at the same step
+
+        def write() -> None:
+            self.log(record)
+            if best:
+                self.save_best(model, accuracy, record["step"])
+            if accuracy is not None or stop or time.monotonic() - self.saved >= 60 * self.checkpoint_minutes:
+                self.save(model, optimizer)
+
+        parallel.on_main(write)
         if stop:
             raise Stopped(
                 f"stopped by {stop} after step {record['step']}, everything is saved in {self.folder}; the same "
@@ -172,7 +187,6 @@ class Run:
             (path / "validation.json").write_text(json.dumps({"step": step, "validation_accuracy": accuracy}) + "\n")
 
         write_whole(self.folder / "best", write)
-        self.progress.best, self.progress.best_step = accuracy, step
 
     def load_best(self, model) -> None:
         """Give `model` the weights of best/."""
@@ -194,14 +208,17 @@ class Run:
         if name == self.asked == "SIGINT":
             raise KeyboardInterrupt
         self.asked = name
-        print(f"{name}: finishing the step, then saving; a second SIGINT aborts at once", file=sys.stderr)
+        if parallel.rank() == 0:
+            print(f"{name}: finishing the step, then saving; a second SIGINT aborts at once", file=sys.stderr)
 
 
 def update(model, optimizer: torch.optim.Optimizer, stats: dict, *, step: int, max_grad_norm: float) -> dict:
     """One step of the optimizer on `.grad`, clipped before and cleared after: `stats` and the norm before clipping.
 
-    Raises FloatingPointError before any weight moves if the norm or a number of `stats` is not finite.
+    Gradients of several processes are summed first, so that all take the same step. Raises FloatingPointError before
+    any weight moves if the norm or a number of `stats` is not finite.
     """
+    parallel.sum_gradients(model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
     stats = {**stats, "grad_norm": norm}
     expect_finite(stats, step)
@@ -224,6 +241,11 @@ def seconds_spent(folder: str | Path) -> float:
 
 def _read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_bytes().rpartition(b"\n")[0].splitlines()]
+
+
+def progress_bar(*arguments, **settings) -> tqdm:
+    """tqdm, of several processes on rank 0 alone; TQDM_DISABLE=1 switches it off."""
+    return tqdm(*arguments, leave=False, **settings, **({"disable": True} if parallel.rank() else {}))
 
 
 def batch_indices(total: int, size: int, *, seed: int, step: int) -> list[int]:

@@ -45,21 +45,20 @@ class Rollouts:
         values = [reward(text, self.problems[row // k]) for row, text in enumerate(self.text)]
         return torch.tensor(values, dtype=torch.float64).view(-1, k)
 
-    def take(self, problems: slice) -> Rollouts:
-        """The rollouts of some problems: a micro-batch of whole groups."""
-        start, stop, _ = problems.indices(len(self.problems))
-        rows = slice(start * self.num_generations, stop * self.num_generations)
-        part = {
-            name: getattr(self, name)[rows] for name in ("tokens", "token_mask", "logp", "thoughts", "seeds", "text")
-        }
+    def take(self, problems: slice | Sequence[int]) -> Rollouts:
+        """The rollouts of some problems, named by a slice or by their places: whole groups."""
+        k = self.num_generations
+        places = list(range(len(self.problems))[problems]) if isinstance(problems, slice) else list(problems)
+        rows = [b * k + i for b in places for i in range(k)]
         return Rollouts(
-            problems=self.problems[problems],
-            num_generations=self.num_generations,
-            prompt_ids=self.prompt_ids[problems],
-            prompt_valid=self.prompt_valid[problems],
+            problems=tuple(self.problems[b] for b in places),
+            num_generations=k,
+            prompt_ids=self.prompt_ids[places],
+            prompt_valid=self.prompt_valid[places],
             temperature=self.temperature,
-            masks=None if self.masks is None else self.masks.take(rows),
-            **part,
+            text=tuple(self.text[row] for row in rows),
+            masks=None if self.masks is None else self.masks.take(torch.tensor(rows)),
+            **{name: getattr(self, name)[rows] for name in ("tokens", "token_mask", "logp", "thoughts", "seeds")},
         )
 
 
@@ -82,11 +81,13 @@ def rollout(
     temperature: float,
     run_seed: int,
     step: int,
+    seeds: torch.Tensor | None = None,
     edit: Edit | None = None,
 ) -> Rollouts:
     """Sample (temperature > 0) or take the argmax (temperature 0) of `num_generations` answers per problem.
 
-    `masks` may be a spec, then the masks are drawn from the rollout seeds; None runs the clean model.
+    `masks` may be a spec, then the masks are drawn from the rollout seeds; None runs the clean model. `seeds` [R]
+    follow from (run_seed, step) by default; a part of a batch brings its own, since a problem drawn twice counts on.
     Raises ValueError for an empty problem list, a temperature below 0 or more positions than the backbone has.
     """
     if not problems:
@@ -98,7 +99,8 @@ def rollout(
     model.eval()
     prompt_ids, prompt_valid = encode_prompts(model.tokenizer, problems, model.device)
     model.check_length(prompt_ids.shape[1], model.max_new_tokens)
-    seeds = rollout_seeds(run_seed, step, [p.id for p in problems], num_generations)
+    if seeds is None:
+        seeds = rollout_seeds(run_seed, step, [p.id for p in problems], num_generations)
     if isinstance(masks, MaskSpec):
         masks = draw_masks(masks, model, seeds)
     state = model.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
