@@ -456,8 +456,8 @@ def write_sections(sections, *, path, started):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=112, help="of each loop, at least")
-    parser.add_argument("--nans", type=int, default=10, help="of each kind in each loop")
+    parser.add_argument("--kills", type=int, default=56, help="of each loop, at least")
+    parser.add_argument("--nans", type=int, default=5, help="of each kind in each loop")
     parser.add_argument("--soak", type=int, default=2000, help="GRPO steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=report.reports_folder() / "reliability.json")
