@@ -156,8 +156,9 @@ class Sweep:
 
     name: Literal["compare", "reproduce"] = "compare"
     out: str = ""  # folder of the runs; default runs/<preset>/<name>
-    budget_minutes: float = 24.0  # reproduce: its parts are sized to fit
-    weights: str = ""  # reproduce: a checkpoint, or one in parts (latentlab.parts); default the preset's backbone
+    budget_minutes: float = 24.0  # reproduce: its parts are sized to fit; 0 takes the preset's own steps
+    weights: str = ""  # reproduce: the backbone, a checkpoint or one in parts (latentlab.parts); default the preset's
+    init_from: str = ""  # reproduce: a trained Coconut checkpoint, straight into the arms
     device: str = "auto"  # reproduce
     threads: int = 0  # reproduce
     executor: Literal["local", "slurm"] = "local"  # processes on this machine, or SLURM jobs through submitit
@@ -174,8 +175,9 @@ class Sweep:
             from latentlab.reproduce import reproduce
 
             path = reproduce(
-                config, out=out, budget_minutes=self.budget_minutes, device=self.device, weights=self.weights
-            )
+                config, out=out, budget_minutes=self.budget_minutes, device=self.device, weights=self.weights,
+                init_from=self.init_from,
+            )  # fmt: skip
             print("wrote", path)
             return
         launcher = launch.Launcher(self.executor, self.slurm, self.retries)
