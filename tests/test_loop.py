@@ -256,7 +256,7 @@ def test_of_two_best_folders_the_one_that_the_checkpoint_knows_counts(tmp_path, 
         run.model.lm.transformer.ln_f.weight.add_(1.0)
     run.save_best(run.model, 0.75, 1)
     if known:
-        run.progress.step = 2
+        run.progress.step, run.progress.best, run.progress.best_step = 2, 0.75, 1
         monkeypatch.setattr(shutil, "rmtree", lambda *a, **kw: None)
         run.save(run.model, run.optimizer)
         monkeypatch.undo()
