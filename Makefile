@@ -34,7 +34,7 @@ bench: $(READY)
 
 # Kills, poisons and soaks small runs (ten minutes): reports/reliability.json.
 reliability: $(READY)
-	@PYTHONPATH=. $(BIN)/python tests/reliability.py
+	@PYTHONPATH=. OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python tests/reliability.py
 	@$(BIN)/latentlab report
 
 # The stamp is written last: an interrupted installation starts again.
