@@ -35,6 +35,7 @@ bench: $(READY)
 # Kills, poisons and soaks small runs (ten minutes): reports/reliability.json.
 reliability: $(READY)
 	@PYTHONPATH=. OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python tests/reliability.py
+	@PYTHONPATH=.:tests $(BIN)/python tests/misuse.py
 	@$(BIN)/latentlab report
 
 # The stamp is written last: an interrupted installation starts again.
