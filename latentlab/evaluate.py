@@ -18,7 +18,7 @@ import torch
 from latentlab import parallel
 from latentlab.config import Config, MaskSpec
 from latentlab.model import LatentReasoner
-from latentlab.problems import Problem
+from latentlab.problems import Problem, answers_match, extract_answer
 from latentlab.reward import exact_answer, majority_vote
 from latentlab.rollout import rollout
 from latentlab.statistics import pass_at_k, wilson_interval
@@ -41,6 +41,13 @@ class Evaluation:
     def pass_at(self, k: int) -> float:
         """Unbiased pass@k, in [0, 1]."""
         return float(pass_at_k(self.correct.sum(1), self.correct.shape[1], k).mean())
+
+    def correct_by_string(self) -> int:
+        """How many answers equal the problem's as text: the stricter of the two grading rules in use."""
+        k = self.correct.shape[1]
+        return sum(
+            answers_match(extract_answer(t), self.problems[i // k].answer, "string") for i, t in enumerate(self.text)
+        )
 
     def majority(self) -> np.ndarray:
         """[n] of 0/1: is the majority answer right?"""
@@ -115,6 +122,7 @@ def summary(
             "correct": correct,
             "pass@1": clean.accuracy,
             "interval": list(wilson_interval(correct, len(problems))),
+            "correct_string_rule": clean.correct_by_string(),
         },
         "sampled": {
             "mask_rate": mask.rate if mask else 0.0,

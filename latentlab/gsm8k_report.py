@@ -38,12 +38,12 @@ NOT_ON_GPU = "not run on a GPU"
 
 
 def write_report(
-    config: Config, folder: Path, names: list[str], test: list[Problem], *, cot: str, device: str, weights: dict,
+    config: Config, folder: Path, names: list[str], test: list[Problem], *, cot: str | None, device: str, weights: dict,
     started: float, plan: dict, minutes: float, budget_minutes: float, peak_memory_gib: float,
 ) -> Path:  # fmt: skip
     """Write the three files from the answers in `folder`; `names`: the baseline, then "<arm>-s<seed>"."""
     preset = config.preset if device == "cuda" else f"{config.preset}-cpu"
-    outcomes = {name: _right(folder, f"{name}.gsm8k") for name in (cot, *names)}
+    outcomes = {name: _right(folder, f"{name}.gsm8k") for name in (*([cot] if cot else []), *names)}
     packed = io.BytesIO()
     np.savez_compressed(packed, n=len(test), **{name: np.packbits(x.astype(bool)) for name, x in outcomes.items()})
     report.write_atomically(report.reports_folder() / preset / "reproduce_outcomes.npz", packed.getvalue())
@@ -54,14 +54,14 @@ def write_report(
     metrics = {
         "data": config.data.name,
         "published": PUBLISHED,
-        "cot": _row(folder, f"{cot}.gsm8k", test),
+        "cot": _row(folder, f"{cot}.gsm8k", test) if cot else {"skipped": "the baseline was trained elsewhere"},
         "stages_validation": json.loads((folder / names[0] / "done.json").read_text())["stages"],
         "gain": gain,
         "main_contrast": contrast,
         "verdict": verdict_of(gain, device),
         "sampled": {name: _sampled(folder, name) for name in names if _exists(folder, f"{name}.sampled")},
         "transfer": _transfer(folder, names, plan),
-        "curves": {name: _curves(folder / name) for name in names},
+        "curves": {name: _curves(folder / name) for name in names if (folder / name / "metrics.jsonl").exists()},
         "cost": {
             "budget_minutes": budget_minutes, "minutes": round(minutes, 1), "device": device,
             "peak_memory_gib": round(peak_memory_gib, 2),
@@ -78,11 +78,26 @@ def write_report(
     )  # fmt: skip
 
 
+def read_reproduce(*presets: str) -> dict | None:
+    """The first of these presets' results that is there, with `outcomes` {run: [n] of 0/1} and `samples`; or None."""
+    for preset in presets:
+        found = report.find_result("reproduce", preset)
+        if found:
+            samples = json.loads((found["folder"] / "reproduce_samples.json").read_text())
+            with np.load(found["folder"] / "reproduce_outcomes.npz") as packed:
+                n = int(packed["n"])
+                outcomes = {name: np.unpackbits(packed[name])[:n] for name in packed.files if name != "n"}
+            return {**found, "outcomes": outcomes, "samples": samples}
+    return None
+
+
 def verdict_of(gain: dict, device: str) -> str:
     """The verdict of the comparison; on a CPU the budget is no budget, and the rule's word is given beside it."""
     if "skipped" in gain:
         return gain["skipped"]
     word = verdict(gain["difference"], gain["low"], gain["high"], target=PUBLISHED["points"])
+    if gain["low"] == gain["high"]:  # no problem was answered differently: an interval of width 0 resolves nothing
+        word = "not resolved"
     return word if device == "cuda" else f"{NOT_ON_GPU} (the rule's word for these numbers: {word})"
 
 
@@ -221,8 +236,8 @@ def _thoughts(checkpoint: Path, problems: list[Problem], top: int = 5) -> tuple[
 
 def _headline(outcomes: dict, names: list[str], metrics: dict) -> str:
     base, gain = outcomes["coconut-s0"], metrics["gain"]
-    text = f"GSM8K test, {len(base)} problems: chain of thought {_percent(metrics['cot'])}, latent baseline "
-    text += f"{100 * base.mean():.2f} %"
+    cot = "" if "skipped" in metrics["cot"] else f"chain of thought {_percent(metrics['cot'])}, "
+    text = f"GSM8K test, {len(base)} problems: {cot}latent baseline {100 * base.mean():.2f} %"
     if "skipped" not in gain:
         text += f" → {100 * gain['after']:.2f} %, {gain['difference']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
     return f"{text}; {metrics['verdict']}" if metrics["data"] != "word_problems" else f"rehearsal, no GSM8K: {text}"

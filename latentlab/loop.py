@@ -191,7 +191,9 @@ class Run:
 
     def __enter__(self) -> Run:
         main = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
-        self._handlers = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM) if main}
+        names = ("SIGINT", "SIGTERM", "SIGUSR2")  # the last from SLURM, before a job's time is up; not on Windows
+        numbers = [getattr(signal, name) for name in names if main and hasattr(signal, name)]
+        self._handlers = {n: signal.signal(n, self._ask) for n in numbers}
         return self
 
     def __exit__(self, *_) -> None:

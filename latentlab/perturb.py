@@ -22,6 +22,7 @@ from latentlab.problems import Problem, canonical_answer
 
 _MISSES = 200  # draws in a row without a new variant, after which a problem is taken to have no more
 _FACTOR = 5  # a result stays within this factor of the old one
+_ROUND = ((1000, 8000), (500, 4000), (100, 800), (50, 400), (10, 80), (5, 20))  # (step, smallest value that takes it)
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: Fraction}
 Number = int | Fraction  # int where whole: four times as fast
 
@@ -140,7 +141,7 @@ def trace(problem: Problem) -> Template | None:
     frozen = {i for i, value in enumerate(values) if value <= 1 or value in doubtful}
     frozen |= {i for start, end, i in spans if wording.is_name(question[:start], question[start:end], question[end:])}
 
-    steps, results, behind_result, used, read = [], [], [], set(), set()
+    steps, results, behind_result, used, read = [], [], [], [], set()
     for step in problem.steps:
         parsed = parse_step(step)
         if parsed is None:
@@ -165,7 +166,7 @@ def trace(problem: Problem) -> Template | None:
             behind = set()  # the variables that the literal may depend on
             for origin, i, _, _ in origins:
                 behind |= {i} if origin == "variable" else behind_result[i] if origin == "result" else set()
-                used |= {i} if origin == "variable" else set()
+                used += [i] if origin == "variable" else []
                 read |= {i} if origin == "result" else set()
             if len(origins) > 1:
                 frozen |= behind
@@ -181,10 +182,12 @@ def trace(problem: Problem) -> Template | None:
         return None
     if not read >= set(range(len(steps) - 1)):  # a result that nothing uses served a comparison: "the slower one"
         return None
+    said = [i for _, _, i in spans]
+    frozen |= {i for i in range(len(values)) if said.count(i) > used.count(i)}  # some mention explains nothing
     frozen |= _given_twice(values, constants, results, behind_result)
     all_values = [*values, *results]
     order = sorted(range(len(all_values)), key=all_values.__getitem__) if wording.decides(question) else []
-    template = Template(problem, spans, values, frozenset(used - frozen), steps, results, order)
+    template = Template(problem, spans, values, frozenset(set(used) - frozen), steps, results, order)
     as_it_was = template.write(values, results) == (question, problem.steps)
     return template if as_it_was and template.free else None
 
@@ -197,9 +200,10 @@ def _given_twice(values: tuple, constants: set, results: list, behind_result: li
             frozen |= behind | {i} if value == result else set()
     totals = {total: set() for total in (7, 12, 24, 30, 60, 100, 1) if total in constants}
     totals |= {value: {i} for i, value in enumerate(values)}
-    for i, j in itertools.combinations(range(len(values)), 2):
-        total = values[i] + values[j]
-        frozen |= {i, j} | totals[total] if total in totals and total > 6 else set()
+    for n, least in ((2, 7), (3, 20)):
+        for parts in itertools.combinations(range(len(values)), n):
+            total = sum([values[i] for i in parts])
+            frozen |= totals[total].union(parts) if total in totals and total >= least else set()
     return frozen
 
 
@@ -269,8 +273,8 @@ def _grid(template: Template, i: int) -> tuple[int, Sequence[int]]:
     old = template.values[i]
     scale = 10 ** _places(old)
     ticks = int(old * scale)
-    step = next((s for s in (1000, 500, 100, 50, 10, 5) if ticks % s == 0 and ticks >= 4 * s), 1)
-    low, high = max(ticks // 2, 2 if scale == 1 else 1), max(2 * ticks, ticks + 4)
+    step = next((s for s, least in _ROUND if ticks % s == 0 and ticks >= least), 1)
+    low, high = max(ticks * 3 // 5, 2 if scale == 1 else 1), max(ticks * 9 // 5, ticks + 3)
     ceilings = [wording.ceiling(old, template.problem.question, after) for _, _, after in template.contexts(i)]
     high = min([high, *[limit * scale for limit in ceilings if limit is not None]])
     grid = range(-(-low // step) * step, high + 1, step)

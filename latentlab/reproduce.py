@@ -74,25 +74,35 @@ class Budget:
         return self.data["plan"][key]
 
 
-def reproduce(config: Config, *, out: str, budget_minutes: float, device: str = "auto", weights: str = "") -> Path:
+def reproduce(
+    config: Config, *, out: str, budget_minutes: float, device: str = "auto", weights: str = "", init_from: str = ""
+) -> Path:
     """Run or go on with the study in folder `out`; returns the path of its result file.
 
-    `weights`: a folder that `parts.split` made, or a checkpoint to start from; default the preset's backbone.
+    budget_minutes 0: no limit, the preset's own steps. `weights`: the backbone, a checkpoint or one that `parts.split`
+    made; default the preset's. `init_from`: a trained Coconut checkpoint, straight into the arms: no curriculum.
     Raises ValueError or OSError, one line, before any compute: a missing data file, a damaged part, too little memory.
     """
-    if budget_minutes <= 0:
-        raise ValueError(f"--budget-minutes: got {budget_minutes:g}, expected more than 0")
+    if not 0 <= budget_minutes < float("inf"):
+        raise ValueError(
+            f"--budget-minutes: got {budget_minutes:g}, expected at least 0; 0 takes the preset's own steps"
+        )
+    if weights and init_from:
+        raise ValueError("--weights and --init-from: got both, expected a backbone or a trained checkpoint; drop one")
     started, folder = time.time(), Path(out)
     data = {split: sources.load(config.data, split) for split in ("train", "validation", "test")}
     folder.mkdir(parents=True, exist_ok=True)
-    model = _load(config, folder, weights).place(device, config.precision)
+    model = _load(config, folder, weights or init_from, trained=bool(init_from)).place(device, config.precision)
     _expect_memory(model)
     budget = Budget(folder, config, budget_minutes, model.provenance)
 
-    steps = budget.once("curriculum_steps", lambda: _plan_curriculum(model, data, config, budget))
-    config = replace(config, curriculum=replace(config.curriculum, steps=tuple(steps)))
-    baseline = folder / "coconut-s0"
-    cot = _train_curriculum(model, data, config, baseline, folder, budget)
+    baseline, cot = folder / "coconut-s0", None
+    if init_from:
+        _keep_baseline(model, data["validation"], config, baseline)
+    else:
+        steps = budget.once("curriculum_steps", lambda: _plan_curriculum(model, data, config, budget))
+        config = replace(config, curriculum=replace(config.curriculum, steps=tuple(steps)))
+        cot = _train_curriculum(model, data, config, baseline, folder, budget)
     _greedy("coconut-s0", model, data["test"], config, folder)
     budget.save()
 
@@ -118,10 +128,12 @@ def reproduce(config: Config, *, out: str, budget_minutes: float, device: str = 
     )  # fmt: skip
 
 
-def _load(config: Config, folder: Path, weights: str) -> LatentReasoner:
-    """The untrained model: rejoined from parts, from a folder, or the preset's backbone."""
+def _load(config: Config, folder: Path, weights: str, *, trained: bool) -> LatentReasoner:
+    """The model to start from: rejoined from parts, a folder, a Hub id, or the preset's backbone."""
     if weights and parts.is_split(weights):
         weights = str(parts.join(weights, folder / "weights"))
+    if trained:
+        return LatentReasoner.from_pretrained(weights)
     if weights:
         config = replace(config, backbone=replace(config.backbone, name_or_path=weights))
     return LatentReasoner.from_config(config)
@@ -152,6 +164,8 @@ def _seconds(model: LatentReasoner, run: Callable[[], object]) -> float:
 def _plan_curriculum(model, data, config: Config, budget: Budget) -> list[int]:
     """The preset's steps of each stage, times one factor that fills the curriculum's share of the budget."""
     c = config.curriculum
+    if not budget.minutes:
+        return list(c.steps)
     batch, seconds = data["train"][: c.batch_size], []
     for stage in (0, *range(len(c.steps))):  # the first warms up
         set_stage(model, config, stage, data["validation"])
@@ -168,6 +182,8 @@ def _plan_grpo(model, data, config: Config, budget: Budget) -> tuple[int, int]:
     All seeds of the preset, if each arm then gets `eval_every` iterations, else fewer; (1, 0) if no time is left.
     """
     g, arms = config.grpo, len(config.sweep.arms)
+    if not budget.minutes:
+        return len(config.sweep.seeds), g.steps
     problems = data["train"][: g.num_problems]
     mask, temperature = arm_settings(g, "shared")
 
@@ -191,6 +207,16 @@ def _plan_grpo(model, data, config: Config, budget: Budget) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------- the parts
+def _keep_baseline(model, validation: list[Problem], config: Config, run: Path) -> None:
+    """Store a checkpoint that was trained elsewhere where the curriculum would have left its own."""
+    if (run / "done.json").exists():
+        return
+    model.save_pretrained(run / "best")
+    accuracy = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
+    summary = {"stages": {}, "validation_accuracy": accuracy}
+    write_atomically(run / "done.json", (json.dumps(summary) + "\n").encode())
+
+
 def _train_curriculum(model, data, config: Config, run: Path, folder: Path, budget: Budget) -> str:
     """Chain of thought, answered on the test set, then the latent stages; the model ends with the best weights."""
     options = {"out": run, "resume": True}
@@ -234,7 +260,7 @@ def _spend_the_rest(names: list[str], test, config: Config, folder: Path, device
     }  # the first seed
     rate = json.loads((answers / f"{names[0]}.gsm8k.json").read_text())["seconds"] / len(test)
     k = config.evaluate.num_generations
-    limit = budget.once("sampled_problems", lambda: _limit(0.4 * budget.left() / len(models), 2 * rate, len(test)))
+    limit = budget.once("sampled_problems", lambda: _limit(budget, 0.4 / len(models), 2 * rate, len(test)))
     for name, model in models.items() if limit else ():
         mask, temperature = arm_settings(config.grpo, "temperature" if name.startswith("temperature") else "shared")
         _answer(
@@ -248,16 +274,16 @@ def _spend_the_rest(names: list[str], test, config: Config, folder: Path, device
         except OSError as error:  # this data folder has not got it: a row less
             budget.once(f"transfer_{benchmark}", lambda error=error: f"skipped: {error}")
             continue
-        share = 0.9 * budget.left() / (len(TRANSFER) - i) / len(models)
-        limit = budget.once(f"transfer_{benchmark}", lambda s=share, p=problems: _limit(s, rate, len(p)))
+        share = 0.9 / (len(TRANSFER) - i) / len(models)
+        limit = budget.once(f"transfer_{benchmark}", lambda s=share, p=problems: _limit(budget, s, rate, len(p)))
         for name, model in models.items() if limit else ():
             _greedy(name, model, problems[:limit], config, folder, benchmark)
         budget.save()
 
 
-def _limit(seconds: float, each: float, most: int) -> int:
-    """How many problems fit; below 50 the interval says nothing, so none."""
-    fit = min(most, int(seconds / each))
+def _limit(budget: Budget, share: float, each: float, most: int) -> int:
+    """How many problems fit into `share` of what is left; below 50 the interval says nothing, so none."""
+    fit = min(most, int(share * budget.left() / each)) if budget.minutes else most
     return fit if fit >= min(50, most) else 0
 
 
@@ -269,6 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--weights", default="", help="a folder of weights in parts, or a checkpoint")
+    parser.add_argument("--init-from", default="", help="a trained Coconut checkpoint: straight into the arms")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="fields")
     options = parser.parse_args(argv)
@@ -278,8 +305,9 @@ def main(argv: list[str] | None = None) -> int:
             torch.set_num_threads(options.threads)
         out = options.out or f"runs/{options.preset}/reproduce"
         path = reproduce(
-            config, out=out, budget_minutes=options.budget_minutes, device=options.device, weights=options.weights
-        )
+            config, out=out, budget_minutes=options.budget_minutes, device=options.device, weights=options.weights,
+            init_from=options.init_from,
+        )  # fmt: skip
         print("wrote", path)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         print(f"latentlab: {' '.join(str(error).split())}", file=sys.stderr)

@@ -17,7 +17,14 @@ from pathlib import Path
 from latentlab.config import DataConfig
 from latentlab.hub import TIMEOUT, hub_answers
 from latentlab.perturb import perturbed
-from latentlab.problems import Problem, canonical_answer, extract_answer, read_jsonl, step_result
+from latentlab.problems import (
+    Problem,
+    canonical_answer,
+    extract_answer,
+    read_jsonl,
+    refuse_control_tokens,
+    step_result,
+)  # fmt: skip
 from latentlab.word_problems import SPLITS, word_problems
 
 BENCHMARKS = ("gsm8k", "gsm8k_perturbed", "svamp", "multiarith", "gsm_hard", "asdiv_a", "gsm_plus")
@@ -164,6 +171,11 @@ def _from_hub(address: tuple[str, ...], split: str, prefix: str, convert: Callab
                 f"{address[0]}, {split}, row {index}: got fields {sorted(row)} ({type(error).__name__}), expected the "
                 "fields of its published form: update latentlab or set LATENTLAB_DATA to a folder"
             ) from None
+        try:
+            for text in (question, *steps):
+                refuse_control_tokens(text)
+        except ValueError as error:
+            raise ValueError(f"{address[0]}, {split}, row {index}: {error}: use another data set") from None
         if answer is not None:
             problems.append(Problem(f"{prefix}-{split}-{index:05d}", question, steps, answer, f"{prefix}/{split}"))
     if not problems:

@@ -111,7 +111,7 @@ _NAME_AFTER = re.compile(
     r"(?!(?:kg|km|cm|mm|ml|mg|g|m|l|lbs?|ft|oz|mph|gb|mb|in)\b)[A-Za-z]|\s?[/:\u00d7\u2013]|\s?-\s?\d|-(?:in|for|to)-"
     rf"|\s?(?:a\.?m\b|p\.?m\b|o['\u2019]clock|noon|BC|AD)|\s(?:to|until|through|and)\s\d+[/:]|\sto\s\$?\d|\s\d+/\d"
     rf"|\s(?:halves|thirds|fourths|fifths|(?:{_MONTHS}|{_DAYS})\b)"
-    r"|\s(?:\w+\s)?(?:legs?|wheels?|eyes?|arms?|fingers|toes|wings?|sides|tires)\b"
+    r"|\s(?:\w+\s)?(?:legs?|wheels?|eyes?|arms?|fingers|toes|wings?|sides|tires|degrees?)\b|\s?\u00b0"
     r"|[\s-]?(?:dollars?|cents?|[\u20ac\u00a3\u00a2])?[\s-]?(?:bills?|coins?|bank-?notes?|notes?|pieces?)\b",
     re.I,
 )

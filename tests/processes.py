@@ -1,4 +1,5 @@
-"""One process against several that talk over gloo: `make processes` writes the section of reports/reliability.json.
+"""One process against several that talk over gloo: `make reliability` writes its section of
+reports/reliability.json.
 
     rollouts     32 problems: tokens, seeds and accepted groups, with and without dynamic sampling
     gradients    one step in float32: of both loops, relative to one process and to the unsplit batch

@@ -17,8 +17,8 @@ SHARED = {"problems", "config"}
 # A new module gets its place here.
 ORDER = (
     "problems config parallel hub word_problems wording perturb sources statistics masks smollm2 published backbone"
-    " model rollout reward evaluate advantage loss report checkpoint loop curriculum grpo collapse reference enumeration"
-    " theory proofs checks verify parts gsm8k_report reproduce tables study compare sweep bench cli"
+    " model rollout reward evaluate advantage loss report checkpoint loop curriculum inputs grpo collapse reference"
+    " enumeration theory proofs checks verify parts gsm8k_report reproduce tables study launch compare sweep bench cli"
 ).split()
 HEAVY = {"torch", "transformers", "datasets", "tyro", "papermill"}
 

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from conftest import tiny_gpt2
 
-from latentlab import parts, reproduce, sources
+from latentlab import cli, parts, reproduce, sources
 from latentlab.model import LatentReasoner
 from latentlab.word_problems import word_problems
 
@@ -85,7 +86,7 @@ def test_wrong_use_is_one_line_before_any_compute(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(sources, "hub_answers", lambda: False)
     for words, said in (
         (["--preset", "smol"], "LATENTLAB_DATA"),
-        (["--preset", "tiny", "--budget-minutes", "0"], "expected more than 0"),
+        (["--preset", "tiny", "--budget-minutes", "-1"], "expected at least 0"),
         (["--preset", "tiny", "--set", "grpo.nothing=3"], "expected a field of the preset"),
         (["--preset", "tiny", "--set", "grpo.steps=many"], "expected int"),
         (["--preset", "tiny", "--weights", str(tmp_path / "none")], "which is no folder"),
@@ -119,3 +120,60 @@ def test_weights_in_parts_come_back_verified(gpt2, tmp_path):
     (tmp_path / "parts" / "parts.json").write_text(json.dumps({"../escape": listed["model.safetensors"]}))
     with pytest.raises(ValueError, match="could not read"):
         parts.join(tmp_path / "parts", tmp_path / "other")
+
+
+def test_both_command_lines_start_the_same_study(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda config, **options: seen.append((config, options)) or "there")
+    assert reproduce.main(["--preset", "smol", "--budget-minutes", "3", "--set", "grpo.steps=7"]) == 0
+    assert cli.main("sweep reproduce --preset smol --budget-minutes 3 --grpo.steps 7".split()) == 0
+    assert seen[0] == seen[1] and seen[0][0].grpo.steps == 7 and seen[0][1]["out"] == "runs/smol/reproduce"
+    assert capsys.readouterr().out == "wrote there\n" * 2
+
+
+@pytest.fixture
+def paper_folder(tmp_path):
+    """A tiny random GPT-2 with a tokenizer that knows no latent token, as openai-community/gpt2 would come."""
+    model = tiny_gpt2(n_positions=128, num_thoughts=0)
+    folder = tmp_path / "gpt2"
+    model.lm.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_preset_paper_runs_offline_on_rows_in_gsm8k_augs_format(paper_folder, monkeypatch, tmp_path):
+    """The one command of preset paper: real loading code, a folder for the Hub's model and rows for its data."""
+
+    def rows(address, split):
+        if address != ("whynlp/gsm8k-aug",):  # the other benchmarks are out of reach
+            raise FileNotFoundError("no Hub")
+        count = {"train": 8, "validation": 3, "test": 3}[split]
+        return [
+            {"question": f"Leo has {i} pens.", "steps": [f"<<{i}+2={i + 2}>>", f"<<{i + 2}*2={2 * i + 4}>>"],
+             "answer": str(2 * i + 4)} for i in range(1, count + 1)
+        ]  # fmt: skip
+
+    monkeypatch.setattr(sources, "_load_from_hub", rows)
+    monkeypatch.delenv("LATENTLAB_DATA", raising=False)
+    monkeypatch.setenv("LATENTLAB_REPORTS", str(tmp_path / "reports"))
+    monkeypatch.chdir(tmp_path)
+    fields = (
+        "--grpo.steps 2 --grpo.num-problems 2 --grpo.num-generations 2 --grpo.max-candidates 2 --grpo.eval-every 1 "
+        "--curriculum.steps 1 1 1 1 --curriculum.batch-size 2 --curriculum.eval-every 1 --evaluate.num-generations 2 "
+        "--max-new-tokens 8 --sweep.seeds 0"
+    )
+    command = f"sweep reproduce --preset paper --budget-minutes 0 --device cpu --weights {paper_folder} {fields}"
+    assert cli.main(command.split()) == 0
+    result = json.loads((tmp_path / "reports" / "paper-cpu" / "reproduce.json").read_text())
+    assert [arm["name"] for arm in result["arms"]] == ["coconut", "temperature", "shared"]
+    assert result["metrics"]["plan"]["curriculum_steps"] == [1, 1, 1, 1] and result["arms"][1]["rollouts"] == 8
+    assert result["parameters"]["precision"] == "bfloat16" and result["parameters"]["grpo"]["beta"] == 0.02
+    trained = tmp_path / "runs" / "paper" / "reproduce" / "coconut-s0" / "best"
+    command = (
+        f"sweep reproduce --preset paper --budget-minutes 0 --device cpu --out again --init-from {trained} {fields}"
+    )
+    assert cli.main(command.split()) == 0  # a published checkpoint goes the same way: straight into the arms
+    again = json.loads((tmp_path / "reports" / "paper-cpu" / "reproduce.json").read_text())
+    assert "trained elsewhere" in again["metrics"]["cot"]["skipped"]
+    assert again["arms"][0]["correct"] == result["arms"][0]["correct"]
+    assert [arm["correct"] for arm in again["arms"]] == [arm["correct"] for arm in result["arms"]]
