@@ -177,7 +177,7 @@ def test_finished_rows_leave_until_one_row_is_left(model, problems, eos_bias, mo
 
     def counted(self, state, tokens):
         sizes.append(len(tokens))
-        assert len(tokens) == len(state.valid) == len(state.position) == state.cache.layers[0].keys.shape[0]
+        assert len(tokens) == len(state.cache.problem) == len(state.position) == len(state.cache.suffix[0][0].buffer)
         return step(self, state, tokens)
 
     monkeypatch.setattr(LatentReasoner, "next_token", counted)
