@@ -141,20 +141,17 @@ def attention(module, query, key, value, attention_mask, *, scaling: float, roll
     shared = heads // key.shape[1]
     query = (query * scaling).reshape(rows, key.shape[1], shared * new, width)  # a head of keys serves G of queries
     prefix_keys, prefix_values = cache.prefix[module.layer_idx]
-    seen = padding_bias(cache.valid, query.dtype)
-    left = cache.unstack(cache.stack(query) @ prefix_keys.transpose(-1, -2) + seen)  # [R, H, G T, Q]
+    scores = cache.stack(query) @ prefix_keys.transpose(-1, -2)  # [B, H, width G T, Q]
+    left = cache.unstack(scores.masked_fill(~cache.valid[:, None, None], -torch.inf))  # [R, H, G T, Q]
     right = query @ key.transpose(-1, -2)  # [R, H, G T, S]
     if attention_mask is not None:
         right = right.masked_fill(~attention_mask.repeat(1, 1, shared, 1), -torch.inf)
     probs = torch.cat([left, right], -1).softmax(-1).to(value.dtype)
     left, right = probs.split([left.shape[-1], right.shape[-1]], -1)
-    out = cache.unstack(cache.stack(left) @ prefix_values) + right @ value
+    single = right.shape[2] == 1  # one row times a small matrix: faster as elementwise product and sum
+    right = (right.transpose(-1, -2) * value).sum(2, keepdim=True) if single else right @ value
+    out = cache.unstack(cache.stack(left) @ prefix_values) + right
     return out.reshape(rows, heads, new, width).transpose(1, 2), None
-
-
-def padding_bias(valid: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to scores of a prefix: [B, 1, 1, Q], 0 or, at padding, minus infinity."""
-    return torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, -torch.inf)[:, None, None]
 
 
 @contextmanager

@@ -74,6 +74,7 @@ class LatentReasoner(nn.Module):
         self.start_id, self.latent_id, self.end_id = (_single_token(tokenizer, text) for text in (START, LATENT, END))
         self.eos_id = tokenizer.eos_token_id
         self.autocast_dtype: torch.dtype | None = None  # matrix products in this type; None: as the weights are
+        self._branches: dict[tuple[str, ...], list[nn.Module]] = {}
         self.provenance: dict = {}  # where the weights come from: kind, path, sha256
         self.eval()
 
@@ -101,9 +102,11 @@ class LatentReasoner(nn.Module):
 
     def _branch_modules(self, sites: tuple[str, ...]) -> list[nn.Module]:
         """The modules whose output is a residual branch's output, layer by layer, found by role (see below)."""
-        return [
-            branch_output(layer, site) for layer in decoder_layers(self.lm) for site in sites if site != "embedding"
-        ]
+        if sites not in self._branches:  # the search walks over all modules: once is enough
+            self._branches[sites] = [
+                branch_output(layer, site) for layer in decoder_layers(self.lm) for site in sites if site != "embedding"
+            ]
+        return self._branches[sites]
 
     def place(self, device: str = "auto", precision: str = "float32") -> LatentReasoner:
         """Move to `device` ("auto": CUDA if there is one), matrix products in `precision`: float32 or bfloat16.
@@ -280,7 +283,9 @@ class LatentReasoner(nn.Module):
             num_generations=rollouts.num_generations,
             masks=masks,
         )
-        return token_logps(self.head(hidden), rollouts.tokens, rollouts.temperature) * rollouts.token_mask
+        said = rollouts.token_mask.nonzero(as_tuple=True)  # the N places where an answer has a token
+        logp = token_logps(self.head(hidden[said]), rollouts.tokens[said], rollouts.temperature)
+        return logp.new_zeros(rollouts.tokens.shape).index_put(said, logp)
 
     # -- where it comes from, how it is stored: backbone.py -----------------------------------------------------------
 
@@ -328,7 +333,12 @@ def torch_device(name: str) -> torch.device:
 
 def token_logps(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probs [...] of `tokens` [...] under logits [..., V] at `temperature` (greedy, 0, is scored at 1)."""
-    return torch.log_softmax(logits / (temperature or 1.0), -1).gather(-1, tokens[..., None])[..., 0]
+    return policy(logits, temperature).gather(-1, tokens[..., None])[..., 0]
+
+
+def policy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probs of all tokens [..., V] under logits [..., V] at `temperature` (greedy, 0, is scored at 1)."""
+    return torch.log_softmax(logits if temperature in (0, 1) else logits / temperature, -1)
 
 
 def decoder_layers(lm: nn.Module) -> nn.ModuleList:
