@@ -1,10 +1,10 @@
-# make study [PRESET=smoke|tiny|smol|paper] · make test · make lab · make lint · make bench · make notebooks
+# make study [PRESET=smoke|tiny|smol|paper] · make test · make lab · make lint · make bench · make reliability · make notebooks
 PRESET ?= tiny
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: study test lab lint bench notebooks
+.PHONY: study test lab lint bench reliability notebooks
 
 study: $(READY)
 	@$(BIN)/latentlab study --preset $(PRESET)
@@ -31,6 +31,11 @@ notebooks: $(READY)
 bench: $(READY)
 	@$(BIN)/latentlab bench --shape tiny
 	@$(BIN)/latentlab bench --shape gpt2
+
+# Kills, poisons and soaks small runs (ten minutes): reports/reliability.json.
+reliability: $(READY)
+	@PYTHONPATH=. $(BIN)/python tests/reliability.py
+	@$(BIN)/latentlab report
 
 # The stamp is written last: an interrupted installation starts again.
 $(READY): pyproject.toml constraints.txt

@@ -162,10 +162,11 @@ def _load_pair(name: str, dtype: torch.dtype):
         )
     _quiet()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # left out, it would ask the user
         lm, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
-        )
+            name, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True,
+            trust_remote_code=False,
+        )  # fmt: skip
         if info["missing_keys"]:  # transformers would draw these weights at random and go on
             raise ValueError(f"no weights for {min(info['missing_keys'])}, expected all that config.json describes")
     except Exception as error:  # transformers raises many kinds: missing files, damaged files, no network
@@ -208,16 +209,18 @@ def add_latent_tokens(lm, tokenizer) -> None:
         raise ValueError(
             f"tokenizer: got {before} tokens for {rows} embedding rows, expected the tokenizer of these weights"
         )
+    marker = tokenizer("<<", add_special_tokens=False)["input_ids"]
+    if not marker or tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: got none for '<<' or no eos token, expected a causal LM's with both; use another")
     tokenizer.add_special_tokens({"additional_special_tokens": [START, LATENT, END]})
     if len(tokenizer) > rows:
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if len(tokenizer) > before:
-        seed_id = tokenizer("<<", add_special_tokens=False)["input_ids"][0]
         with torch.no_grad():
             for matrix in {
                 id(m.weight): m.weight for m in (lm.get_input_embeddings(), lm.get_output_embeddings())
             }.values():
-                matrix[before : len(tokenizer)] = matrix[seed_id]
+                matrix[before : len(tokenizer)] = matrix[marker[0]]
 
 
 def no_native_dropout(lm) -> None:

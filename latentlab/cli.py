@@ -5,94 +5,133 @@
     grpo       train one GRPO arm                                      --out FOLDER --init-from CHECKPOINT
     evaluate   accuracy of a checkpoint on a benchmark                 CHECKPOINT --benchmark gsm8k
     sweep      arms x seeds: `latentlab sweep compare --preset tiny`
+               GSM8K in a time budget: `latentlab sweep reproduce --preset smol --budget-minutes 24`
     verify     exact theory, exact replay: a self-check                --device cuda --dtype bfloat16
     bench      time the engine                                         --shape gpt2
     data       print or write problems                                 --split test --n 5
     report     rebuild RESULTS.md and the README's tables from the result files
 
 Every field of a preset can be set: `latentlab grpo --preset tiny --grpo.learning-rate 1e-5`. A wrong use ends in one
-line on stderr and exit code 2; `--debug` shows the traceback. Heavy imports happen inside a verb.
+line on stderr and exit code 2; `--debug` shows the traceback. SIGTERM, SIGINT and --max-minutes end a training run
+after its step with exit code 75: the same command with --resume goes on. Heavy imports happen inside a verb.
 """
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from latentlab.config import Config, check, load_preset
+from latentlab.config import LARGEST, Config, check, load_preset
+
+
+class Shared:
+    """A verb whose work several processes may share: `accelerate launch ... -m latentlab.cli VERB`."""
+
+    def __call__(self, config: Config) -> None:
+        from latentlab import parallel
+
+        with parallel.joined(self.device):
+            result = self.run(config)
+            if parallel.rank() == 0:
+                self.report(result)
+
+    def report(self, result: dict) -> None:
+        print(json.dumps(result))
 
 
 @dataclass
-class Sft:
+class Sft(Shared):
     """Train the curriculum: stage 0 with explicit steps, then one latent stage after another."""
 
     out: str = ""  # run folder; default runs/<preset>/sft-<control>-s<seed>
     init_from: str = ""  # a checkpoint to start from instead of the preset's backbone
     resume: bool = False
+    max_minutes: float = 0.0  # stop after so many minutes, saved and ready for --resume; 0 is no limit
+    checkpoint_minutes: float = 10.0  # at most so many minutes of work are lost by a kill
     device: str = "auto"  # auto (CUDA if there is one) | cpu | cuda | cuda:1
     threads: int = 0  # torch threads; 0 leaves torch's default
 
-    def __call__(self, config: Config) -> None:
-        from latentlab import curriculum, report, sources
+    def run(self, config: Config) -> dict:
+        from latentlab import curriculum, inputs, report, sources
         from latentlab.model import LatentReasoner
 
         out = self.out or f"runs/{config.preset}/sft-{config.curriculum.control}-s{config.seed}"
+        report.expect_writable(Path(out))
         train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
         model = LatentReasoner.from_config(config, init_from=self.init_from).place(self.device, config.precision)
-        summary = curriculum.fit_curriculum(model, train, validation, config, out=out, resume=self.resume)
-        print(json.dumps({"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}))
+        inputs.expect_together(model, [*train, *validation], config, curriculum=True)
+        summary = curriculum.fit_curriculum(
+            model, train, validation, config, out=out, resume=self.resume, max_minutes=self.max_minutes,
+            checkpoint_minutes=self.checkpoint_minutes,
+        )  # fmt: skip
+        return {"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}
 
 
 @dataclass
-class Grpo:
+class Grpo(Shared):
     """Train one GRPO arm from a checkpoint."""
 
     init_from: str = ""  # checkpoint; default the one shipped for the preset in data/checkpoints
     out: str = ""  # run folder; default runs/<preset>/grpo-<arm>-s<seed>
     resume: bool = False
+    max_minutes: float = 0.0  # stop after so many minutes, saved and ready for --resume; 0 is no limit
+    checkpoint_minutes: float = 10.0  # at most so many minutes of work are lost by a kill
     device: str = "auto"
     threads: int = 0
 
-    def __call__(self, config: Config) -> None:
-        from latentlab import backbone, grpo, report, sources
+    def run(self, config: Config) -> dict:
+        from latentlab import backbone, grpo, inputs, report, sources
         from latentlab.model import LatentReasoner
 
         out = self.out or f"runs/{config.preset}/grpo-{config.grpo.arm}-s{config.seed}"
+        report.expect_writable(Path(out))
         checkpoint = self.init_from or backbone.shipped_checkpoint(config.preset)
         model = LatentReasoner.from_pretrained(checkpoint).place(self.device, config.precision)
         train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
-        summary = grpo.fit_grpo(model, train, validation, config, out=out, resume=self.resume)
-        print(json.dumps({"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}))
+        inputs.expect_together(model, [*train, *validation], config)
+        summary = grpo.fit_grpo(
+            model, train, validation, config, out=out, resume=self.resume, max_minutes=self.max_minutes,
+            checkpoint_minutes=self.checkpoint_minutes,
+        )  # fmt: skip
+        return {"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}
 
 
 @dataclass
-class Evaluate:
+class Evaluate(Shared):
     """Accuracy of a checkpoint: greedy pass@1, and pass@k and the majority over masks."""
 
     checkpoint: str = ""  # folder or Hub id; default the one shipped for the preset
-    benchmark: str = ""  # gsm8k | svamp | multiarith | gsm_hard; default the preset's own test split
+    benchmark: str = ""  # gsm8k | gsm8k_perturbed | svamp | multiarith | gsm_hard; default the preset's own test split
     limit: int = 0  # problems; 0 takes all
     json: str = ""  # write the result here as well
     device: str = "auto"
     threads: int = 0
 
-    def __call__(self, config: Config) -> None:
-        from latentlab import backbone, evaluate, sources
+    def run(self, config: Config) -> dict:
+        from latentlab import backbone, evaluate, inputs, report, sources
         from latentlab.model import LatentReasoner
 
+        report.expect_file(self.json)
         checkpoint = self.checkpoint or backbone.shipped_checkpoint(config.preset)
-        model = LatentReasoner.from_pretrained(checkpoint).place(self.device, config.precision)
         problems = sources.benchmark(self.benchmark) if self.benchmark else sources.load(config.data, "test")
-        g = config.grpo
-        result = evaluate.summary(model, problems[: self.limit or None], config, mask=g.mask, temperature=g.temperature)
+        model = LatentReasoner.from_pretrained(checkpoint).place(self.device, config.precision)
+        g, problems = config.grpo, problems[: self.limit or None]
+        inputs.expect_together(model, problems, config)
+        return evaluate.summary(model, problems, config, mask=g.mask, temperature=g.temperature)
+
+    def report(self, result: dict) -> None:
+        from latentlab import report
+
         print(json.dumps(result, indent=1))
         if self.json:
-            Path(self.json).write_text(json.dumps(result, indent=1) + "\n")
+            report.write_atomically(Path(self.json), (json.dumps(result, indent=1) + "\n").encode())
 
 
 @dataclass
@@ -113,15 +152,36 @@ class Study:
 
 @dataclass
 class Sweep:
-    """Arms x seeds as independent runs; finished runs are not redone."""
+    """compare: arms x seeds as independent runs. reproduce: the GSM8K study in one process, inside a time budget."""
 
-    name: Literal["compare"] = "compare"
+    name: Literal["compare", "reproduce"] = "compare"
     out: str = ""  # folder of the runs; default runs/<preset>/<name>
+    budget_minutes: float = 24.0  # reproduce: its parts are sized to fit; 0 takes the preset's own steps
+    weights: str = ""  # reproduce: the backbone, a checkpoint or one in parts (latentlab.parts); default the preset's
+    init_from: str = ""  # reproduce: a trained Coconut checkpoint, straight into the arms
+    device: str = "auto"  # reproduce
+    threads: int = 0  # reproduce
+    executor: Literal["local", "slurm"] = "local"  # processes on this machine, or SLURM jobs through submitit
+    slurm: tuple[str, ...] = ()  # options of sbatch, as partition=gpu time=600 (minutes) gpus_per_node=1
+    retries: int = 1  # further tries of a failed run
 
     def __call__(self, config: Config) -> None:
-        from latentlab import sweep
+        from latentlab import launch, report, sweep
 
-        sweep.run_sweep(self.name, config, out=self.out or f"runs/{config.preset}/{self.name}")
+        out = self.out or f"runs/{config.preset}/{self.name}"
+        report.expect_writable(Path(out))
+        report.expect_writable(report.reports_folder() / config.preset)
+        if self.name == "reproduce":
+            from latentlab.reproduce import reproduce
+
+            path = reproduce(
+                config, out=out, budget_minutes=self.budget_minutes, device=self.device, weights=self.weights,
+                init_from=self.init_from,
+            )  # fmt: skip
+            print("wrote", path)
+            return
+        launcher = launch.Launcher(self.executor, self.slurm, self.retries)
+        sweep.run_sweep(self.name, config, out=out, launcher=launcher)
 
 
 @dataclass
@@ -133,9 +193,10 @@ class Verify:
     json: str = ""  # write the table here as well
 
     def __call__(self, config: Config) -> int:
-        from latentlab import verify
+        from latentlab import model, report, verify
 
-        return verify.main(self.device, self.dtype, self.json or None)
+        device = str(model.torch_device(self.device))
+        return verify.main(device, self.dtype, report.expect_file(self.json))
 
 
 @dataclass
@@ -147,9 +208,10 @@ class Bench:
     threads: int = 0
 
     def __call__(self, config: Config) -> int:
-        from latentlab import bench
+        from latentlab import bench, model, report
 
-        return bench.main(self.shape, self.device)
+        report.expect_writable(report.reports_folder() / "bench")
+        return bench.main(self.shape, str(model.torch_device(self.device)))
 
 
 @dataclass
@@ -161,8 +223,9 @@ class Data:
     out: str = ""  # file to write; default stdout
 
     def __call__(self, config: Config) -> None:
-        from latentlab import problems, sources
+        from latentlab import problems, report, sources
 
+        report.expect_file(self.out)
         rows = sources.load(dataclasses.replace(config.data, **{f"{self.split}_size": self.n}), self.split)
         if self.out:
             problems.write_jsonl(rows, self.out)
@@ -175,8 +238,9 @@ class Report:
     """Rebuild reports/RESULTS.md and the README's tables and figure from the result files."""
 
     def __call__(self, config: Config) -> None:
-        from latentlab import tables
+        from latentlab import report, tables
 
+        report.expect_writable(report.reports_folder())
         print(tables.build_report())
 
 
@@ -194,25 +258,63 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, 1 (a study or run failed), 2 (wrong use)."""
+    """Run one verb; returns the exit code: 0, 1 (a study or run failed), 2 (wrong use), 75 (stopped and saved)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
+    verb = None
     try:
         verb, config = parse(argv)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not isinstance(verb, Shared):
+            raise ValueError(
+                f"{argv[0]}: got {os.environ['WORLD_SIZE']} processes, expected one; only sft, grpo and "
+                "evaluate can share their work"
+            )
         if getattr(verb, "threads", 0):
             import torch
 
             torch.set_num_threads(verb.threads)
         return verb(config) or 0
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        if debug:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError, ImportError) as error:
+        code = getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
+        if debug and code != 75:
             raise
-        print(f"latentlab: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, OSError)) else 1
+        # Of several processes one says what all of them know: a wrong command line, or what failed on any.
+        if os.environ.get("RANK", "0") == "0" or not getattr(error, "known_to_all", verb is None):
+            print(f"latentlab: {_one_line(error)}", file=sys.stderr)
+        return code
+    except KeyboardInterrupt:
+        print("latentlab: aborted; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
+        return 130
+
+
+def _one_line(error: Exception) -> str:
+    """What was got, what to do. Errors of this library say both; those of the system and of torch get it here."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno:
+        remedy = REMEDIES.get(error.errno, "check this path")
+        return f"{error.filename or 'a file'}: {error.strerror}; {remedy}, then the same command again"
+    if isinstance(error, ModuleNotFoundError):
+        return f"got no package {error.name}, expected it installed; pip install -e '.[study]'"
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        return f"out of memory ({text[:200]}); lower the batch sizes or the model's shape"
+    return text or f"{type(error).__name__}, which says no more; --debug shows where"
+
+
+REMEDIES = {
+    errno.ENOSPC: "free some disk space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EACCES: "allow writing and reading there, or name another place",
+    errno.EPERM: "allow writing and reading there, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENOTDIR: "a file stands where a folder is expected: name another place",
+    errno.EEXIST: "a file stands where a folder is expected: name another place",
+    errno.EISDIR: "a folder stands where a file is expected: name another place",
+    errno.ENOENT: "there is no such file: correct the path",
+}
 
 
 def parse(argv: list[str]):
@@ -222,6 +324,12 @@ def parse(argv: list[str]):
     import tyro
 
     kind, words = VERBS[argv[0]], argv[1:]
+    flags = [word.split("=")[0].replace("_", "-") for word in words if re.match("--[a-z]", word)]
+    for word in flags:
+        if flags.count(word) > 1:
+            raise ValueError(f"{word}: got it twice, expected it once; drop one")
+    if "" in words or any(re.fullmatch("--[^=]+=", word) for word in words):
+        raise ValueError(f"{argv[0]}: got an empty value, expected none or a value; leave the option out")
     preset, words = _take_preset(words)
     if words and not words[0].startswith("-") and dataclasses.fields(kind):  # the first field may go without its flag
         words = [f"--{dataclasses.fields(kind)[0].name.replace('_', '-')}", *words]
@@ -241,9 +349,10 @@ def parse(argv: list[str]):
         text = " ".join(re.sub(r"\x1b\[[0-9;]*m|╭.*╮|[─-╿]", " ", said.getvalue()).split())  # no colours, no box
         raise ValueError(f"{argv[0]}: {text}") from None
     check(call.config)
-    for name in ("threads", "limit"):
-        if getattr(call.verb, name, 0) < 0:
-            raise ValueError(f"--{name}: got {getattr(call.verb, name)}, expected at least 0; 0 is the default")
+    for name in ("threads", "limit", "max_minutes", "checkpoint_minutes", "n", "retries"):
+        got, most = getattr(call.verb, name, 0), 1024 if name == "threads" else LARGEST
+        if not 0 <= got <= most:
+            raise ValueError(f"--{name.replace('_', '-')}: got {got}, expected at least 0 and at most {most}")
     return call.verb, call.config
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from latentlab import report, sources
 from latentlab.config import Config, arm_settings, to_dict
 from latentlab.evaluate import evaluate, summary
+from latentlab.launch import read_done
 from latentlab.loop import read_metrics
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
@@ -35,9 +36,7 @@ def write_compare(config: Config, folder: Path, chosen: dict, started: float) ->
     }
     arms = [_arm(name, seed, outcomes, folder) for seed in s.seeds for name in names]
     metrics = {
-        "run_seconds": sum(
-            json.loads(path.read_text())["seconds"] for path in folder.glob("*/done.json")
-        ),  # trials too
+        "run_seconds": sum(read_done(folder, path.parent.name)["seconds"] for path in folder.glob("*/done.json")),
         "chosen_on_validation": chosen,
         "tuning": json.loads((folder / "tuning.json").read_text())["trials"],
         "curriculum": {
@@ -178,11 +177,6 @@ def swap_thoughts(model: LatentReasoner, problems: list[Problem]) -> dict:
         "follows_donor": float(np.mean([b == c for _, b, c in pairs])),
         "same_by_chance": float(np.mean([a == c for a, _, c in pairs])),
     }
-
-
-def read_done(folder: Path, name: str) -> dict:
-    """done.json of a finished run."""
-    return json.loads((folder / name / "done.json").read_text())
 
 
 def read_outcomes(path: Path) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ arm_settings(config.grpo, "shared")    the mask and the temperature that an arm'
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ ARMS = ("none", "temperature", "shared", "per_step", "shared_greedy", "supervise
 SCHEMES = ("shared", "per_step", "none")
 SITES = ("attention", "mlp", "embedding")
 SCOPES = ("latent", "prompt+latent", "all")
+LARGEST = 10_000_000  # of any whole number but a seed
 CONTROLS = {"coconut": "thought", "pause": "pause", "direct": "none"}  # curriculum variant -> what is fed back
 
 
@@ -56,6 +58,7 @@ class DataConfig:
     validation_size: int = 200  # problems
     test_size: int = 200  # problems
     steps: int = 4  # arithmetic steps of a word problem
+    copies: int = 0  # number-perturbed copies per training problem at most, see perturb.py; GSM8K data sets only
     seed: int = 0
 
 
@@ -92,9 +95,10 @@ class CurriculumConfig:
 @dataclass(frozen=True)
 class GRPOConfig:
     arm: str = "shared"  # see ARMS
-    steps: int = 10  # iterations: a batch of rollouts, then num_iterations updates
+    steps: int = 10  # iterations: a batch of rollouts, then num_iterations updates; in all steps * B * K rollouts
     num_problems: int = 32  # B, problems per iteration
     num_generations: int = 16  # K, rollouts per problem
+    max_candidates: int = 0  # dynamic sampling: try up to this many problems to fill B with mixed groups; 0: take any B
     micro_batch: int = 0  # problems scored at once in the update; 0 takes all
     num_iterations: int = 1  # mu, updates per batch of rollouts
     learning_rate: float = 3.0e-5
@@ -157,8 +161,28 @@ def load_preset(name: str) -> Config:
     names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
     if name not in names:
         raise ValueError(f"preset: got {name!r}, expected one of {', '.join(names)}")
-    values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
-    return from_dict({"preset": name, **values})
+    return from_dict({"preset": name, **read_yaml(PRESETS / f"{name}.yaml")})
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """A key given twice is refused: plain YAML keeps the last one and says nothing."""
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key stands there twice", node.start_mark)
+        return mapping
+
+
+def read_yaml(path: Path) -> dict:
+    """The keys and values of a YAML file. Raises ValueError with one line for anything else."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)  # a SafeLoader: data only, no objects
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:  # ValueError: a date that is none
+        raise ValueError(f"{path.name}: no readable YAML: {' '.join(str(error).split())[:300]}; correct it") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path.name}: got {str(values)[:80]!r}, expected `key: value` lines; correct or restore it")
+    return values
 
 
 def from_dict(values: dict) -> Config:
@@ -188,6 +212,10 @@ def check(config: Config) -> None:
     c, g, s = config.curriculum, config.grpo, config.sweep
     _among("precision", config.precision, ("float32", "bfloat16"))
     _among("data.name", config.data.name, ("word_problems", "gsm8k", "gsm8k_aug"))
+    if config.data.copies and config.data.name == "word_problems":
+        raise ValueError(
+            f"data.copies: got {config.data.copies} with word_problems, expected 0; copies need gsm8k or gsm8k_aug"
+        )
     _among("curriculum.control", c.control, tuple(CONTROLS))
     for arm in (g.arm, *s.arms):
         _among("arm", arm, ARMS)
@@ -195,8 +223,12 @@ def check(config: Config) -> None:
     _among("grpo.scale_rewards", g.scale_rewards, ("none", "std"))
     _among("grpo.loss_type", g.loss_type, ("dr_grpo", "grpo", "bnpo", "dapo"))
     for control in s.controls:
-        _among("sweep.controls", control, tuple(CONTROLS))
+        _among("sweep.controls", control, ("pause", "direct"))  # coconut is the baseline of every sweep
     _at_least("grpo.num_generations", g.num_generations, 2, "a group needs two rollouts to compare")
+    if g.max_candidates:
+        _at_least(
+            "grpo.max_candidates", g.max_candidates, g.num_problems, "as many as num_problems, or 0 to take any group"
+        )
     _at_least("curriculum.steps", len(c.steps), 2, "stage 0 and at least one latent stage")
     _at_least("curriculum.betas", len(c.betas), 2)
     for text, (holds, names) in _RANGES.items():
@@ -205,12 +237,33 @@ def check(config: Config) -> None:
             for item in value if isinstance(value, tuple) else (value,):
                 if item is not None and not holds(item):
                     raise ValueError(f"{name}: got {item}, expected {text}")
+    _check_sizes(config)
     for name in ("seeds", "learning_rates", "rates", "temperatures"):
         _at_least(f"sweep.{name}", len(getattr(s, name)), 1)
     if config.backbone.n_embd % config.backbone.n_head:
         raise ValueError(
             f"backbone.n_head: got {config.backbone.n_head}, expected a divisor of n_embd={config.backbone.n_embd}"
         )
+
+
+def _check_sizes(config: Config, where: str = "") -> None:
+    """Numbers that no machine can serve: refused here, not after hours or out of memory."""
+    for field_ in dataclasses.fields(config):
+        name, value = where + field_.name, getattr(config, field_.name)
+        if dataclasses.is_dataclass(value):
+            _check_sizes(value, f"{name}.")
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, float) and not math.isfinite(item):
+                raise ValueError(f"{name}: got {item}, expected a finite number")
+            if isinstance(item, int) and field_.name in ("seed", "seeds") and not 0 <= item < 2**31:
+                raise ValueError(f"{name}: got {item}, expected a number from 0 to {2**31 - 1}")
+            if isinstance(item, int) and field_.name not in ("seed", "seeds") and item > LARGEST:
+                raise ValueError(f"{name}: got {item}, expected at most {LARGEST}")
+            if isinstance(item, str) and (not item.strip() or "\0" in item):
+                raise ValueError(f"{name}: got {item!r}, expected a name")
+    if isinstance(config, GRPOConfig) and config.num_problems * config.num_generations > LARGEST:
+        rows = config.num_problems * config.num_generations
+        raise ValueError(f"grpo.num_problems: got {rows} rollouts in an iteration, expected at most {LARGEST}")
 
 
 # What each number, or each item of a list, must be; a NaN fails all of them.
@@ -222,8 +275,8 @@ _RANGES = {
         "evaluate.batch_size", "evaluate.num_generations", "sweep.tune_steps", "sweep.workers",
     )),
     "at least 0": (lambda x: x >= 0, (
-        "data.train_size", "curriculum.micro_batch", "curriculum.warmup_steps", "curriculum.weight_decay",
-        "curriculum.decode_weight",
+        "data.train_size", "data.copies", "grpo.max_candidates",
+        "curriculum.micro_batch", "curriculum.warmup_steps", "curriculum.weight_decay", "curriculum.decode_weight",
         "grpo.micro_batch", "grpo.warmup_steps", "grpo.weight_decay", "grpo.epsilon", "grpo.epsilon_high", "grpo.beta",
     )),
     "a number above 0": (lambda x: x > 0, ("curriculum.max_grad_norm", "grpo.max_grad_norm")),
@@ -260,7 +313,7 @@ def _typed(kind, value, where: str):
         if not isinstance(value, dict):
             raise ValueError(f"{where}: got {value!r}, expected keys and values")
         hints = typing.get_type_hints(kind)
-        unknown = sorted(set(value) - set(hints))
+        unknown = sorted(set(value) - set(hints), key=str)
         if unknown:
             raise ValueError(f"{where}: got the unknown key {unknown[0]!r}, expected some of {', '.join(hints)}")
         return kind(**{key: _typed(hints[key], item, f"{where}.{key}") for key, item in value.items()})

@@ -14,15 +14,17 @@ Controls: "pause" and "direct" take the same losses, steps and masks; only what 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
+from latentlab import parallel
 from latentlab.config import CONTROLS, Config
 from latentlab.evaluate import evaluate
-from latentlab.loop import Run, batch_indices, set_learning_rate, warmup_cosine
+from latentlab.loop import Run, batch_indices, progress_bar, set_learning_rate, update, warmup_cosine
 from latentlab.masks import draw_masks, rollout_seeds
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem, step_result
@@ -56,56 +58,67 @@ def result_tokens(tokenizer, problems: Sequence[Problem], thoughts: int, c_thoug
     return targets.to(device)
 
 
-def curriculum_loss(
+def curriculum_gradient(
     model: LatentReasoner, problems: Sequence[Problem], stage: int, config: Config, *, step: int
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Cross-entropy per answer token (nats) of one batch at `stage`, plus the thought-decoding loss: (loss, stats).
+) -> dict[str, float]:
+    """Add the gradient of one batch's loss at `stage` to `.grad`; returns the losses, in nats.
 
-    The batch runs in parts of `micro_batch` problems of like length, so that little is padding; the loss is that of the
-    whole batch, since each part's sums are divided by the counts of all.
+    loss/answer: cross-entropy per answer token; loss/decode: the same per decoded thought; loss: their weighted sum.
+    The batch runs in parts of `micro_batch` problems of like length, so that little is padding, and several processes
+    share it. Each part is divided by the token counts of the whole batch, so parts and shares add up to its loss.
     """
     c = config.curriculum
     texts = [stage_text(problem, stage, config.latent_stages) for problem in problems]
-    seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)
-    answer, decode = [], []  # (summed loss, number of tokens) of each part
-    for rows in _parts([len(p.question) + len(text) for p, text in zip(problems, texts, strict=True)], c.micro_batch):
-        part = [problems[row] for row in rows]
-        prompt_ids, prompt_valid = encode_prompts(model.tokenizer, part, model.device)
-        tokens, token_mask = encode_answers(model.tokenizer, [texts[row] for row in rows], model.device)
-        masks = None
-        if stage > 0:
-            slots = 1 + model.num_thoughts + (tokens.shape[1] if c.mask.scope == "all" else 0)
-            masks = draw_masks(c.mask, model, seeds[rows], num_slots=slots)
-        hidden, thoughts = model.teacher_forced(prompt_ids, prompt_valid, tokens, masks=masks)
-        answer.append(_summed(model.head(hidden[token_mask]), tokens[token_mask]))
-        if c.decode_weight and thoughts.shape[1]:
-            targets = result_tokens(model.tokenizer, part, thoughts.shape[1], c.c_thought, model.device)
-            decode.append(_summed(model.head(thoughts).flatten(0, 1), targets.flatten()))
-    answer_loss = _mean(answer)
-    stats = {"loss/answer": answer_loss.item()}
-    if not sum(count for _, count in decode):  # no problem of this batch has a step: a mean over nothing is NaN
-        return answer_loss, stats
-    decode_loss = _mean(decode)
-    stats["loss/decode"] = decode_loss.item()
-    return answer_loss + c.decode_weight * decode_loss, stats
+    _, token_mask = encode_answers(model.tokenizer, texts, "cpu")
+    targets = result_tokens(model.tokenizer, problems, model.num_thoughts, c.c_thought, "cpu")
+    counts = {"loss/answer": int(token_mask.sum())}
+    if c.decode_weight and (decoded := int((targets != IGNORE).sum())):  # a mean over nothing is NaN
+        counts["loss/decode"] = decoded
+    seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)  # before anything is split
+    lengths = [len(p.question) + len(text) for p, text in zip(problems, texts, strict=True)]
+
+    def backward() -> dict[str, float]:
+        total = dict.fromkeys(("loss", *counts), 0.0)
+        for rows in _parts(lengths, c.micro_batch):
+            part, mine = [problems[row] for row in rows], [texts[row] for row in rows]
+            sums = _summed_losses(model, part, mine, seeds[rows] if stage else None, config)
+            losses = {name: sums[name] / count for name, count in counts.items()}
+            loss = losses["loss/answer"] + c.decode_weight * losses.get("loss/decode", 0.0)
+            loss.backward()
+            for name, value in {"loss": loss, **losses}.items():
+                total[name] += value.item()
+        return total
+
+    shares = parallel.gather(backward)
+    return {name: sum(share[name] for share in shares) for name in shares[0]}
 
 
 def _parts(lengths: list[int], size: int) -> list[list[int]]:
-    """Rows in parts of `size`, like lengths together; 0 takes all rows as they are."""
+    """This process's rows in parts of `size`, like lengths together; 0 takes them at once and as they are."""
     rows = list(range(len(lengths)))
-    if not size:
-        return [rows]
-    rows.sort(key=lengths.__getitem__)
+    if size:
+        rows.sort(key=lengths.__getitem__)
+    rows = parallel.shard(rows)
+    size = size or len(lengths)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def _summed(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
-    loss = cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-    return loss, int((targets != IGNORE).sum())
-
-
-def _mean(parts: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
-    return sum(loss for loss, _ in parts) / sum(count for _, count in parts)
+def _summed_losses(model, problems, texts, seeds, config: Config) -> dict[str, torch.Tensor]:
+    """The two losses of some problems, summed over tokens; without seeds no mask is worn (stage 0)."""
+    c = config.curriculum
+    prompt_ids, prompt_valid = encode_prompts(model.tokenizer, problems, model.device)
+    tokens, token_mask = encode_answers(model.tokenizer, texts, model.device)
+    masks = None
+    if seeds is not None:
+        slots = 1 + model.num_thoughts + (tokens.shape[1] if c.mask.scope == "all" else 0)
+        masks = draw_masks(c.mask, model, seeds, num_slots=slots)
+    hidden, thoughts = model.teacher_forced(prompt_ids, prompt_valid, tokens, masks=masks)
+    losses = {"loss/answer": cross_entropy(model.head(hidden[token_mask]), tokens[token_mask], reduction="sum")}
+    if c.decode_weight and thoughts.shape[1]:
+        targets = result_tokens(model.tokenizer, problems, thoughts.shape[1], c.c_thought, model.device).flatten()
+        logits = model.head(thoughts).flatten(0, 1)
+        losses["loss/decode"] = cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    return losses
 
 
 def fit_curriculum(
@@ -117,57 +130,60 @@ def fit_curriculum(
     out: str,
     resume: bool = False,
     first_stage: int = 0,
+    last_stage: int | None = None,
+    max_minutes: float = 0.0,
+    checkpoint_minutes: float = 10.0,
 ) -> dict:
     """Train through the stages, in place: the model ends with its best weights, and each stage's accuracy is returned.
 
-    The run folder `out` gets metrics.jsonl, state.pt after every stage, and best/: the last stage's checkpoint with the
-    best validation accuracy. Raises ValueError for empty data, FileExistsError for a used folder.
+    The run folder `out` gets metrics.jsonl, state.pt, and best/: the last stage's checkpoint with the best validation
+    accuracy. After a `last_stage` before the last one the model keeps its weights, and a resumed call goes on.
+    Raises what Run does, ValueError for empty data, Stopped if the run was asked to stop, FloatingPointError
+    for a NaN.
     """
     if not train or not validation:
         raise ValueError(f"data: got {len(train)} training and {len(validation)} validation problems, expected both")
     c = config.curriculum
     model.feedback = CONTROLS[c.control]
-    run = Run(out, config, loop="curriculum", resume=resume)
-    stages: dict[str, float] = {}
-    if run.state:
-        first_stage, stages = run.state["next_stage"], run.state["stages"]
-        model.lm.load_state_dict(run.state["model"])
-    best = stages.get(str(config.latent_stages), -1.0)
-    for stage in range(first_stage, config.latent_stages + 1):
-        accuracy = best = _fit_stage(model, train, validation, config, stage, run)
-        stages[str(stage)] = accuracy
-        run.save(model=model.lm.state_dict(), next_stage=stage + 1, stages=stages)
-    run.load_best(model)
-    return {"stages": stages, "validation_accuracy": best}
+    run = Run(
+        out, config, model, loop="curriculum", problems=(*train, *validation), resume=resume, max_minutes=max_minutes,
+        checkpoint_minutes=checkpoint_minutes,
+    )  # fmt: skip
+    if run.new:
+        run.progress.step = sum(c.steps[:first_stage])
+    reached = bisect_right(list(accumulate(c.steps)), run.progress.step)
+    end = config.latent_stages if last_stage is None else last_stage
+    with run:
+        for stage in range(min(reached, end), end + 1):
+            _fit_stage(model, train, validation, config, stage, run)
+    if end == config.latent_stages:
+        run.load_best(model)
+    return {"stages": run.progress.stages, "validation_accuracy": run.progress.best}
 
 
-def _fit_stage(model, train, validation, config: Config, stage: int, run: Run) -> float:
-    """One stage with a fresh optimizer: the validation accuracy it ends with (the last stage: its best)."""
+def _fit_stage(model, train, validation, config: Config, stage: int, run: Run) -> None:
+    """One stage, or what is left of it, with an optimizer of its own."""
     c, last = config.curriculum, stage == config.latent_stages
     set_stage(model, config, stage, validation)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay)
-    total, offset = c.steps[stage], sum(c.steps[:stage])
-    best = -1.0
-    for i in tqdm(range(total), desc=f"{c.control} stage {stage}", leave=False):
+    total, offset, stages = c.steps[stage], sum(c.steps[:stage]), run.progress.stages
+    start = run.progress.step - offset
+    run.restore(model, optimizer if start else None)
+    for i in progress_bar(range(start, total), desc=f"{c.control} stage {stage}", initial=start, total=total):
+        if last and run.progress.best >= c.stop_accuracy:
+            break
+        step = offset + i
         share = warmup_cosine(i, total=total, warmup=c.warmup_steps, final=c.final_lr_fraction)
         set_learning_rate(optimizer, c.learning_rate * share)
-        batch = [train[j] for j in batch_indices(len(train), c.batch_size, seed=config.seed, step=offset + i)]
-        loss, stats = curriculum_loss(model, batch, stage, config, step=offset + i)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.max_grad_norm).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        record = {"step": offset + i, "stage": stage, "loss": loss.item(), **stats, "grad_norm": norm}
+        batch = [train[j] for j in batch_indices(len(train), c.batch_size, seed=config.seed, step=step)]
+        stats = curriculum_gradient(model, batch, stage, config, step=step)
+        stats = update(model, optimizer, stats, step=step, max_grad_norm=c.max_grad_norm)
+        record = {"step": step, "stage": stage, **stats}
         if i + 1 == total or (last and (i + 1) % c.eval_every == 0):
-            record["validation_accuracy"] = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
-        run.log(record)
-        accuracy = record.get("validation_accuracy", -1.0)
-        if last and accuracy > best:
-            run.save_best(model)
-        best = max(best, accuracy)
-        if last and best >= c.stop_accuracy:
-            break
-    return best
+            accuracy = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
+            record["validation_accuracy"] = accuracy
+            stages[str(stage)] = max(accuracy, stages.get(str(stage), accuracy))
+        run.end_step(model, optimizer, record, last=last and i + 1 == total, keep_best=last)
 
 
 def set_stage(model: LatentReasoner, config: Config, stage: int, validation: Sequence[Problem]) -> None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 
+from latentlab import parallel
 from latentlab.config import Config, MaskSpec
 from latentlab.model import LatentReasoner
-from latentlab.problems import Problem
+from latentlab.problems import Problem, answers_match, extract_answer
 from latentlab.reward import exact_answer, majority_vote
 from latentlab.rollout import rollout
 from latentlab.statistics import pass_at_k, wilson_interval
@@ -39,6 +41,13 @@ class Evaluation:
     def pass_at(self, k: int) -> float:
         """Unbiased pass@k, in [0, 1]."""
         return float(pass_at_k(self.correct.sum(1), self.correct.shape[1], k).mean())
+
+    def correct_by_string(self) -> int:
+        """How many answers equal the problem's as text: the stricter of the two grading rules in use."""
+        k = self.correct.shape[1]
+        return sum(
+            answers_match(extract_answer(t), self.problems[i // k].answer, "string") for i, t in enumerate(self.text)
+        )
 
     def majority(self) -> np.ndarray:
         """[n] of 0/1: is the majority answer right?"""
@@ -66,22 +75,34 @@ def evaluate(
     run_seed: int = 0,
     edit=None,
 ) -> Evaluation:
-    """Answer every problem `num_generations` times; the default is the clean greedy model."""
+    """Answer every problem `num_generations` times; the default is the clean greedy model.
+
+    Several processes share the batches and all get the whole result: every one of them must call.
+    """
     if not problems:
         raise ValueError("problems: got an empty list, expected at least one; check the data source and its filters")
-    correct, text, spread = [], [], []
-    for start in range(0, len(problems), batch_size):
-        out = rollout(
-            model, problems[start : start + batch_size], num_generations=num_generations, masks=mask,
-            temperature=temperature, run_seed=run_seed, step=0, edit=edit,
-        )  # fmt: skip
-        correct.append(out.rewards(exact_answer))
-        text += out.text
-        grouped = out.thoughts.unflatten(0, (-1, num_generations))  # [B, K, L, D]
-        spread.append(
-            (grouped - grouped[:, :1]).abs().flatten(1).amax(1) if grouped.numel() else torch.zeros(len(grouped))
-        )
-    return Evaluation(tuple(problems), torch.cat(correct).numpy(), tuple(text), torch.cat(spread).float().cpu().numpy())
+    batches = [problems[start : start + batch_size] for start in range(0, len(problems), batch_size)]
+
+    def answer() -> list[tuple[torch.Tensor, tuple[str, ...], torch.Tensor]]:
+        results = []
+        for batch in parallel.shard(batches):  # whole batches: the numbers are those of one process, bit for bit
+            out = rollout(
+                model, batch, num_generations=num_generations, masks=mask, temperature=temperature,
+                run_seed=run_seed, step=0, edit=edit,
+            )  # fmt: skip
+            grouped = out.thoughts.unflatten(0, (-1, num_generations))  # [B, K, L, D]
+            spread = (
+                (grouped - grouped[:, :1]).abs().flatten(1).amax(1)
+                if grouped.numel()
+                else grouped.new_zeros(len(batch))
+            )
+            results.append((out.rewards(exact_answer), out.text, spread.float().cpu()))
+        return results
+
+    correct, text, spread = zip(*parallel.in_order(parallel.gather(answer)), strict=True)
+    return Evaluation(
+        tuple(problems), torch.cat(correct).numpy(), tuple(chain.from_iterable(text)), torch.cat(spread).numpy()
+    )
 
 
 def summary(
@@ -101,6 +122,7 @@ def summary(
             "correct": correct,
             "pass@1": clean.accuracy,
             "interval": list(wilson_interval(correct, len(problems))),
+            "correct_string_rule": clean.correct_by_string(),
         },
         "sampled": {
             "mask_rate": mask.rate if mask else 0.0,

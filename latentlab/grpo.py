@@ -21,19 +21,20 @@ Masks are drawn once, stored with the rollouts and replayed in the update; `repl
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from tqdm import tqdm
 
-from latentlab.advantage import group_advantages, group_diagnostics
+from latentlab import parallel
+from latentlab.advantage import group_advantages, group_diagnostics, is_collapsed
+from latentlab.checkpoint import expect_finite
 from latentlab.config import Config, arm_settings
-from latentlab.curriculum import curriculum_loss
+from latentlab.curriculum import curriculum_gradient
 from latentlab.evaluate import evaluate
-from latentlab.loop import Run, batch_indices, set_learning_rate
+from latentlab.loop import Run, batch_indices, progress_bar, set_learning_rate, update
 from latentlab.loss import grpo_loss, loss_denominator
+from latentlab.masks import rollout_seeds
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
 from latentlab.reward import exact_answer
@@ -49,76 +50,156 @@ def fit_grpo(
     out: str,
     resume: bool = False,
     reward=exact_answer,
+    max_minutes: float = 0.0,
+    checkpoint_minutes: float = 10.0,
 ) -> dict:
     """Train one arm, in place; the model ends with the weights that were best on the validation set.
 
-    The run folder `out` gets metrics.jsonl, state.pt and best/. Raises ValueError for empty data, FileExistsError for a
-    used folder, FloatingPointError for a NaN (the last good checkpoint is kept).
+    The run folder `out` gets metrics.jsonl, state.pt and best/. Raises what Run does, ValueError for empty data,
+    Stopped if the run was asked to stop, FloatingPointError for a NaN (the last good checkpoint is kept).
     """
     if not train or not validation:
         raise ValueError(f"data: got {len(train)} training and {len(validation)} validation problems, expected both")
     g = config.grpo
     reference = copy.deepcopy(model).requires_grad_(False) if g.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=g.learning_rate, weight_decay=g.weight_decay)
-    run = Run(out, config, loop="grpo", resume=resume)
-    start, best = 0, -1.0
-    if run.state:
-        start, best = run.state["next_step"], run.state["best"]
-        model.lm.load_state_dict(run.state["model"])
-        optimizer.load_state_dict(run.state["optimizer"])
-    else:
-        best = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
-        run.log({"step": -1, "validation_accuracy": best})
-        run.save_best(model)
-    for step in tqdm(range(start, g.steps), desc=f"grpo {g.arm}", initial=start, total=g.steps, leave=False):
-        set_learning_rate(optimizer, g.learning_rate * min(1.0, (step + 1) / max(1, g.warmup_steps)))
-        if g.arm == "supervised":
-            record = _supervised_step(model, optimizer, train, config, step)
-        else:
-            record = _grpo_step(model, reference, optimizer, train, config, step, reward)
-        record = {"step": step, "arm": g.arm, "rollouts": (step + 1) * g.num_problems * g.num_generations, **record}
-        if (step + 1) % g.eval_every == 0 or step + 1 == g.steps:
-            record["validation_accuracy"] = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
-        run.log(record)
-        if record.get("validation_accuracy", -1.0) > best:
-            best = record["validation_accuracy"]
-            run.save_best(model)
-        if "validation_accuracy" in record:
-            run.save(model=model.lm.state_dict(), optimizer=optimizer.state_dict(), next_step=step + 1, best=best)
+    run = Run(
+        out, config, model, loop="grpo", problems=(*train, *validation), resume=resume, max_minutes=max_minutes,
+        checkpoint_minutes=checkpoint_minutes,
+    )  # fmt: skip
+    run.restore(model, optimizer)
+    progress, budget = run.progress, g.steps * g.num_problems * g.num_generations  # rollouts, equal for all arms
+    with run, progress_bar(total=budget, initial=progress.rollouts, desc=f"grpo {g.arm}", unit="rollout") as bar:
+        if run.new:
+            run.end_step(model, optimizer, {"step": -1, "validation_accuracy": _accuracy(model, validation, config)})
+        while progress.rollouts < budget:
+            step, left = progress.step, (budget - progress.rollouts) // g.num_generations  # problems
+            set_learning_rate(optimizer, g.learning_rate * min(1.0, (step + 1) / max(1, g.warmup_steps)))
+            if g.arm == "supervised":
+                stats = _supervised_step(model, optimizer, train, config, step)
+            else:
+                stats = _grpo_step(model, reference, optimizer, train, config, step, reward, left)
+            spent = stats.get("candidates", g.num_problems) * g.num_generations
+            progress.rollouts += spent
+            record = {"step": step, "arm": g.arm, "rollouts": progress.rollouts, **stats}
+            last = progress.rollouts == budget
+            if last or (step + 1) % g.eval_every == 0:
+                record["validation_accuracy"] = _accuracy(model, validation, config)
+            run.end_step(model, optimizer, record, last=last)
+            bar.update(spent)
     run.load_best(model)
-    return {"validation_accuracy": best, "rollouts": g.steps * g.num_problems * g.num_generations}
+    return {"validation_accuracy": progress.best, "rollouts": progress.rollouts}
 
 
-def _grpo_step(model, reference, optimizer, train, config: Config, step: int, reward) -> dict[str, float]:
+def _accuracy(model, validation, config: Config) -> float:
+    return evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The groups that one iteration learns from, and what it took to find them.
+
+    rewards, lengths: [C, K] of all C candidates that were rolled out, in data order, the same on every process; kept:
+    which of them the update takes; parts: the kept ones that this process holds, as rollouts and their places.
+    """
+
+    rewards: torch.Tensor
+    lengths: torch.Tensor
+    kept: list[int]
+    parts: list[tuple[Rollouts, list[int]]]
+
+
+def sample_groups(
+    model, train, config: Config, step: int, reward, *, limit: int | None = None, chunk: int = 0
+) -> Sampled:
+    """Roll out the problems of `step`, over all processes: num_problems of them, whatever their rewards.
+
+    With `max_candidates` (DAPO's dynamic sampling) groups of equal rewards are passed over and further problems are
+    tried: candidates come in data order, `chunk` (default num_problems) at a time, until num_problems mixed groups are
+    found or max_candidates (or `limit`) were tried. Kept are the first mixed ones in that order, so neither the number
+    of processes nor the chunk matters to them. Mixed groups beyond are dropped, never kept for a later step, whose
+    policy is another: staleness 0. Fewer than num_problems, even none, is what there is.
+    """
+    g, k = config.grpo, config.grpo.num_generations
+    size = g.max_candidates or g.num_problems
+    candidates = [train[i] for i in batch_indices(len(train), size, seed=config.seed, step=step)][:limit]
+    seeds = rollout_seeds(config.seed, step, [p.id for p in candidates], k).view(-1, k)  # before anything is split
+    mask, temperature = arm_settings(g, g.arm)
+    parts: list[tuple[Rollouts, list[int]]] = []
+
+    def roll() -> list[tuple[list[float], list[int]]]:
+        mine = list(parallel.shard(range(len(found), min(len(found) + (chunk or g.num_problems), len(candidates)))))
+        if not mine:  # fewer problems than processes
+            return []
+        out = rollout(
+            model, [candidates[i] for i in mine], num_generations=k, masks=mask, temperature=temperature,
+            run_seed=config.seed, step=step, seeds=seeds[mine].flatten(),
+        )  # fmt: skip
+        parts.append((out, mine))
+        rewards = out.rewards(reward)  # [B, K]
+        sums = zip(out.problems, rewards.sum(1).tolist(), strict=True)
+        expect_finite({f"reward of {p.id}": total for p, total in sums}, step, "correct the reward function")
+        return list(zip(rewards.tolist(), out.token_mask.sum(1).view(-1, k).tolist(), strict=True))
+
+    found: list[tuple[list[float], list[int]]] = []
+    kept: list[int] = []
+    while len(found) < len(candidates) and len(kept) < g.num_problems:
+        found += parallel.in_order(parallel.gather(roll))
+        rewards = torch.tensor([row for row, _ in found], dtype=torch.float64)
+        mixed = (~is_collapsed(rewards)).nonzero()[:, 0].tolist() if g.max_candidates else range(len(found))
+        kept = list(mixed)[: g.num_problems]
+    chosen = [(out, mine, [b for b, i in enumerate(mine) if i in kept]) for out, mine in parts]
+    return Sampled(
+        rewards=rewards,
+        lengths=torch.tensor([row for _, row in found]),
+        kept=kept,
+        parts=[(out.take(places), [mine[b] for b in places]) for out, mine, places in chosen if places],
+    )
+
+
+def _grpo_step(model, reference, optimizer, train, config: Config, step: int, reward, limit: int) -> dict[str, float]:
     """One batch of rollouts and its updates; returns the metrics of this iteration."""
     g = config.grpo
-    problems = [train[i] for i in batch_indices(len(train), g.num_problems, seed=config.seed, step=step)]
-    mask, temperature = arm_settings(g, g.arm)
-    out = rollout(
-        model, problems, num_generations=g.num_generations, masks=mask, temperature=temperature,
-        run_seed=config.seed, step=step,
-    )  # fmt: skip
-    rewards = out.rewards(reward)  # [B, K]
-    record = {**group_diagnostics(rewards), "completions/mean_length": out.token_mask.sum(1).float().mean().item()}
-    advantages = group_advantages(rewards, baseline=g.baseline, scale=g.scale_rewards).flatten().to(out.logp)  # [R]
+    batch = sample_groups(model, train, config, step, reward, limit=limit)
+    advantages = group_advantages(batch.rewards, baseline=g.baseline, scale=g.scale_rewards)  # [C, K]
+    lengths = batch.lengths[batch.kept].flatten()  # [R]
+    record = {
+        "candidates": len(batch.rewards), "groups": len(batch.kept), **group_diagnostics(batch.rewards),
+        "completions/mean_length": batch.lengths.double().mean().item(),
+    }  # fmt: skip
+    if not batch.kept:  # an update on nothing would still move weights, by momentum and decay
+        return {**record, "loss": 0.0, "replay_gap": 0.0, "grad_norm": 0.0}
+    token_mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [R, A] of the whole batch
+    denominator = loss_denominator(token_mask, g.loss_type, model.max_new_tokens)
+
+    def backward() -> list[tuple[int, dict[str, float]]]:
+        shares = []
+        for out, places in batch.parts:
+            part = advantages[places].flatten().to(out.logp)
+            stats = policy_gradient(model, out, part, config, reference=reference, denominator=denominator)
+            shares.append((int(out.token_mask.sum()), stats))
+        return shares
+
     for iteration in range(g.num_iterations):
-        stats = policy_gradient(model, out, advantages, config, reference=reference)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), g.max_grad_norm).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if iteration == 0 or not math.isfinite(norm):  # a NaN of a later update must reach the log, which stops the run
-            record |= {**stats, "grad_norm": norm}
+        stats = merge_stats([share for shares in parallel.gather(backward) for share in shares])
+        stats = update(model, optimizer, stats, step=step, max_grad_norm=g.max_grad_norm)
+        if iteration == 0:
+            record |= stats
     return record
 
 
 def policy_gradient(
-    model: LatentReasoner, out: Rollouts, advantages: torch.Tensor, config: Config, *, reference=None
+    model: LatentReasoner, out: Rollouts, advantages: torch.Tensor, config: Config, *, reference=None, denominator=None
 ) -> dict[str, float]:
-    """Add the gradient of the GRPO loss to `.grad`, in micro-batches of whole groups; advantages [R]. Returns stats."""
+    """Add the gradient of the GRPO loss to `.grad`, in micro-batches of whole groups; advantages [R]. Returns stats.
+
+    `denominator` is that of the whole batch where `out` is a part of it (see `loss_denominator`).
+    """
     g, k = config.grpo, out.num_generations
-    denominator = loss_denominator(out.token_mask, g.loss_type, model.max_new_tokens)
+    if denominator is None:
+        denominator = loss_denominator(out.token_mask, g.loss_type, model.max_new_tokens)
     size = g.micro_batch or len(out.problems)
-    total = {"loss": 0.0, "replay_gap": 0.0}
+    shares = []
     for start in range(0, len(out.problems), size):
         part = out.take(slice(start, start + size))
         logp = model.score(part, masks=part.masks)  # [R', A]: the masks are replayed
@@ -131,13 +212,25 @@ def policy_gradient(
             epsilon_high=g.epsilon_high, beta=g.beta, ref_logp=ref_logp, loss_type=g.loss_type, denominator=denominator,
         )  # fmt: skip
         loss.backward()
-        share = part.token_mask.sum().item() / out.token_mask.sum().item()
-        total["loss"] += loss.item()
-        total["replay_gap"] = max(total["replay_gap"], replay_gap(logp, part))
-        total["ratio_max_deviation"] = max(total.get("ratio_max_deviation", 0.0), stats.pop("ratio_max_deviation"))
-        for name, value in stats.items():
-            total[name] = total.get(name, 0.0) + share * value
-    return total
+        shares.append(
+            (int(part.token_mask.sum()), {"loss": loss.item(), "replay_gap": replay_gap(logp, part), **stats})
+        )
+    return merge_stats(shares)
+
+
+def merge_stats(shares: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """Stats of a batch from (answer tokens, stats) of its parts: losses add up, largest of gaps, means over tokens."""
+    tokens = sum(count for count, _ in shares)
+    merged = {}
+    for name in shares[0][1]:
+        values = [(count, stats[name]) for count, stats in shares]
+        if name == "loss":
+            merged[name] = sum(value for _, value in values)
+        elif name in ("replay_gap", "ratio_max_deviation"):
+            merged[name] = max(value for _, value in values)
+        else:
+            merged[name] = sum(count / tokens * value for count, value in values)
+    return merged
 
 
 def _supervised_step(model, optimizer, train, config: Config, step: int) -> dict[str, float]:
@@ -146,9 +239,5 @@ def _supervised_step(model, optimizer, train, config: Config, step: int) -> dict
     size = g.num_problems * g.num_generations
     problems = [train[i] for i in batch_indices(len(train), size, seed=config.seed, step=step)]
     plain = replace(config, curriculum=replace(config.curriculum, decode_weight=0.0))  # answers alone: no step's result
-    loss, stats = curriculum_loss(model, problems, config.latent_stages, plain, step=step)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), g.max_grad_norm).item()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss.item(), **stats, "grad_norm": norm}
+    stats = curriculum_gradient(model, problems, config.latent_stages, plain, step=step)
+    return update(model, optimizer, stats, step=step, max_grad_norm=g.max_grad_norm)

@@ -25,6 +25,7 @@ MARKER = "###"  # GSM8K's own files write "####", which this marker finds as wel
 
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _NUMBER = re.compile(rf"(?P<sign>(?<!\w)[-+\u2212])?[$€£]?(?P<top>{_UNSIGNED})(?: ?/ ?(?P<bottom>{_UNSIGNED}))?")
+_CONTROL = re.compile(r"<\|[\w-]+\|>")  # "<|latent|>", "<|im_end|>", …: tokenizers take it for a control token
 _LONGEST_FRACTION = 100  # digits on either side of a "/"; keeps the exact arithmetic small
 
 
@@ -213,10 +214,18 @@ def _check_row(row: object) -> None:
         wanted = canonical_answer(row["answer"])
         hint = "one number" if wanted is None else f'"{wanted[:80]}"'
         raise ValueError(f"got answer = {row['answer'][:80]!r}, expected a canonical numeric string ({hint})")
+    for text in (row["question"], *row["steps"]):
+        refuse_control_tokens(text)
     try:
         "".join([row["id"], row["question"], row["source"], *row["steps"]]).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError("got half of a surrogate pair, expected text that UTF-8 can hold") from None
+
+
+def refuse_control_tokens(text: str) -> None:
+    """ValueError if a question or step holds what a tokenizer would read as a control token, such as "<|latent|>"."""
+    if found := _CONTROL.search(text):
+        raise ValueError(f"got {found[0][:80]!r} in the text, which a model reads as a command, expected plain text")
 
 
 def _check_file(problems: list[Problem], path: Path) -> None:

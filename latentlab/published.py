@@ -51,7 +51,9 @@ def load_state_dict(file: Path, base: str, dtype: torch.dtype):
     """
     weights = _read(file)
     try:
-        config, tokenizer = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+        config, tokenizer = (
+            kind.from_pretrained(base, trust_remote_code=False) for kind in (AutoConfig, AutoTokenizer)
+        )
     except Exception as error:  # transformers raises many kinds: missing files, no network
         raise FileNotFoundError(
             f"base model: could not get config and tokenizer of {base} for {file.name}; pass base=, a folder with both"

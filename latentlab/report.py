@@ -15,13 +15,17 @@ A result is `<reports>/<preset>/<name>.json`:
 missing. `<reports>` is LATENTLAB_REPORTS, else `reports` at the repository root.
 """
 
+import errno
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
@@ -45,15 +49,58 @@ def reports_folder() -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> Path:
-    """Write `data` beside `path` and rename: a reader or a killed writer never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `data` beside `path` and rename: a reader, a killed writer or a full disk never leaves half a file."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(data)
         os.replace(part, path)
+    except OSError as error:  # whose own text often lacks the path
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
     return path
+
+
+def expect_writable(folder: Path, need: int = 2**20) -> None:
+    """OSError, before any compute, if files could not be written in `folder` or `need` bytes are not free there.
+
+    The folder is not made: a file is opened and dropped in it, or in the nearest folder above that exists.
+    """
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            free = shutil.disk_usage(there).free
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(there)) from error
+    if free < need:
+        raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB free, expected {need / 2**20:.0f}", str(there))
+
+
+def expect_file(name: str) -> Path | None:
+    """The path of a file to be written, "" for none. OSError, before any compute, if that could not be done."""
+    if not name:
+        return None
+    path = Path(name)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+    expect_writable(path.parent)
+    return path
+
+
+def read_json(path: Path, what: str, *keys: str) -> dict:
+    """The JSON object in `path`, with `keys` in it; else a ValueError of one line. `what` says what it should be."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, a million brackets
+        value = None
+    if not isinstance(value, dict) or not value.keys() >= set(keys):
+        raise ValueError(f"{path}: expected {what}, a JSON object; it is damaged: delete or restore it")
+    return value
 
 
 def _path(name: str, preset: str, suffix: str, directory) -> Path:
@@ -184,11 +231,31 @@ def load_result(path: Path) -> dict | None:
     """The result in a file, or None if it is not one of this schema."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(result, dict) or result.get("schema_version") != SCHEMA_VERSION:
         return None
     shape = {"name": str, "preset": str, "parameters": dict, "metrics": dict, "arms": list, "environment": dict}
-    good = isinstance(result, dict) and result.get("schema_version") == SCHEMA_VERSION
-    return result if good and all(isinstance(result.get(key), kind) for key, kind in shape.items()) else None
+    good = all(isinstance(result.get(key), kind) for key, kind in shape.items())
+    good = good and all(isinstance(result.get(key, ""), str) for key in ("question", "headline"))
+    return result if good and _is_number(result.get("seconds", 0)) and all(map(_is_arm, result["arms"])) else None
+
+
+def _is_arm(arm) -> bool:
+    """Has a row of `arms` the types that tables and figures count on?"""
+    if not isinstance(arm, dict) or not isinstance(arm.get("name"), str) or isinstance(arm.get("seed"), (dict, list)):
+        return False
+    interval, difference = arm.get("interval") or [0, 0], arm.get("difference") or {}
+    if not isinstance(interval, (dict, list)) or not isinstance(difference, dict):
+        return False
+    bounds = list(interval.values()) if isinstance(interval, dict) else interval
+    numbers = [arm.get(key, 0) for key in ("n", "correct", "accuracy", "rollouts")]
+    numbers += [difference.get(key, 0) for key in ("points", "low", "high")]
+    return len(bounds) == 2 and all(map(_is_number, [*bounds, *numbers]))
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def leaves(value, where: str = ""):

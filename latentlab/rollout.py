@@ -8,7 +8,7 @@ the log-probs as they were sampled, and the masks (or the seeds that they follow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -48,24 +48,21 @@ class Rollouts:
         return torch.tensor(values, dtype=torch.float64).view(-1, k)
 
     def take(self, problems: slice | Sequence[int]) -> Rollouts:
-        """The rollouts of some problems, by position: a micro-batch of whole groups, padded no more than it needs."""
-        chosen = range(len(self.problems))[problems] if isinstance(problems, slice) else problems
-        index = torch.tensor(list(chosen), dtype=torch.long)
-        rows = (index[:, None] * self.num_generations + torch.arange(self.num_generations)).flatten()
-        on_device = rows.to(self.tokens.device)
-        part = {name: getattr(self, name)[on_device] for name in ("tokens", "token_mask", "logp", "thoughts")}
-        valid = self.prompt_valid[index.to(self.prompt_valid.device)]
-        first = int(valid.any(0).long().argmax())  # columns before it are padding for all of them
-        return replace(
-            self,
-            problems=tuple(self.problems[i] for i in chosen),
-            prompt_ids=self.prompt_ids[index.to(self.prompt_ids.device), first:],
-            prompt_valid=valid[:, first:],
-            seeds=self.seeds[rows],
-            text=tuple(self.text[i] for i in rows.tolist()),
-            masks=None if self.masks is None else self.masks.take(on_device),
-            entropy=None if self.entropy is None else self.entropy[on_device],
-            **part,
+        """The rollouts of some problems, named by a slice or by their places: whole groups, padded as far as they need."""
+        k = self.num_generations
+        places = list(range(len(self.problems))[problems]) if isinstance(problems, slice) else list(problems)
+        rows = [b * k + i for b in places for i in range(k)]
+        first = int(self.prompt_valid[places].any(0).long().argmax())  # what lies before is padding in all of them
+        of_rows = ("tokens", "token_mask", "logp", "thoughts", "seeds", "entropy")
+        return Rollouts(
+            problems=tuple(self.problems[b] for b in places),
+            num_generations=k,
+            prompt_ids=self.prompt_ids[places, first:],
+            prompt_valid=self.prompt_valid[places, first:],
+            temperature=self.temperature,
+            text=tuple(self.text[row] for row in rows),
+            masks=None if self.masks is None else self.masks.take(torch.tensor(rows)),
+            **{name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in of_rows},
         )
 
 
@@ -88,11 +85,13 @@ def rollout(
     temperature: float,
     run_seed: int,
     step: int,
+    seeds: torch.Tensor | None = None,
     edit: Edit | None = None,
 ) -> Rollouts:
     """Sample (temperature > 0) or take the argmax (temperature 0) of `num_generations` answers per problem.
 
-    `masks` may be a spec, then the masks are drawn from the rollout seeds; None runs the clean model.
+    `masks` may be a spec, then the masks are drawn from the rollout seeds; None runs the clean model. `seeds` [R]
+    follow from (run_seed, step) by default; a part of a batch brings its own, since a problem drawn twice counts on.
     Raises ValueError for an empty problem list, a temperature below 0 or more positions than the backbone has.
     """
     if not problems:
@@ -104,7 +103,8 @@ def rollout(
     model.eval()
     prompt_ids, prompt_valid = encode_prompts(model.tokenizer, problems, model.device)
     model.check_length(prompt_ids.shape[1], model.max_new_tokens)
-    seeds = rollout_seeds(run_seed, step, [p.id for p in problems], num_generations)
+    if seeds is None:
+        seeds = rollout_seeds(run_seed, step, [p.id for p in problems], num_generations)
     if isinstance(masks, MaskSpec):
         masks = draw_masks(masks, model, seeds)
     state = model.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)

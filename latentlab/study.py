@@ -4,7 +4,9 @@
     NN_name.json and .png, then index.html and RESULTS.md
 
 A notebook is finished when `.NN_name.done` beside its executed copy holds the hash of everything it depends on:
-its source, its parameters, this library, the versions, the shipped data, and the results of others that it reads.
+its source, its parameters, the modules of this library that it imports, directly or through others, the presets that it
+names, the versions, the shipped data, and the results of others that it reads. One with a skipped section runs again
+once the Hub or the package index can be reached, or no longer can.
 """
 
 import ast
@@ -12,15 +14,21 @@ import hashlib
 import html
 import json
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
-import yaml
 
 from latentlab import report, tables
+from latentlab.config import read_yaml
+from latentlab.hub import hub_answers
+from latentlab.smollm2 import index_answers
+
+PACKAGE = Path(__file__).parent
 
 NOTEBOOKS = "[0-9][0-9]_*.ipynb"
 SAFE_OUTPUTS = {"text/plain", "image/png"}
@@ -48,10 +56,10 @@ def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, repor
     if not chosen:
         raise StudyError(f"--only {only}: expected the beginning of one of {', '.join(p.stem for p in notebooks)}")
     folder = reports / preset
+    report.expect_writable(folder, 64 * 2**20)
     folder.mkdir(parents=True, exist_ok=True)
-    library = library_hash()
     for i, path in enumerate(chosen, 1):
-        _run_unless_finished(path, parameters[path.stem], folder, library, f"[{i}/{len(chosen)}] {path.stem}")
+        _run_unless_finished(path, parameters[path.stem], folder, f"[{i}/{len(chosen)}] {path.stem}")
     index = _write_index(preset, notebooks, folder)
     tables.build_report(reports)
     print(f"report: {index}")
@@ -69,10 +77,10 @@ def check_parameters(preset: str, notebooks: list[Path], folder: Path) -> dict[s
     if preset not in known:
         raise StudyError(f"got preset {preset!r}, expected one of {', '.join(known)}")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f"params/{path.name}: no readable YAML: {_one_line(error)}") from None
-    if not isinstance(given, dict) or given.get("preset") != preset:
+        given = read_yaml(path)
+    except ValueError as error:
+        raise StudyError(f"params/{error}") from None
+    if given.get("preset") != preset:
         raise StudyError(f"params/{path.name}: expected `preset: {preset}` and notebook switches, as `key: value`")
     declared = {notebook.stem: _declared(notebook) for notebook in notebooks}
     for key, value in given.items():
@@ -108,32 +116,67 @@ def _check_type(where: str, value, default) -> None:
 
 
 # ---------------------------------------------------------------- what a notebook depends on
-def library_hash() -> str:
-    """Hash of what every notebook depends on: the package's .py and .yaml, constraints, shipped data, data source."""
-    root, package = report.repository_root(), Path(__file__).parent
-    files = [*package.rglob("*.py"), *package.rglob("*.yaml"), root / "constraints.txt"]
-    files += [p for kind in ("*.safetensors", "*.json") for p in (root / "data" / "checkpoints").rglob(kind)]
-    digest = hashlib.sha256(os.environ.get("LATENTLAB_DATA", "").encode())  # a section skipped for want of data reruns
-    for path in sorted(set(files)):
-        if path.is_file():
-            digest.update(f"\0{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def _notebook_hash(notebook: Path, parameters: dict, folder: Path, library: str) -> str:
-    """Hash of a notebook's source (not its outputs), parameters, library, and the results its code names."""
+def _notebook_hash(notebook: Path, parameters: dict, folder: Path) -> str:
+    """Hash of a notebook's source (not its outputs), parameters, the files it depends on, and the results it names."""
     cells = [(c.cell_type, c.source) for c in nbformat.read(notebook, as_version=4).cells]
-    code = "\n".join(source for kind, source in cells if kind == "code")
-    read = [p for p in sorted(folder.glob("*.json")) if p.stem != notebook.stem and p.stem in code]
+    code = [source for kind, source in cells if kind == "code"]
+    named = "\n".join([*code, *map(str, parameters.values())])
+    read = [p for p in sorted(folder.glob("*.json")) if p.stem != notebook.stem and p.stem in named]
     results = [(p.stem, p.read_text(encoding="utf-8")) for p in read]
-    return hashlib.sha256(json.dumps([cells, parameters, library, results]).encode()).hexdigest()
+    data = os.environ.get("LATENTLAB_DATA", "")  # a section skipped for want of data runs again
+    files = sorted((p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in _files(code, named))
+    return hashlib.sha256(json.dumps([cells, parameters, data, files, results]).encode()).hexdigest()
+
+
+def _files(code: list[str], named: str) -> list[Path]:
+    """The files that these cells depend on: modules, presets that `named` names, constraints, shipped checkpoints."""
+    root = report.repository_root()
+    files = [PACKAGE / f"{name}.py" for name in _modules(code)]
+    files += [p for p in (PACKAGE / "presets").glob("*.yaml") if re.search(rf"\b{re.escape(p.stem)}\b", named)]
+    files += [p for kind in ("*.safetensors", "*.json") for p in (root / "data" / "checkpoints").rglob(kind)]
+    return [path for path in (*files, root / "constraints.txt") if path.is_file()]
+
+
+def _modules(code: list[str]) -> set[str]:
+    """Modules of this package that the cells import, and those that these import; all where a cell is no Python."""
+    everything = {path.stem for path in PACKAGE.glob("*.py")}
+    try:
+        waiting = set().union(*map(_imported, code))
+        found = set()
+        while waiting:
+            found |= waiting
+            texts = [(PACKAGE / f"{name}.py").read_text(encoding="utf-8") for name in waiting & everything]
+            waiting = (set().union(*map(_imported, texts)) & everything) - found
+        return found
+    except SyntaxError:  # a magic
+        return everything
+
+
+def _imported(code: str) -> set[str]:
+    """Names imported from this package anywhere in some code."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.startswith("latentlab.")}
+        elif isinstance(node, ast.ImportFrom) and node.module == "latentlab":
+            names |= {f"latentlab.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("latentlab."):
+            names.add(node.module)
+    return {name.split(".")[1] for name in names}
+
+
+def _reach(result: Path) -> str:
+    """What a skipped section of a result may have waited for: can it be reached now? "" without such a section."""
+    metrics = (report.load_result(result) or {}).get("metrics", {})
+    skipped = any(path.split(".")[-1] == "skipped" for path, _ in report.leaves(metrics))
+    return f" Hub {hub_answers()}, package index {index_answers()}" if skipped else ""
 
 
 # ---------------------------------------------------------------- running
-def _run_unless_finished(path: Path, parameters: dict, folder: Path, library: str, label: str) -> None:
+def _run_unless_finished(path: Path, parameters: dict, folder: Path, label: str) -> None:
     executed, marker, result = (folder / n for n in (path.name, f".{path.stem}.done", f"{path.stem}.json"))
-    state = _notebook_hash(path, parameters, folder, library)
-    if marker.is_file() and marker.read_text() == state and executed.is_file() and result.is_file():
+    state, there = _notebook_hash(path, parameters, folder), all(p.is_file() for p in (marker, executed, result))
+    if there and marker.read_bytes() == (state + _reach(result)).encode():
         print(f"{label}: finished before, nothing it depends on has changed; to run it again delete {marker}")
         return
     marker.unlink(missing_ok=True)
@@ -144,7 +187,9 @@ def _run_unless_finished(path: Path, parameters: dict, folder: Path, library: st
     if _identity(result) == before:
         raise StudyError(f"{path.stem}: ran, but wrote no {result}; its last section must call write_result")
     _write_html(executed)
-    report.write_atomically(marker, state.encode())  # last: whatever is killed before this line runs again
+    report.write_atomically(
+        marker, (state + _reach(result)).encode()
+    )  # last: whatever is killed before this line runs again
     print(f"{label}: done in {time.monotonic() - start:.0f} s", flush=True)
 
 
@@ -214,7 +259,7 @@ def _write_index(preset: str, notebooks: list[Path], folder: Path) -> Path:
         except (FileNotFoundError, ValueError):
             result = {}
         name = html.escape(path.stem)
-        link = f'<a href="{name}.html">{name}</a>' if (folder / f"{path.stem}.html").is_file() else name
+        link = f'<a href="{quote(path.stem)}.html">{name}</a>' if (folder / f"{path.stem}.html").is_file() else name
         texts = [result.get(key, "") for key in ("question", "seconds", "headline")]
         texts[1] = f"{float(texts[1] or 0):.0f}" if result else "not run"
         rows.append(f"<tr><td>{link}</td>" + "".join(f"<td>{html.escape(str(text))}</td>" for text in texts) + "</tr>")

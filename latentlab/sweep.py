@@ -2,8 +2,7 @@
 
 `latentlab sweep compare` trains, for each curriculum seed, the Coconut baseline and its controls, chooses mask rate,
 learning rate and temperature on the validation set (first seed's baseline only), runs every arm from each baseline at
-equal rollouts, and only then looks at the test set. A finished run holds done.json and is not redone; a failed one is
-listed with its log.
+equal rollouts, and only then looks at the test set. How runs are started, kept and tried again: launch.py.
 
     runs/tiny/compare/coconut-s0, pause-s0, direct-s0      the curriculum
     runs/tiny/compare/tune-...                             trials, judged on validation
@@ -14,106 +13,28 @@ listed with its log.
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-from latentlab.compare import read_done, write_compare
+from latentlab.compare import write_compare
 from latentlab.config import Config, load_preset, to_dict
-from latentlab.report import commit, write_atomically
-
-# Two processes on two cores: one thread each. The malloc settings keep freed memory instead of handing it back to the
-# system; page faults otherwise cost a fifth of a step (measured on two-core x86 machines).
-WORKER_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "TQDM_DISABLE": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-}
+from latentlab.launch import LOCAL, Job, Launcher, read_done, run_jobs
+from latentlab.report import read_json, write_atomically
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run: its folder's name and the command line of `latentlab` that makes it."""
-
-    name: str
-    words: tuple[str, ...]
-
-
-def run_sweep(name: str, config: Config, *, out: str) -> Path:
+def run_sweep(name: str, config: Config, *, out: str, launcher: Launcher = LOCAL) -> Path:
     """Run the sweep `name` ("compare") in folder `out`; returns the path of its result file."""
     started = time.time()
     folder, seeds = Path(out), config.sweep.seeds
     _check_plan(config)
     _same_settings(config, folder)
     overrides = _fields(config)
-    run_jobs([_sft("coconut", seed) for seed in seeds], folder, config, overrides)
-    chosen = _tune(folder, config, overrides)
+    run_jobs([_sft("coconut", seed) for seed in seeds], folder, config, overrides, launcher)
+    chosen = _tune(folder, config, overrides, launcher)
     jobs = [_sft(control, seed) for seed in seeds for control in config.sweep.controls]  # the longest first
     jobs += [_grpo(arm, seed, config, folder, chosen[_family(arm)]) for seed in seeds for arm in config.sweep.arms]
-    run_jobs(jobs, folder, config, overrides)
+    run_jobs(jobs, folder, config, overrides, launcher)
     return write_compare(config, folder, chosen, started)
-
-
-def run_jobs(jobs: list[Job], folder: Path, config: Config, overrides: list[str]) -> None:
-    """Run what is not finished, `sweep.workers` at a time. Raises RuntimeError that lists the failed runs."""
-    waiting = [job for job in jobs if not _finished(job, folder, config, overrides)]
-    print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished, {len(waiting)} to go", flush=True)
-    with ThreadPoolExecutor(config.sweep.workers) as pool:
-        failed = [name for name in pool.map(lambda job: _run(job, folder, config, overrides), waiting) if name]
-    if failed:
-        logs = ", ".join(str(folder / f"{name}.log") for name in failed)
-        raise RuntimeError(f"sweep: {len(failed)} runs failed, see {logs}; the same command tries them again")
-
-
-def _run(job: Job, folder: Path, config: Config, overrides: list[str]) -> str | None:
-    """One process; its name if it failed. done.json is written last, with the seconds it took."""
-    target = folder / job.name
-    begun, made_by = time.time() - _spent(target), commit()
-    words = _words(job, target, config, overrides)
-    resume = ["--resume"] if (target / "config.json").exists() else []
-    with open(folder / f"{job.name}.log", "a") as log:
-        done = subprocess.run(
-            [sys.executable, "-m", "latentlab.cli", *words, *resume],
-            stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **WORKER_ENVIRONMENT},
-        )  # fmt: skip
-        log.write(done.stdout)
-    seconds = round(time.time() - begun, 1)
-    print(f"{'failed' if done.returncode else 'finished'} {job.name} ({seconds:.0f} s)", flush=True)
-    if done.returncode:
-        return job.name
-    summary = json.loads(done.stdout.strip().splitlines()[-1])
-    record = {**summary, "seconds": seconds, "command": " ".join(words), "commit": made_by}
-    write_atomically(target / "done.json", (json.dumps(record) + "\n").encode())
-    return None
-
-
-def _words(job: Job, target: Path, config: Config, overrides: list[str]) -> list[str]:
-    """The command line of a run, without --resume."""
-    verb, *fields = job.words
-    return [verb, "--preset", config.preset, *overrides, *fields, "--out", str(target), "--threads", "1"]
-
-
-def _finished(job: Job, folder: Path, config: Config, overrides: list[str]) -> bool:
-    """Is the run done? ValueError if its folder was made by another command: its numbers are not this table's."""
-    if not (folder / job.name / "done.json").exists():
-        return False
-    made, asked = read_done(folder, job.name)["command"], " ".join(_words(job, folder / job.name, config, overrides))
-    if made != asked:
-        raise ValueError(f"sweep: {job.name} was made by `{made}`, expected `{asked}`; delete it, or use another --out")
-    return True
-
-
-def _spent(run: Path) -> float:
-    """Seconds that earlier processes of an interrupted run took, as far as they logged: each counts from 0."""
-    metrics = run / "metrics.jsonl"
-    clock = [float(s) for s in re.findall(r'"seconds": ([\d.]+)}', metrics.read_text())] if metrics.exists() else []
-    return sum(now for now, after in zip(clock, [*clock[1:], 0.0], strict=False) if after < now)
 
 
 def _check_plan(config: Config) -> None:
@@ -140,11 +61,12 @@ def _same_settings(config: Config, folder: Path) -> None:
     asked["sweep.seeds, the first"] = config.sweep.seeds[0]  # what the tuning started from
     stored = folder / "sweep.json"
     if stored.exists():
-        held = json.loads(stored.read_text())
-        for key in sorted(held.keys() | asked.keys()):
-            if held.get(key) != asked.get(key):
+        # A field younger than the folder had its default: before there was a choice, that is what was done.
+        held = _flat(to_dict(Config())) | read_json(stored, "the settings of a sweep")
+        for key in sorted(asked):
+            if held.get(key) != asked[key]:
                 raise ValueError(
-                    f"sweep: got {key}={asked.get(key)!r}, expected {held.get(key)!r} as in {stored}; use another --out"
+                    f"sweep: got {key}={asked[key]!r}, expected {held.get(key)!r} as in {stored}; use another --out"
                 )
     write_atomically(stored, (json.dumps(asked, indent=1) + "\n").encode())
 
@@ -167,7 +89,7 @@ def _family(arm: str) -> str:
     return "shared" if arm in ("shared", "per_step", "shared_greedy") else arm if arm == "supervised" else "temperature"
 
 
-def _tune(folder: Path, config: Config, overrides: list[str]) -> dict[str, dict]:
+def _tune(folder: Path, config: Config, overrides: list[str], launcher: Launcher) -> dict[str, dict]:
     """Settings of each family, by the best validation accuracy of short trials on the first seed's baseline."""
     s = config.sweep
     grids = {
@@ -179,13 +101,15 @@ def _tune(folder: Path, config: Config, overrides: list[str]) -> dict[str, dict]
         (arm, i): _grpo(arm, s.seeds[0], config, folder, settings, steps=s.tune_steps, name=f"tune-{arm}-{i}")
         for arm, grid in grids.items() for i, settings in enumerate(grid)
     }  # fmt: skip
-    run_jobs(list(trials.values()), folder, config, overrides)
+    run_jobs(list(trials.values()), folder, config, overrides, launcher)
     scores = {key: read_done(folder, job.name)["validation_accuracy"] for key, job in trials.items()}
     chosen = {}
     for arm, grid in grids.items():
         chosen[arm] = max(enumerate(grid), key=lambda pair: scores[arm, pair[0]])[1]
     table = [{"arm": arm, **grids[arm][i], "validation_accuracy": score} for (arm, i), score in scores.items()]
-    (folder / "tuning.json").write_text(json.dumps({"chosen": chosen, "trials": table}, indent=1) + "\n")
+    write_atomically(
+        folder / "tuning.json", (json.dumps({"chosen": chosen, "trials": table}, indent=1) + "\n").encode()
+    )
     return chosen
 
 

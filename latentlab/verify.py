@@ -17,6 +17,7 @@ import transformers
 
 from latentlab.checks import BOUNDS, CHECKS, Engine
 from latentlab.proofs import PROOFS, Property, example
+from latentlab.report import write_atomically
 
 NAMES = (*PROOFS, *CHECKS)
 
@@ -78,7 +79,7 @@ def report(rows: list[Property], device: str, dtype: str) -> dict:
     }
 
 
-def main(device: str = "cpu", dtype: str = "float32", json_path: str | None = None) -> int:
+def main(device: str = "cpu", dtype: str = "float32", json_path: str | Path | None = None) -> int:
     """Print the table, write the JSON, and return the exit code: 1 if a property fails."""
     rows = run_verify(device, dtype)
     print(table(rows))
@@ -86,5 +87,5 @@ def main(device: str = "cpu", dtype: str = "float32", json_path: str | None = No
     summary = f"{len(rows) - len(failed)} of {len(rows)} properties hold on {device} in {dtype}"
     print("; ".join([summary, *(f"{name} fails" for name in failed)]))
     if json_path:
-        Path(json_path).write_text(json.dumps(report(rows, device, dtype), indent=1) + "\n", encoding="utf-8")
+        write_atomically(Path(json_path), (json.dumps(report(rows, device, dtype), indent=1) + "\n").encode())
     return 1 if failed else 0

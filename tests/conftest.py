@@ -1,6 +1,9 @@
 """Fixtures: models of a few thousand weights and a handful of problems; everything offline, one thread, no bars."""
 
+import json
 import os
+import subprocess
+from types import SimpleNamespace
 
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported
 
@@ -9,6 +12,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from latentlab import launch
 from latentlab.config import from_dict, load_preset, to_dict
 from latentlab.model import LatentReasoner
 from latentlab.word_problems import WORDS, word_problems
@@ -101,18 +105,57 @@ def merged(values, changes):
     return {**values, **both}
 
 
+SMALL = {
+    "data": {"train_size": 24, "validation_size": 6, "test_size": 6, "steps": 2},
+    "backbone": {"n_layer": 1, "n_embd": 32, "n_positions": 64},
+    "curriculum": {"steps": [3, 2, 4], "batch_size": 6, "eval_every": 2, "stop_accuracy": 1.0, "warmup_steps": 2},
+    "grpo": {"steps": 4, "num_problems": 3, "num_generations": 4, "eval_every": 2},
+    "evaluate": {"batch_size": 4, "num_generations": 4},
+}
+
+
+def small_config(**changes):
+    """small_config(grpo={"arm": "none"}): the tiny preset, shrunk to a run of a second, with changes."""
+    return from_dict(merged(merged(to_dict(load_preset("tiny")), SMALL), changes))
+
+
 @pytest.fixture
 def config():
-    """config(grpo={"arm": "none"}): the tiny preset, shrunk to a run of a second, with changes."""
-    small = {
-        "data": {"train_size": 24, "validation_size": 6, "test_size": 6, "steps": 2},
-        "backbone": {"n_layer": 1, "n_embd": 32, "n_positions": 64},
-        "curriculum": {"steps": [3, 2, 4], "batch_size": 6, "eval_every": 2, "stop_accuracy": 1.0, "warmup_steps": 2},
-        "grpo": {"steps": 4, "num_problems": 3, "num_generations": 4, "eval_every": 2},
-        "evaluate": {"batch_size": 4, "num_generations": 4},
-    }
+    return small_config
 
-    def make(**changes):
-        return from_dict(merged(merged(to_dict(load_preset("tiny")), small), changes))
 
-    return make
+class Processes:
+    """Stands in for subprocess.Popen: records command lines, makes the run folder; a run ends with the next of its
+    `codes`, else with 0, and its summary has its `scores`."""
+
+    def __init__(self):
+        self.commands, self.codes, self.scores, self.environments = [], {}, {}, []
+
+    def __call__(self, command, *, stdout, stderr, text, env):
+        words = command[3:]
+        name = words[words.index("--out") + 1].split("/")[-1]
+        self.commands.append((name, words))
+        self.environments.append(env)
+        code = next(self.codes.get(name, iter([])), 0)
+        summary = json.dumps({"out": name, "validation_accuracy": self.scores.get(name, 0.5), "rollouts": 8})
+        if code:
+            stderr.write(f"{name} went wrong\n")
+            stderr.flush()
+        said = "" if code else f"a line before\n{summary}\n"
+        return SimpleNamespace(returncode=code, communicate=lambda: (said, None), terminate=lambda: None)
+
+    @property
+    def names(self):
+        return [name for name, _ in self.commands]
+
+    def words(self, name):
+        return next(words for got, words in self.commands if got == name)
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """No process is started: the runs of a sweep are recorded."""
+    fake = Processes()
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=fake, PIPE=subprocess.PIPE))
+    monkeypatch.setattr(launch, "commit", lambda: "0123")
+    return fake

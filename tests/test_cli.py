@@ -55,10 +55,13 @@ def refused(capfd):
         ("grpo --grpo.mask.rate -0.1", "mask rate: got -0.1, expected a number in [0, 1)"),
         ("sft --curriculum.mask.sites mlp heart", "expected a list of different names from attention, mlp"),
         ("grpo --grpo.arm dropout", "got 'dropout', expected one of none, temperature, shared"),
-        ("sweep everything", "invalid choice 'everything' for argument '--name'. Expected one of ('compare',)"),
+        (
+            "sweep everything",
+            "invalid choice 'everything' for argument '--name'. Expected one of ('compare', 'reproduce')",
+        ),
         ("sweep compare --sweep.arms shared", "sweep.arms: got no temperature, expected"),
         ("data --split dev", "invalid choice 'dev' for argument '--split'"),
-        ("data --n -1", "expected n >= 0"),
+        ("data --n -1", "--n: got -1, expected at least 0"),
         ("report now", "Unrecognized options: now"),
         ("sft --threads -1", "--threads: got -1, expected at least 0"),
         ("evaluate --limit -5", "--limit: got -5, expected at least 0"),
@@ -95,9 +98,7 @@ def test_no_hub_and_no_data_is_one_line_before_any_compute(refused, tmp_path, mo
 
 def test_an_unknown_benchmark_names_the_known_ones(refused, tmp_path):
     sharpen(tiny_gpt2()).save_pretrained(tmp_path)
-    assert "got benchmark 'riddles', expected one of gsm8k, svamp" in refused(
-        "evaluate", tmp_path, "--benchmark", "riddles"
-    )
+    assert "got benchmark 'riddles', expected one of gsm8k, " in refused("evaluate", tmp_path, "--benchmark", "riddles")
 
 
 def test_a_data_folder_that_is_none(refused, tmp_path, monkeypatch):

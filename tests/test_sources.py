@@ -351,6 +351,8 @@ def test_offline_mode_asks_the_cache_without_a_request(monkeypatch):
 def test_every_benchmark_name_is_served(hub, folder):
     for name in ("multiarith", "gsm_hard"):
         write_jsonl(rows(name, 2), folder / f"{name}.jsonl")
+    pens = Problem("p", "How much are 6 pens at $4 each?", ("<<6*4=24>>",), "24", "gsm8k/validation")
+    write_jsonl([pens], folder / "gsm8k_valid.jsonl")
     hub[("MU-NLPC/Calc-asdiv_a",), "test"] = [{"question": "Q?", "result": "9"}]
     hub[("qintongli/GSM-Plus",), "test"] = [{"question": "Q?", "answer": "9"}]
     for name in BENCHMARKS:

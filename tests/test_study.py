@@ -1,6 +1,12 @@
 """The pipeline on two toy notebooks: order, resume, reruns, failures in one line, checks before anything runs."""
 
+import ast
 import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -84,8 +90,35 @@ def test_only_and_exactly_what_changed_runs_again(notebooks, monkeypatch):
 
     make(notebooks, SECOND, "changed = True")
     assert run(notebooks) == [SECOND]
-    monkeypatch.setattr(study, "library_hash", lambda: "another library")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Cells run in this process: for what does not depend on kernels."""
+
+    def execute(path, executed, parameters, reports):
+        monkeypatch.setenv("LATENTLAB_REPORTS", str(reports))
+        monkeypatch.chdir(path.parent)
+        notebook, names = nbformat.read(path, as_version=4), {}
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                exec(cell.source, names)
+                names |= parameters if "parameters" in cell.metadata.get("tags", []) else {}
+        nbformat.write(notebook, executed)
+
+    monkeypatch.setattr(study, "_execute", execute)
+
+
+def test_a_changed_module_reruns_what_imports_it(notebooks, monkeypatch, quick):
+    make(notebooks, SECOND, "from latentlab import reward")
     assert run(notebooks) == [FIRST, SECOND]
+    package = notebooks.parent / "latentlab"
+    shutil.copytree(study.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(study, "PACKAGE", package)
+    for name, ran in (("cli", []), ("problems", [SECOND]), ("report", [FIRST, SECOND])):  # reward imports problems
+        with open(package / f"{name}.py", "a") as file:
+            file.write("# changed\n")
+        assert run(notebooks) == ran
 
 
 @pytest.mark.slow
@@ -100,13 +133,85 @@ def test_a_failure_names_notebook_cell_and_error_and_resumes_there(notebooks, mo
     assert run(notebooks) == [SECOND]
 
 
+@pytest.mark.slow
+def test_a_pipeline_killed_in_notebook_03_resumes_there(tmp_path):
+    """SIGKILL of the study while a cell of 03 runs: 02 is not run again, 03 is, from its start."""
+    folder, names = tmp_path / "notebooks", ["02_c", "03_d", "04_e"]
+    folder.mkdir()
+    wait = "import os, time\nopen('begun', 'w').close()\nwhile not os.path.exists('go'):\n    time.sleep(0.1)"
+    for name in names:
+        make(folder, name, *([wait] if name == "03_d" else []))
+    give(folder)
+    code = "import sys; from latentlab.study import run_study\n"
+    code += "run_study('toy', notebooks_dir=sys.argv[1], reports_dir=sys.argv[2])"
+    root = str(Path(study.__file__).parent.parent)
+    killed = subprocess.Popen([sys.executable, "-c", code, folder, tmp_path / "reports"], cwd=root)
+    while not (folder / "begun").exists():
+        assert killed.poll() is None
+        time.sleep(0.1)
+    killed.kill()
+    killed.wait()
+    log = folder / "log.txt"
+    assert log.read_text().split() == names[:1]
+    (folder / "go").touch()
+    assert run(folder) == names[1:]
+    assert run(folder) == []
+
+
+def test_a_skipped_section_is_tried_again_when_what_it_waited_for_comes_back(notebooks, monkeypatch, quick):
+    reach = {"hub": False, "index": False}
+    monkeypatch.setattr(study, "hub_answers", lambda: reach["hub"])
+    monkeypatch.setattr(study, "index_answers", lambda: reach["index"])
+    make(notebooks, SECOND)
+    path = notebooks / f"{SECOND}.ipynb"
+    path.write_text(
+        path.read_text().replace('metrics={\\"rate\\": rate}', 'metrics={\\"real\\": {\\"skipped\\": \\"no Hub\\"}}')
+    )
+    assert run(notebooks) == [FIRST, SECOND]
+    assert run(notebooks) == []
+    for name in reach:
+        reach[name] = True
+        assert run(notebooks) == [SECOND]
+        assert run(notebooks) == []
+
+
+def test_what_cells_depend_on():
+    everything = {path.stem for path in study.PACKAGE.glob("*.py")}
+    assert study._modules(["x = 1"]) == set()
+    assert study._modules(["from latentlab import reward"]) == {"reward", "problems"}
+    assert study._modules(["def f():\n    import latentlab.reward as r"]) == {"reward", "problems"}
+    assert study._modules(["%matplotlib inline"]) == everything
+    assert {"rollout", "masks", "backbone", "config"} < study._modules(["from latentlab.grpo import fit_grpo"])
+    files = {path.name for path in study._files(["x = 1"], "preset = 'tiny' # smoked")}
+    assert {"tiny.yaml", "constraints.txt", "model.safetensors"} < files and not files & {"smoke.yaml", "smol.yaml"}
+
+
+HOSTILE = """'"; import os; os.system("touch pwned") # \\ \n {{}} $(touch pwned) `touch pwned`"""
+
+
+def test_a_parameter_is_a_value_and_never_code(notebooks):
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    make(notebooks, FIRST, parameters='preset = "toy"\nrate = "x"')
+    (notebooks / f"{SECOND}.ipynb").unlink()
+    give(notebooks, rate=HOSTILE)
+    (path,) = notebooks.glob("*.ipynb")
+    given = check_parameters("toy", [path], notebooks / "params")[FIRST]
+    cells = parameterize_notebook(load_notebook_node(str(path)), given).cells
+    (injected,) = [cell.source for cell in cells if "injected-parameters" in cell.metadata.tags]
+    body = ast.parse(injected).body
+    assert all(isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant) for line in body)
+    assert {line.targets[0].id: line.value.value for line in body} == {"preset": "toy", "rate": HOSTILE}
+
+
 def test_a_notebook_depends_on_the_results_its_code_names(notebooks, tmp_path):
     make(notebooks, SECOND, 'read_result("compare", preset)')
     hashes = {}
     for text in ("{}", "{ }"):
         (tmp_path / "compare.json").write_text(text)
         for name in (FIRST, SECOND):
-            state = study._notebook_hash(notebooks / f"{name}.ipynb", {}, tmp_path, "library")
+            state = study._notebook_hash(notebooks / f"{name}.ipynb", {}, tmp_path)
             hashes.setdefault(name, set()).add(state)
     assert (len(hashes[FIRST]), len(hashes[SECOND])) == (1, 2)
 
@@ -118,8 +223,12 @@ def test_a_notebook_depends_on_the_results_its_code_names(notebooks, tmp_path):
         ("preset: toy\nrate: 1e-4", "got '1e-4' .str., expected float; YAML reads 1e-4 as text: write 1.0e-4"),
         ("preset: toy\nrate: true", "got True .bool., expected float"),
         ("preset: tiny", "expected `preset: toy`"),
-        ("- toy", "expected `preset: toy`"),
+        ("- toy", "expected `key: value` lines"),
         ("preset: [toy", "no readable YAML"),
+        ("preset: toy\nrate: 0.2\nrate: 0.3", "a key stands there twice"),
+        ("preset: toy\n1: 2", "expected `key: value` lines"),
+        ("", "expected `key: value` lines"),
+        ("!!python/object/apply:os.system ['touch pwned']", "no readable YAML"),
     ],
 )
 def test_wrong_parameters_stop_the_study_before_anything_runs(notebooks, given, message):

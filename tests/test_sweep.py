@@ -1,51 +1,13 @@
 """sweep.py: which processes are started, with which words, and what is kept. No process is started here."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
 from latentlab import sweep
 from latentlab.cli import parse
 from latentlab.config import ARMS, from_dict, load_preset, to_dict
-from latentlab.sweep import Job, _family, _fields, run_jobs, run_sweep
-
-JOBS = [Job(name, ("sft", "--seed", seed)) for name, seed in (("a", "1"), ("b", "2"), ("c", "3"))]
-
-
-class Processes:
-    """Stands in for subprocess.run: records command lines, makes the run folder, succeeds but for names in `fails`."""
-
-    def __init__(self):
-        self.commands, self.fails, self.scores, self.environments = [], set(), {}, []
-
-    def __call__(self, command, *, stdout, stderr, text, env):
-        words = command[3:]
-        name = words[words.index("--out") + 1].split("/")[-1]
-        self.commands.append((name, words))
-        self.environments.append(env)
-        if name in self.fails:
-            stderr.write(f"{name} went wrong\n")
-            return SimpleNamespace(returncode=1, stdout="")
-        summary = {"out": name, "validation_accuracy": self.scores.get(name, 0.5), "rollouts": 8}
-        return SimpleNamespace(returncode=0, stdout="a line before\n" + json.dumps(summary) + "\n")
-
-    @property
-    def names(self):
-        return [name for name, _ in self.commands]
-
-    def words(self, name):
-        return next(words for got, words in self.commands if got == name)
-
-
-@pytest.fixture
-def processes(monkeypatch, tmp_path):
-    fake = Processes()
-    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=fake, PIPE=-1))
-    monkeypatch.setattr(sweep, "commit", lambda: "0123")
-    for job in JOBS:
-        (tmp_path / job.name).mkdir()
-    return fake
+from latentlab.sweep import _family, _fields, run_sweep
 
 
 def small(**fields):
@@ -53,56 +15,6 @@ def small(**fields):
     values = to_dict(load_preset("smoke"))
     values["sweep"] |= {"workers": 1, **fields}
     return from_dict(values)
-
-
-# -- runs -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_finished_run_is_recorded_and_not_redone(processes, tmp_path):
-    run_jobs(JOBS[:2], tmp_path, small(), [])
-    assert processes.names == ["a", "b"]
-    done = json.loads((tmp_path / "a" / "done.json").read_text())
-    assert done["validation_accuracy"] == 0.5 and done["commit"] == "0123" and done["seconds"] >= 0
-    assert done["command"] == f"sft --preset smoke --seed 1 --out {tmp_path / 'a'} --threads 1"
-    run_jobs(JOBS, tmp_path, small(), [])
-    assert processes.names == ["a", "b", "c"]
-    assert all(env["OMP_NUM_THREADS"] == "1" and "PATH" in env for env in processes.environments)
-
-
-def test_a_finished_run_of_another_command_is_refused_before_any_process(processes, tmp_path):
-    run_jobs(JOBS[:1], tmp_path, small(), [])
-    with pytest.raises(
-        ValueError, match="^sweep: a was made by `sft .*--seed 1 .*`, expected `sft .*--seed 9 "
-    ) as error:
-        run_jobs([JOBS[1], Job("a", ("sft", "--seed", "9"))], tmp_path, small(), [])
-    assert processes.names == ["a"] and "\n" not in str(error.value)
-
-
-def test_failed_runs_are_listed_with_their_logs_and_tried_again_with_resume(processes, tmp_path, capsys):
-    processes.fails = {"a", "c"}
-    (tmp_path / "c" / "config.json").write_text("{}")  # c began, a did not
-    with pytest.raises(RuntimeError, match="^sweep: 2 runs failed, see ") as error:
-        run_jobs(JOBS, tmp_path, small(), [])
-    assert str(tmp_path / "a.log") in str(error.value) and str(tmp_path / "c.log") in str(error.value)
-    assert "b.log" not in str(error.value) and "\n" not in str(error.value)
-    assert (tmp_path / "a.log").read_text() == "a went wrong\n"
-    assert processes.names == ["a", "b", "c"]  # a failure does not stop the others
-    assert not (tmp_path / "a" / "done.json").exists()
-    processes.fails, processes.commands = set(), []
-    run_jobs(JOBS, tmp_path, small(), [])
-    assert processes.names == ["a", "c"]
-    assert "--resume" not in processes.words("a") and processes.words("c")[-1] == "--resume"
-    assert "1 of 3 runs are finished, 2 to go" in capsys.readouterr().out
-
-
-def test_seconds_count_the_earlier_processes_of_a_resumed_run(processes, tmp_path):
-    """Each process counts from 0: 20 s and 300 s were spent before this one."""
-    lines = [{"step": step, "seconds": seconds} for step, seconds in enumerate((10.0, 20.0, 5.0, 300.0))]
-    (tmp_path / "a" / "metrics.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "sec'
-    )
-    run_jobs(JOBS[:1], tmp_path, small(), [])
-    assert 320 <= json.loads((tmp_path / "a" / "done.json").read_text())["seconds"] < 330
 
 
 # -- changed fields -------------------------------------------------------------------------------------------------

@@ -1,0 +1,247 @@
+"""What a finished `sweep reproduce` says: small files that need no weights.
+
+<reports>/<preset>[-cpu]/reproduce.json            arms, paired differences, verdict, cost, transfer, curves
+<reports>/<preset>[-cpu]/reproduce_outcomes.npz    right or wrong for every test problem and model
+<reports>/<preset>[-cpu]/reproduce_samples.json    problems that flipped, with the thoughts decoded by the head
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from latentlab import report
+from latentlab.config import Config, to_dict
+from latentlab.loop import read_metrics, seconds_spent
+from latentlab.model import LatentReasoner
+from latentlab.problems import Problem, answers_match, extract_answer
+from latentlab.reward import majority_vote
+from latentlab.rollout import rollout
+from latentlab.statistics import (
+    detectable_difference,
+    paired_comparison,
+    pass_at_k,
+    power_at,
+    seed_comparison,
+    verdict,
+    wilson_interval,
+)
+
+PUBLISHED = {"baseline": 27.29, "after": 29.01, "points": 1.72}  # arXiv 2606.10184, GPT-2, GSM8K test
+FLIPPED = 10  # problems of each kind whose answers and thoughts are kept
+CURVES = ("reward", "frac_reward_zero_std", "replay_gap", "kl", "validation_accuracy")
+NOT_ON_GPU = "not run on a GPU"
+
+
+def write_report(
+    config: Config, folder: Path, names: list[str], test: list[Problem], *, cot: str | None, device: str, weights: dict,
+    started: float, plan: dict, minutes: float, budget_minutes: float, peak_memory_gib: float,
+) -> Path:  # fmt: skip
+    """Write the three files from the answers in `folder`; `names`: the baseline, then "<arm>-s<seed>"."""
+    preset = config.preset if device == "cuda" else f"{config.preset}-cpu"
+    outcomes = {name: _right(folder, f"{name}.gsm8k") for name in (*([cot] if cot else []), *names)}
+    packed = io.BytesIO()
+    np.savez_compressed(packed, n=len(test), **{name: np.packbits(x.astype(bool)) for name, x in outcomes.items()})
+    report.write_atomically(report.reports_folder() / preset / "reproduce_outcomes.npz", packed.getvalue())
+    samples = _flipped(folder, names, outcomes, test)
+    text = json.dumps(samples, indent=1, ensure_ascii=False) + "\n"
+    report.write_atomically(report.reports_folder() / preset / "reproduce_samples.json", text.encode())
+    gain, contrast = (_pooled(outcomes, names, *pair) for pair in (("shared", "coconut"), ("shared", "temperature")))
+    metrics = {
+        "data": config.data.name,
+        "published": PUBLISHED,
+        "cot": _row(folder, f"{cot}.gsm8k", test) if cot else {"skipped": "the baseline was trained elsewhere"},
+        "stages_validation": json.loads((folder / names[0] / "done.json").read_text())["stages"],
+        "gain": gain,
+        "main_contrast": contrast,
+        "verdict": verdict_of(gain, device),
+        "sampled": {name: _sampled(folder, name) for name in names if _exists(folder, f"{name}.sampled")},
+        "transfer": _transfer(folder, names, plan),
+        "curves": {name: _curves(folder / name) for name in names if (folder / name / "metrics.jsonl").exists()},
+        "cost": {
+            "budget_minutes": budget_minutes, "minutes": round(minutes, 1), "device": device,
+            "peak_memory_gib": round(peak_memory_gib, 2),
+            "rollouts_per_second": {name: _rollout_rate(folder / name) for name in names[1:]},
+        },
+        "plan": plan,
+        "weights": weights,
+    }  # fmt: skip
+    return report.write_result(
+        "reproduce", preset=preset, parameters=to_dict(config), metrics=metrics,
+        arms=[_arm(name, outcomes, folder, test) for name in names], started=started, seconds=60 * minutes,
+        environment=report.environment(weights), question="Does the mask lift latent reasoning on GSM8K?",
+        headline=_headline(outcomes, names, metrics),
+    )  # fmt: skip
+
+
+def read_reproduce(*presets: str) -> dict | None:
+    """The first of these presets' results that is there, with `outcomes` {run: [n] of 0/1} and `samples`; or None."""
+    for preset in presets:
+        found = report.find_result("reproduce", preset)
+        if found:
+            samples = json.loads((found["folder"] / "reproduce_samples.json").read_text())
+            with np.load(found["folder"] / "reproduce_outcomes.npz") as packed:
+                n = int(packed["n"])
+                outcomes = {name: np.unpackbits(packed[name])[:n] for name in packed.files if name != "n"}
+            return {**found, "outcomes": outcomes, "samples": samples}
+    return None
+
+
+def verdict_of(gain: dict, device: str) -> str:
+    """The verdict of the comparison; on a CPU the budget is no budget, and the rule's word is given beside it."""
+    if "skipped" in gain:
+        return gain["skipped"]
+    word = verdict(gain["difference"], gain["low"], gain["high"], target=PUBLISHED["points"])
+    if gain["low"] == gain["high"]:  # no problem was answered differently: an interval of width 0 resolves nothing
+        word = "not resolved"
+    return word if device == "cuda" else f"{NOT_ON_GPU} (the rule's word for these numbers: {word})"
+
+
+def _exists(folder: Path, name: str) -> bool:
+    return (folder / "answers" / f"{name}.json").exists()
+
+
+def _answers(folder: Path, name: str) -> dict:
+    return json.loads((folder / "answers" / f"{name}.json").read_text())
+
+
+def _right(folder: Path, name: str) -> np.ndarray:
+    return np.array(_answers(folder, name)["correct"])[:, 0]  # [n]
+
+
+def _row(folder: Path, name: str, problems: list[Problem]) -> dict:
+    """Greedy answers: right by both grading rules, interval, when and how long."""
+    found = _answers(folder, name)
+    n, correct = len(found["ids"]), int(np.sum(found["correct"]))
+    row = {"n": n, "correct": correct, "interval": list(wilson_interval(correct, n))}
+    answers = {problem.id: problem.answer for problem in problems}
+    if answers:  # the problems are at hand
+        pairs = zip(found["ids"], found["text"], strict=True)
+        row["correct_string_rule"] = sum(answers_match(extract_answer(t), answers[i], "string") for i, t in pairs)
+    return {**row, "seconds": found["seconds"], "evaluated_at": found["at"]}
+
+
+def _arm(name: str, outcomes: dict, folder: Path, test: list[Problem]) -> dict:
+    arm, _, seed = name.rpartition("-s")
+    done = json.loads((folder / name / "done.json").read_text())
+    row = {"name": arm, "seed": int(seed), **_row(folder, f"{name}.gsm8k", test)}
+    row |= {"rollouts": done.get("rollouts", 0), "validation_accuracy": done["validation_accuracy"]}
+    row["training_seconds"] = round(seconds_spent(folder / name), 1)
+    if arm != "coconut":
+        pair = paired_comparison(outcomes[name], outcomes["coconut-s0"], seed=0)
+        kept = ("low", "high", "only_a", "only_b", "discordance", "p_value")
+        row["difference"] = {"points": pair["difference"], **{key: pair[key] for key in kept}}
+    return row
+
+
+def _pooled(outcomes: dict, names: list[str], arm: str, other: str) -> dict:
+    """`arm` minus `other` over the seeds of the arms; the baseline is one run, so its seed does not vary."""
+    seeds = [name.rpartition("-s")[2] for name in names if name.startswith(f"{arm}-s")]
+    if not seeds:
+        return {"skipped": f"arm {arm} was not trained: no time was left in the budget"}
+    ours = np.stack([outcomes[f"{arm}-s{seed}"] for seed in seeds])
+    theirs = np.stack([outcomes[f"{other}-s{'0' if other == 'coconut' else seed}"] for seed in seeds])
+    pair = paired_comparison(ours[0], theirs[0], seed=0)
+    pooled = seed_comparison(ours, theirs, seed=0) if len(seeds) > 1 else dict(pair)
+    pooled["low"] = min(pooled["low"], pooled.get("t_low", pooled["low"]))
+    pooled["high"] = max(pooled["high"], pooled.get("t_high", pooled["high"]))
+    pooled |= {"arms": f"{arm} - {other}", "before": float(theirs.mean()), "after": float(ours.mean())}
+    if 0 < PUBLISHED["points"] <= 100 * pair["discordance"]:
+        n, share = ours.shape[1], pair["discordance"]
+        pooled["power_at_published_gain"] = power_at(PUBLISHED["points"], n, share)
+        pooled["detectable_points"] = detectable_difference(n, share)
+    return pooled
+
+
+def _sampled(folder: Path, name: str) -> dict:
+    """The policy that GRPO optimises: average, pass@k and majority of K answers under its noise."""
+    found = _answers(folder, f"{name}.sampled")
+    correct = np.array(found["correct"])  # [n, K]
+    n, k = correct.shape
+    texts = [found["text"][i * k : (i + 1) * k] for i in range(n)]
+    votes = [majority_vote(group) for group in texts]
+    right = [  # the vote is right if a right answer says the same
+        any(c and majority_vote([t]) == vote for c, t in zip(row, group, strict=True))
+        for row, group, vote in zip(correct, texts, votes, strict=True)
+    ]
+    return {
+        "n": n, "K": k, "mean": float(correct.mean()), "majority": float(np.mean(right)),
+        "pass@k": {str(j): float(pass_at_k(correct.sum(1), k, j).mean()) for j in range(1, k + 1)},
+        "seconds": found["seconds"],
+    }  # fmt: skip
+
+
+def _transfer(folder: Path, names: list[str], plan: dict) -> dict:
+    rows = {}
+    for key, limit in plan.items():
+        if key.startswith("transfer_"):
+            benchmark = key.removeprefix("transfer_")
+            found = {n: _row(folder, f"{n}.{benchmark}", []) for n in names if _exists(folder, f"{n}.{benchmark}")}
+            why = limit if isinstance(limit, str) else "no time was left in the budget"
+            rows[benchmark] = found or {"skipped": why.removeprefix("skipped: ")}
+    return rows
+
+
+def _curves(run: Path) -> dict[str, dict]:
+    """Each metric against its step, at most 200 points."""
+    lines = read_metrics(run)
+    curves = {}
+    for name in CURVES:
+        kept = [line for line in lines if name in line]
+        kept = kept[:: max(1, len(kept) // 200)]
+        if kept:
+            curves[name] = {"step": [line["step"] for line in kept], "value": [line[name] for line in kept]}
+    return curves
+
+
+def _rollout_rate(run: Path) -> float:
+    done = json.loads((run / "done.json").read_text())
+    return round(done["rollouts"] / max(seconds_spent(run), 1e-9), 2)
+
+
+def _flipped(folder: Path, names: list[str], outcomes: dict, test: list[Problem]) -> list[dict]:
+    """Problems that the baseline and arm `shared` (first seed) disagree on: answers and decoded thoughts of both."""
+    arm = next((name for name in names if name.startswith("shared-s")), None)
+    if arm is None:
+        return []
+    before, after = outcomes["coconut-s0"], outcomes[arm]
+    rows = [*np.flatnonzero(after > before)[:FLIPPED], *np.flatnonzero(after < before)[:FLIPPED]]
+    if not rows:
+        return []
+    problems = [test[row] for row in rows]
+    seen = {name: _thoughts(folder / name / "best", problems) for name in ("coconut-s0", arm)}
+    return [
+        {
+            "id": problem.id, "question": problem.question, "answer": problem.answer,
+            "became": "right" if after[row] else "wrong",
+            **{name: {"text": texts[i], "thoughts": thoughts[i]} for name, (texts, thoughts) in seen.items()},
+        }
+        for i, (row, problem) in enumerate(zip(rows, problems, strict=True))
+    ]  # fmt: skip
+
+
+def _thoughts(checkpoint: Path, problems: list[Problem], top: int = 5) -> tuple[tuple[str, ...], list]:
+    """Greedy answers, and for each thought the tokens that the head finds likeliest (logit lens)."""
+    model = LatentReasoner.from_pretrained(checkpoint)
+    out = rollout(model, problems, num_generations=1, masks=None, temperature=0.0, run_seed=0, step=0)
+    with torch.no_grad():
+        tokens = model.head(out.thoughts).topk(top, -1).indices  # [n, L, top]
+    decoded = [[[model.tokenizer.decode([t]) for t in thought] for thought in row] for row in tokens.tolist()]
+    return out.text, decoded
+
+
+def _headline(outcomes: dict, names: list[str], metrics: dict) -> str:
+    base, gain = outcomes["coconut-s0"], metrics["gain"]
+    cot = "" if "skipped" in metrics["cot"] else f"chain of thought {_percent(metrics['cot'])}, "
+    text = f"GSM8K test, {len(base)} problems: {cot}latent baseline {100 * base.mean():.2f} %"
+    if "skipped" not in gain:
+        text += f" → {100 * gain['after']:.2f} %, {gain['difference']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
+    return f"{text}; {metrics['verdict']}" if metrics["data"] != "word_problems" else f"rehearsal, no GSM8K: {text}"
+
+
+def _percent(row: dict) -> str:
+    return f"{100 * row['correct'] / row['n']:.2f} %"

@@ -1,0 +1,336 @@
+"""The GSM8K study inside a time budget: one process, one device, no network, no Jupyter.
+
+    latentlab sweep reproduce --preset smol --budget-minutes 24          python -m latentlab.reproduce: without tyro
+
+    runs/smol/reproduce/plan.json           seconds spent so far, and the steps that the budget allowed each part
+    runs/smol/reproduce/coconut-s0/         the curriculum: chain of thought, then the latent stages
+    runs/smol/reproduce/shared-s0/ …        the GRPO arms, each from the same baseline
+    runs/smol/reproduce/answers/            every answer of every finished model; written once per model and benchmark
+    reports/smol/reproduce.json …           the small files that remain (gsm8k_report.py); smol-cpu if made on a CPU
+
+Each part is sized by timing a few of its own steps on the machine at hand. The time goes to the curriculum first
+(`CURRICULUM_SHARE`), then a reserve for the test set is kept, the arms share the rest at equal iterations, and what is
+left over buys sampled answers and transfer. The same command goes on after an interruption. The test set is
+answered once by each finished model; every choice is made on the validation set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from latentlab import parts, sources
+from latentlab.checkpoint import expect_same
+from latentlab.config import Config, arm_settings, from_dict, load_preset, to_dict
+from latentlab.curriculum import curriculum_gradient, fit_curriculum, set_stage
+from latentlab.evaluate import evaluate
+from latentlab.grpo import fit_grpo, policy_gradient
+from latentlab.gsm8k_report import write_report
+from latentlab.model import LatentReasoner
+from latentlab.problems import Problem
+from latentlab.report import peak_memory_gib, write_atomically
+from latentlab.rollout import rollout
+
+CURRICULUM_SHARE = 0.5  # of the budget, for the curriculum's updates
+TRANSFER = ("gsm8k_perturbed", "svamp", "multiarith", "gsm_hard")
+
+
+class Budget:
+    """A time budget that survives a restart: what was spent and what was planned lie in plan.json."""
+
+    def __init__(self, folder: Path, config: Config, minutes: float, weights: dict):
+        self.path, self.minutes, self.start = folder / "plan.json", minutes, time.monotonic()
+        made_for = {"config": to_dict(config), "budget_minutes": minutes, "weights": weights.get("sha256", "")}
+        self.data = {"made_for": made_for, "spent": 0.0, "plan": {}}
+        if self.path.exists():
+            self.data = json.loads(self.path.read_text())
+            expect_same(self.data["made_for"], made_for, str(self.path))
+        self.before = self.data["spent"]
+
+    def spent(self) -> float:
+        """Seconds, those of earlier processes included."""
+        return self.before + time.monotonic() - self.start
+
+    def left(self) -> float:
+        return 60 * self.minutes - self.spent()
+
+    def save(self) -> None:
+        self.data["spent"] = self.spent()
+        write_atomically(self.path, (json.dumps(self.data, indent=1) + "\n").encode())
+
+    def once(self, key: str, make: Callable[[], object]):
+        """The planned value of `key`; made at the first call, then read back, so that a resumed run keeps its plan."""
+        if key not in self.data["plan"]:
+            self.data["plan"][key] = make()
+            self.save()
+        return self.data["plan"][key]
+
+
+def reproduce(
+    config: Config, *, out: str, budget_minutes: float, device: str = "auto", weights: str = "", init_from: str = ""
+) -> Path:
+    """Run or go on with the study in folder `out`; returns the path of its result file.
+
+    budget_minutes 0: no limit, the preset's own steps. `weights`: the backbone, a checkpoint or one that `parts.split`
+    made; default the preset's. `init_from`: a trained Coconut checkpoint, straight into the arms: no curriculum.
+    Raises ValueError or OSError, one line, before any compute: a missing data file, a damaged part, too little memory.
+    """
+    if not 0 <= budget_minutes < float("inf"):
+        raise ValueError(
+            f"--budget-minutes: got {budget_minutes:g}, expected at least 0; 0 takes the preset's own steps"
+        )
+    if weights and init_from:
+        raise ValueError("--weights and --init-from: got both, expected a backbone or a trained checkpoint; drop one")
+    started, folder = time.time(), Path(out)
+    data = {split: sources.load(config.data, split) for split in ("train", "validation", "test")}
+    folder.mkdir(parents=True, exist_ok=True)
+    model = _load(config, folder, weights or init_from, trained=bool(init_from)).place(device, config.precision)
+    _expect_memory(model)
+    budget = Budget(folder, config, budget_minutes, model.provenance)
+
+    baseline, cot = folder / "coconut-s0", None
+    if init_from:
+        _keep_baseline(model, data["validation"], config, baseline)
+    else:
+        steps = budget.once("curriculum_steps", lambda: _plan_curriculum(model, data, config, budget))
+        config = replace(config, curriculum=replace(config.curriculum, steps=tuple(steps)))
+        cot = _train_curriculum(model, data, config, baseline, folder, budget)
+    _greedy("coconut-s0", model, data["test"], config, folder)
+    budget.save()
+
+    seeds, iterations = budget.once("seeds_and_iterations", lambda: _plan_grpo(model, data, config, budget))
+    runs = [(arm, seed) for seed in config.sweep.seeds[:seeds] for arm in config.sweep.arms] if iterations else []
+    grpo = replace(config.grpo, steps=max(1, iterations), eval_every=min(config.grpo.eval_every, max(1, iterations)))
+    for arm, seed in runs:
+        name = f"{arm}-s{seed}"
+        if not (folder / "answers" / f"{name}.gsm8k.json").exists():
+            arm_config = replace(config, seed=seed, grpo=replace(grpo, arm=arm))
+            arm_model = LatentReasoner.from_pretrained(baseline / "best").place(device, config.precision)
+            summary = fit_grpo(arm_model, data["train"], data["validation"], arm_config, out=folder / name, resume=True)
+            write_atomically(folder / name / "done.json", (json.dumps(summary) + "\n").encode())
+            _greedy(name, arm_model, data["test"], config, folder)
+        budget.save()
+    names = ["coconut-s0", *(f"{arm}-s{seed}" for arm, seed in runs)]
+    _spend_the_rest(names, data["test"], config, folder, device, budget)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if model.device.type == "cuda" else peak_memory_gib()
+    return write_report(
+        config, folder, names, data["test"], cot=cot, device=model.device.type, weights=model.provenance,
+        started=started, plan=budget.data["plan"], minutes=budget.spent() / 60, budget_minutes=budget_minutes,
+        peak_memory_gib=memory,
+    )  # fmt: skip
+
+
+def _load(config: Config, folder: Path, weights: str, *, trained: bool) -> LatentReasoner:
+    """The model to start from: rejoined from parts, a folder, a Hub id, or the preset's backbone."""
+    if weights and parts.is_split(weights):
+        weights = str(parts.join(weights, folder / "weights"))
+    if trained:
+        return LatentReasoner.from_pretrained(weights)
+    if weights:
+        config = replace(config, backbone=replace(config.backbone, name_or_path=weights))
+    return LatentReasoner.from_config(config)
+
+
+def _expect_memory(model: LatentReasoner) -> None:
+    """MemoryError-like OSError if the GPU cannot hold weights, gradients, two moments and some activations."""
+    if model.device.type != "cuda":
+        return
+    need = 16 * sum(p.numel() for p in model.parameters()) + 2 * 2**30
+    free, _ = torch.cuda.mem_get_info(model.device)
+    if free + torch.cuda.memory_allocated(model.device) < need:
+        raise OSError(
+            f"GPU: got {free / 2**30:.1f} GiB free, expected {need / 2**30:.1f} for weights, gradients, optimizer "
+            "and a micro-batch; free some, or use a larger GPU"
+        )
+
+
+# ---------------------------------------------------------------- planning: time a few steps, then divide
+def _seconds(model: LatentReasoner, run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _plan_curriculum(model, data, config: Config, budget: Budget) -> list[int]:
+    """The preset's steps of each stage, times one factor that fills the curriculum's share of the budget."""
+    c = config.curriculum
+    if not budget.minutes:
+        return list(c.steps)
+    batch, seconds = data["train"][: c.batch_size], []
+    for stage in (0, *range(len(c.steps))):  # the first warms up
+        set_stage(model, config, stage, data["validation"])
+        seconds.append(_seconds(model, lambda: curriculum_gradient(model, batch, stage, config, step=0)))  # noqa: B023
+        model.zero_grad(set_to_none=True)
+    cost = sum(each * steps for each, steps in zip(seconds[1:], c.steps, strict=True))
+    factor = CURRICULUM_SHARE * 60 * budget.minutes / cost
+    return [max(1, int(factor * steps)) for steps in c.steps]
+
+
+def _plan_grpo(model, data, config: Config, budget: Budget) -> tuple[int, int]:
+    """(seeds, iterations of each arm): what is left after a reserve for validations and the test set.
+
+    All seeds of the preset, if each arm then gets `eval_every` iterations, else fewer; (1, 0) if no time is left.
+    """
+    g, arms = config.grpo, len(config.sweep.arms)
+    if not budget.minutes:
+        return len(config.sweep.seeds), g.steps
+    problems = data["train"][: g.num_problems]
+    mask, temperature = arm_settings(g, "shared")
+
+    def iteration() -> None:
+        out = rollout(
+            model, problems, num_generations=g.num_generations, masks=mask, temperature=temperature, run_seed=0, step=0
+        )
+        policy_gradient(model, out, torch.ones_like(out.logp[:, 0]), config)
+        model.zero_grad(set_to_none=True)
+
+    some = data["validation"][: config.evaluate.batch_size]
+    answer = _seconds(model, lambda: evaluate(model, some, batch_size=len(some))) / len(some)
+    seconds = max(_seconds(model, iteration) for _ in range(2))
+    for seeds in range(len(config.sweep.seeds), 0, -1):
+        reserve = 1.1 * answer * arms * seeds * (len(data["test"]) + 3 * len(data["validation"]))
+        reserve += 0.05 * 60 * budget.minutes  # loading, checkpoints, the report
+        iterations = int((budget.left() - reserve) / (arms * seeds * 1.1 * seconds))
+        if iterations >= g.eval_every:
+            break
+    return seeds, max(0, iterations)
+
+
+# ---------------------------------------------------------------- the parts
+def _keep_baseline(model, validation: list[Problem], config: Config, run: Path) -> None:
+    """Store a checkpoint that was trained elsewhere where the curriculum would have left its own."""
+    if (run / "done.json").exists():
+        return
+    model.save_pretrained(run / "best")
+    accuracy = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
+    summary = {"stages": {}, "validation_accuracy": accuracy}
+    write_atomically(run / "done.json", (json.dumps(summary) + "\n").encode())
+
+
+def _train_curriculum(model, data, config: Config, run: Path, folder: Path, budget: Budget) -> str:
+    """Chain of thought, answered on the test set, then the latent stages; the model ends with the best weights."""
+    options = {"out": run, "resume": True}
+    name = "cot-s0"
+    if not (folder / "answers" / f"{name}.gsm8k.json").exists():
+        fit_curriculum(model, data["train"], data["validation"], config, last_stage=0, **options)
+        budget.save()
+        set_stage(model, config, 0, data["validation"])
+        _greedy(name, model, data["test"], config, folder)
+        budget.save()
+    summary = fit_curriculum(model, data["train"], data["validation"], config, **options)
+    set_stage(model, config, config.latent_stages, data["validation"])
+    write_atomically(run / "done.json", (json.dumps(summary) + "\n").encode())
+    return name
+
+
+def _greedy(name: str, model, problems: list[Problem], config: Config, folder: Path, benchmark: str = "gsm8k") -> None:
+    _answer(folder, f"{name}.{benchmark}", model, problems, batch_size=config.evaluate.batch_size)
+
+
+def _answer(folder: Path, name: str, model, problems: list[Problem], **options) -> None:
+    """Write answers/<name>.json, unless it is there: the answers, which are right, when and in how many seconds."""
+    path = folder / "answers" / f"{name}.json"
+    if path.exists():
+        return
+    start = time.monotonic()
+    found = evaluate(model, problems, **options)
+    record = {
+        "ids": [p.id for p in problems], "correct": found.correct.astype(int).tolist(), "text": list(found.text),
+        "seconds": round(time.monotonic() - start, 2), "at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    write_atomically(path, json.dumps(record, ensure_ascii=False).encode())
+
+
+def _spend_the_rest(names: list[str], test, config: Config, folder: Path, device: str, budget: Budget) -> None:
+    """Sampled answers under masks, then the other benchmarks, on as many problems as the remaining time allows."""
+    answers = folder / "answers"
+    models = {
+        name: LatentReasoner.from_pretrained(folder / name / "best").place(device, config.precision)
+        for name in names[:3]
+    }  # the first seed
+    rate = json.loads((answers / f"{names[0]}.gsm8k.json").read_text())["seconds"] / len(test)
+    k = config.evaluate.num_generations
+    limit = budget.once("sampled_problems", lambda: _limit(budget, 0.4 / len(models), 2 * rate, len(test)))
+    for name, model in models.items() if limit else ():
+        mask, temperature = arm_settings(config.grpo, "temperature" if name.startswith("temperature") else "shared")
+        _answer(
+            folder, f"{name}.sampled", model, test[:limit], batch_size=max(1, config.evaluate.batch_size // k),
+            num_generations=k, mask=mask, temperature=temperature, run_seed=config.seed,
+        )  # fmt: skip
+    budget.save()
+    for i, benchmark in enumerate(TRANSFER):
+        try:
+            problems = sources.benchmark(benchmark)
+        except OSError as error:  # this data folder has not got it: a row less
+            budget.once(f"transfer_{benchmark}", lambda error=error: f"skipped: {error}")
+            continue
+        share = 0.9 / (len(TRANSFER) - i) / len(models)
+        limit = budget.once(f"transfer_{benchmark}", lambda s=share, p=problems: _limit(budget, s, rate, len(p)))
+        for name, model in models.items() if limit else ():
+            _greedy(name, model, problems[:limit], config, folder, benchmark)
+        budget.save()
+
+
+def _limit(budget: Budget, share: float, each: float, most: int) -> int:
+    """How many problems fit into `share` of what is left; below 50 the interval says nothing, so none."""
+    fit = min(most, int(share * budget.left() / each)) if budget.minutes else most
+    return fit if fit >= min(50, most) else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The same command on a machine without tyro: fields as `--set grpo.num_problems=16`."""
+    parser = argparse.ArgumentParser(prog="python -m latentlab.reproduce", description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="smol")
+    parser.add_argument("--budget-minutes", type=float, default=24.0)
+    parser.add_argument("--out", default="")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--weights", default="", help="a folder of weights in parts, or a checkpoint")
+    parser.add_argument("--init-from", default="", help="a trained Coconut checkpoint: straight into the arms")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="fields")
+    options = parser.parse_args(argv)
+    try:
+        config = _with_fields(load_preset(options.preset), options.fields)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        out = options.out or f"runs/{options.preset}/reproduce"
+        path = reproduce(
+            config, out=out, budget_minutes=options.budget_minutes, device=options.device, weights=options.weights,
+            init_from=options.init_from,
+        )  # fmt: skip
+        print("wrote", path)
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        print(f"latentlab: {' '.join(str(error).split())}", file=sys.stderr)
+        return getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
+    return 0
+
+
+def _with_fields(config: Config, fields: list[str]) -> Config:
+    """`config` with dotted fields set from FIELD=VALUE, the value in YAML."""
+    import yaml
+
+    values = to_dict(config)
+    for field in fields:
+        name, equals, text = field.partition("=")
+        *path, last = name.split(".")
+        section = values
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not equals or not isinstance(section, dict) or last not in section:
+            raise ValueError(f"--set: got {field!r}, expected a field of the preset and a value: grpo.num_problems=16")
+        section[last] = yaml.safe_load(text)
+    return from_dict(values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""What the words of a question say about its numbers: the constants they license, names, units, decisions.
+
+The tables are generous where generosity means caution: a licensed constant that equals a number of the question makes
+`perturb` freeze that number, so a word too many costs a few variants and never a wrong one.
+"""
+
+import itertools
+import re
+from fractions import Fraction
+
+NUMBER = re.compile(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?![.,]?\d)")
+PERCENT = re.compile(r"\s?(?:%|percent)")
+CENTS = re.compile(r"\s?(?:cents?\b|\u00a2)")
+
+_DAYS = r"(?:mon|tues|wednes|thurs|fri|satur|sun)days?"
+_MONTHS = (
+    r"(?:jan(?:uary)?|feb(?:ruary)?|march|april|may|june|july|aug(?:ust)?|sept(?:ember)?|oct(?:ober)?|nov(?:ember)?"
+    r"|dec(?:ember)?)"
+)
+# Constants | words that license them; where several patterns stand, the question must hold each. A "~" before the
+# constants: too weak to explain a literal, but reason enough to freeze a number of that value.
+_TABLE = rf"""
+2 1/2           | half|halves|halfway|midway
+2               | twice|doubl\w*|both|pairs?|couples?|twins?|either|bicycles?|motorcycles?|bikes?|round.?trip|second|average
+2               | each other|and back|to and from|(?:one|each|either|other) way|eyes|ears?|wings?|shoes?|diameter|radius
+2 4             | rectang\w*|perimeter|legs?|wheels?|tires?
+4               | squares?|square-shaped|corners?|seasons?|quadrupl\w*
+3               | tripl\w*|thrice|tricycles?|triang\w*
+3 1/3 2 2/3     | thirds?
+4 1/4 3/4 3     | quarters?|fourths?
+5 1/5 4/5 4     | fifths?
+6 1/6 5/6 5     | sixths?
+7 1/7 6/7 6     | sevenths?
+8 1/8 7/8 7     | eighths?
+9 1/9 8/9 8     | ninths?
+10 1/10 9/10 9  | tenths?
+1               | once|single|another|one|(?:him|her|my|your)self|themselves|ourselves|including|percent|first|last
+6 8             | legs?|spiders?|octop\w*|insects?|ants?
+12              | dozens?
+10              | decades?
+100             | century|centuries|hundreds?|percent|percentage
+1000            | thousands?
+1000000         | millions?
+60 3600         | minutes?|seconds?
+24              | hours?|hourly
+7               | weeks?|weekly|{_DAYS}
+2 5             | weekdays?|weekends?|week-\w+|{_DAYS}
+5               | work ?days?|school
+4               | weeks?|weekly|workweek | months?|monthly
+52              | weeks?|weekly | years?|yearly|annual\w*
+365             | days?|daily | years?|yearly
+12              | months?|monthly
+30              | days?|daily|nights? | months?|monthly|april|june|september|november
+31              | days?|daily|nights? | january|march|may|july|august|october|december
+28              | days?|daily|nights? | february
+12              | feet|foot|ft|inch\w*
+3               | yards? | feet|foot|ft
+5280            | miles? | feet|foot
+16              | pounds?|lbs? | ounces?|oz
+4               | gallons?|half-gallons? | quarts?
+8               | gallons? | pints?
+16              | gallons? | cups?
+128             | gallons? | ounces?
+32              | quarts? | ounces?
+2               | quarts? | pints?
+4               | quarts? | cups?
+2               | pints? | cups?
+8               | cups? | ounces?
+2000            | tons? | pounds?
+1000            | kilo\w*|km|kg|met(?:er|re)s?|lit(?:er|re)s?|grams?|mg|ml|milli\w*
+100             | cm|centi\w* | met(?:er|re)s?
+100 .01         | cents?|penny|pennies
+10 .1           | dimes?
+5 .05           | nickels?
+25 .25          | quarters?
+3.14            | circ\w*|pi
+~2              | hands?|arms?|socks?|gloves?|parents?|cars?|biweekly|semi\w*|school
+~2.2 1.6 2.54   | kilo\w*|km|kg|cm|centi\w*|miles?
+~28 29 30 31    | months?|monthly|days?|{_MONTHS}
+~5 10           | fingers?|toes?
+~26             | alphabet|letters?
+~52             | cards?|deck
+~9 6            | innings?|baseball|dice|die
+~16 12 3 1000   | pounds?|feet|foot|yards?|miles?|ounces?
+~2 4 8 16 32 128 | gallons?|quarts?|pints?|cups?
+~100            | degrees?|dollars?|met(?:er|re)s?
+"""
+_LICENCES = [
+    (
+        [re.compile(rf"\b(?:{words.strip()})\b", re.I) for words in patterns],
+        {Fraction(value) for value in constants.strip(" ~").split()},
+        not constants.startswith("~"),
+    )
+    for constants, *patterns in (re.split(r"\s\|\s", line) for line in _TABLE.strip().splitlines())
+]
+_ONES = dict(zip(
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen".split(), range(1, 20), strict=True,
+))  # fmt: skip
+_TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10), strict=True))
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 1_000_000}
+_PARTS = "half third fourth fifth sixth seventh eighth ninth tenth".split()
+_WORD = re.compile(rf"\b(?:{'|'.join([*_TENS, *sorted(_ONES, key=len, reverse=True)])})", re.I)
+
+_NAME_BEFORE = re.compile(
+    rf"(?:(?:^|\s)(?:these|those|all|the other|the remaining|equals?|equal to|equivalent to)\s|[/:#\u00d7\u2013-]\s?|\b(?:{_MONTHS}|grade|size|level|chapter|page|route|channel|room|number|no\.|day|week|year"
+    r"|ages?|aged|door|house|model|type|version|phase|stage|step|at|since|ratio of)\s|\d\s?(?:to|until|through)\s)$",
+    re.I,
+)
+_NAME_AFTER = re.compile(
+    r"(?!(?:kg|km|cm|mm|ml|mg|g|m|l|lbs?|ft|oz|mph|gb|mb|in)\b)[A-Za-z]|\s?[/:\u00d7\u2013]|\s?-\s?\d|-(?:in|for|to)-"
+    rf"|\s?(?:a\.?m\b|p\.?m\b|o['\u2019]clock|noon|BC|AD)|\s(?:to|until|through|and)\s\d+[/:]|\sto\s\$?\d|\s\d+/\d"
+    rf"|\s(?:halves|thirds|fourths|fifths|(?:{_MONTHS}|{_DAYS})\b)"
+    r"|\s(?:\w+\s)?(?:legs?|wheels?|eyes?|arms?|fingers|toes|wings?|sides|tires|degrees?)\b|\s?\u00b0"
+    r"|[\s-]?(?:dollars?|cents?|[\u20ac\u00a3\u00a2])?[\s-]?(?:bills?|coins?|bank-?notes?|notes?|pieces?)\b",
+    re.I,
+)
+_CEILINGS = [(re.compile(rf"[\s-]?(?:{unit})", re.I), ceilings) for unit, ceilings in (
+    (r"%|percent", (99,)), (r"(?:\w+[\s-])?hours?\b", (12, 24)), (r"(?:\w+[\s-])?(?:minutes?|seconds?)\b", (60,)),
+    (r"times\s(?:a|per|each|every)\sweek|(?:\w+[\s-])?days?\b", (7, 30, 365)), (r"(?:\w+[\s-])?weeks?\b", (4, 52)),
+    (r"(?:\w+[\s-])?months?\b", (12,)), (r"years?[\s-]?old|years? of age", (18, 100)), (r"(?:ft|feet|foot)\stall", (8,)),
+    (r"inches\stall", (84,)), (r"cm\b|centimeters?\b", (200,)),
+)]  # fmt: skip
+_WHOLES = [(re.compile(rf"[\s-]?(?:{unit})", re.I), whole) for unit, whole in (
+    ("%|percent|cents?", 100), ("minutes?|seconds?", 60), ("months?", 12), ("hours?", 24), ("days?", 7), ("weeks?", 52),
+)]  # fmt: skip
+_MARKS = re.compile(r"\b(?:test|quiz|exam|grade)", re.I)
+_DECISIONS = re.compile(
+    r"\b(?:which|who|whichever|whoever|(?:slow|fast|cheap|larg|small|bigg|great|high|low|heavi|quick)(?:er|est)|better|best"
+    r"|worst|most|least|max|maximum|minimum|limit|exceed\w*|first|above|below|under|up to|until|only|capacity|hold|fits?"
+    r"|enough|overtime|(?:over|than|past|after|beyond) \$?\d)\b",
+    re.I,
+)
+
+
+def constants(question: str) -> tuple[set[Fraction], set[Fraction]]:
+    """The constants that the words of a question license, and those and more that a number should not be mixed up with.
+
+    Licensed are number words and fractions, half, twice, unit facts, percent, cents.
+    """
+    matched = [row for row in _LICENCES if all(pattern.search(question) for pattern in row[0])]
+    found = {value for _, values, strong in matched if strong for value in values}
+    found |= {Fraction(x) for x in (100, 1) if "%" in question or "\u00a2" in question}
+    words = [(m[0].lower(), m.start(), m.end()) for m in _WORD.finditer(question)]
+    for (word, _, end), (following, start, _) in itertools.pairwise([*words, ("", -1, -1)]):
+        value = (_TENS | _ONES)[word]
+        found.add(Fraction(value))
+        if word in _TENS and following in _ONES and 0 < start - end <= 1:
+            found.add(Fraction(value + _ONES[following]))
+        if scale := re.match(rf"[\s-]({'|'.join(_SCALES)})", question[end:], re.I):
+            found.add(Fraction(value * _SCALES[scale[1].lower()]))
+        if part := re.match(rf"[\s-]({'|'.join(_PARTS)}|halve|quarter)", question[end:], re.I):
+            name = {"halve": "half", "quarter": "fourth"}.get(part[1].lower(), part[1].lower())
+            found |= _share(value, _PARTS.index(name) + 2)
+    for top, bottom in re.findall(r"(\d+)\s?/\s?(\d+)", question):
+        found |= _share(int(top), int(bottom))
+    return found, found.union(*[values for _, values, _ in matched])
+
+
+def _share(top: int, bottom: int) -> set[Fraction]:
+    """What "3/4" or "three quarters" licenses: 3, 4 and 3/4, and of the rest 1 and 1/4."""
+    found = {Fraction(top), Fraction(bottom)}
+    return found | {Fraction(bottom - top), Fraction(top, bottom), 1 - Fraction(top, bottom)} if top < bottom else found
+
+
+def is_name(before: str, number: str, after: str) -> bool:
+    """Whether a number names something (a date, a time, an ordinal, a fraction, a year) or states a fact of anatomy."""
+    if re.fullmatch(r"1[5-9]\d\d|20\d\d", number) and re.search(r"(?:^|[a-z,(]\s|\()$", before):
+        return True
+    return bool(_NAME_BEFORE.search(before) or _NAME_AFTER.match(after))
+
+
+def ceiling(value: Fraction, question: str, after: str) -> int | None:
+    """The natural ceiling of a value by what follows it, such as 24 for hours, or 100 for a mark; None without one."""
+    if 50 < value <= 100 and _MARKS.search(question):
+        return 100
+    limits = next((limits for pattern, limits in _CEILINGS if pattern.match(after)), ())
+    return next((limit for limit in limits if value <= limit), None)
+
+
+def whole(after: str) -> int | None:
+    """What a number is a part of by the unit that follows it: 100 for percent, 60 for minutes; None without one."""
+    return next((whole for pattern, whole in _WHOLES if pattern.match(after)), None)
+
+
+def decides(question: str) -> bool:
+    """Whether the chain may hang on which of two quantities is larger: "the slower one", "at most 40", "after 8 hours"."""
+    return _DECISIONS.search(question) is not None
+
+
+def article(before: str) -> str | None:
+    """The "a" or "an" right before a number, as in "an 8-foot pole"."""
+    match = re.search(r"\b(an?)\s$", before, re.I)
+    return match and match[1].lower()
+
+
+def takes_an(whole: int) -> bool:
+    """Whether a number is read with a vowel first: 8, 11, 18, 80, 11,000."""
+    digits = str(whole)
+    return digits[0] == "8" or (digits[:2] in ("11", "18") and len(digits) % 3 == 2)

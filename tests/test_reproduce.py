@@ -1,0 +1,179 @@
+"""reproduce.py: the budgeted study from end to end on a toy, interrupted and resumed; parts.py: weights in parts."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import tiny_gpt2
+
+from latentlab import cli, parts, reproduce, sources
+from latentlab.model import LatentReasoner
+from latentlab.word_problems import word_problems
+
+ARMS = {"seeds": [0, 1], "arms": ["temperature", "shared"], "controls": []}
+
+
+@pytest.fixture
+def toy(config, monkeypatch, tmp_path):
+    """A config whose parts take a second, and benchmarks that are word problems (one of them out of reach)."""
+
+    def benchmark(name):
+        if name == "gsm_hard":
+            raise FileNotFoundError("no folder")
+        return word_problems("test", 5, seed=1, steps=2)
+
+    def seconds(model, run):  # a clock that no other process can slow down
+        run()
+        return 0.01
+
+    monkeypatch.setattr(reproduce, "_seconds", seconds)
+    monkeypatch.setattr(reproduce.Budget, "left", lambda budget: 60 * budget.minutes)
+    monkeypatch.setattr(sources, "benchmark", benchmark)
+    monkeypatch.setenv("LATENTLAB_REPORTS", str(tmp_path / "reports"))
+    return config(sweep=ARMS, curriculum={"steps": [2, 1, 1]}, grpo={"eval_every": 1}, evaluate={"num_generations": 2})
+
+
+def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    killed = iter([False, False, False, True])
+    original = reproduce._answer
+
+    def answer(*args, **options):
+        if next(killed, False):
+            raise KeyboardInterrupt
+        original(*args, **options)
+
+    monkeypatch.setattr(reproduce, "_answer", answer)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.reproduce(toy, out=str(out), budget_minutes=0.01, device="cpu")
+    before = {path.name: path.read_bytes() for path in (out / "answers").iterdir()}
+    planned = json.loads((out / "plan.json").read_text())["plan"]
+    path = reproduce.reproduce(toy, out=str(out), budget_minutes=0.01, device="cpu")
+    assert path == tmp_path / "reports" / "tiny-cpu" / "reproduce.json"
+    assert all((out / "answers" / name).read_bytes() == content for name, content in before.items())
+    result = json.loads(path.read_text())
+    assert all(result["metrics"]["plan"][key] == value for key, value in planned.items())
+    seeds, iterations = result["metrics"]["plan"]["seeds_and_iterations"]
+    assert seeds == 2 and iterations >= 1
+    names = [(arm["name"], arm["seed"]) for arm in result["arms"]]
+    assert names == [("coconut", 0)] + [(arm, seed) for seed in range(seeds) for arm in ARMS["arms"]]
+    assert all(arm["n"] == 6 and arm["evaluated_at"] for arm in result["arms"])
+    assert len({arm["rollouts"] for arm in result["arms"][1:]}) == 1
+    assert "not run on a GPU" in result["metrics"]["verdict"] and "rehearsal" in result["headline"]
+    assert result["metrics"]["transfer"]["gsm_hard"]["skipped"] == "no folder"
+    packed = np.load(path.with_name("reproduce_outcomes.npz"))
+    for arm in result["arms"]:
+        right = np.unpackbits(packed[f"{arm['name']}-s{arm['seed']}"])[:6]
+        assert right.sum() == arm["correct"]
+    again = reproduce.reproduce(toy, out=str(out), budget_minutes=0.01, device="cpu")  # finished: nothing is done twice
+    assert json.loads(again.read_text())["arms"] == result["arms"]
+
+
+def test_a_spent_budget_still_ends_in_a_report(toy, tmp_path):
+    path = reproduce.reproduce(toy, out=str(tmp_path / "run"), budget_minutes=1e-4, device="cpu")
+    metrics = json.loads(path.read_text())["metrics"]
+    assert "no time was left" in metrics["gain"]["skipped"] == metrics["verdict"]
+
+
+def test_another_plan_in_the_folder_is_refused(toy, tmp_path):
+    reproduce.reproduce(toy, out=str(tmp_path / "run"), budget_minutes=1e-4, device="cpu")
+    with pytest.raises(ValueError, match="budget_minutes=1, expected 0.0001"):
+        reproduce.reproduce(toy, out=str(tmp_path / "run"), budget_minutes=1, device="cpu")
+
+
+def test_wrong_use_is_one_line_before_any_compute(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("LATENTLAB_DATA", raising=False)
+    monkeypatch.setattr(sources, "hub_answers", lambda: False)
+    for words, said in (
+        (["--preset", "smol"], "LATENTLAB_DATA"),
+        (["--preset", "tiny", "--budget-minutes", "-1"], "expected at least 0"),
+        (["--preset", "tiny", "--set", "grpo.nothing=3"], "expected a field of the preset"),
+        (["--preset", "tiny", "--set", "grpo.steps=many"], "expected int"),
+        (["--preset", "tiny", "--weights", str(tmp_path / "none")], "which is no folder"),
+    ):
+        assert reproduce.main([*words, "--out", str(tmp_path / "run")]) == 2
+        captured = capsys.readouterr().err
+        assert said in captured and captured.count("\n") == 1, captured
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_weights_in_parts_come_back_verified(gpt2, tmp_path):
+    gpt2.save_pretrained(tmp_path / "model")
+    parts.split(tmp_path / "model", tmp_path / "parts", limit=10_000)
+    assert max(path.stat().st_size for path in (tmp_path / "parts").iterdir()) <= 10_000
+    joined = parts.join(tmp_path / "parts", tmp_path / "joined")
+    assert {p.name: p.read_bytes() for p in joined.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()
+    }
+    assert parts.join(tmp_path / "parts", tmp_path / "joined") == joined  # there already
+    assert LatentReasoner.from_pretrained(joined).num_thoughts == 2
+    part = tmp_path / "parts" / "model.safetensors.part001"
+    content = part.read_bytes()
+    part.write_bytes(content[:-1] + b"x")
+    with pytest.raises(ValueError, match="sha256 .* of model.safetensors"):
+        parts.join(tmp_path / "parts", tmp_path / "other")
+    part.unlink()
+    with pytest.raises(FileNotFoundError, match="part001, expected all"):
+        parts.join(tmp_path / "parts", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    listed = json.loads((tmp_path / "parts" / "parts.json").read_text())
+    (tmp_path / "parts" / "parts.json").write_text(json.dumps({"../escape": listed["model.safetensors"]}))
+    with pytest.raises(ValueError, match="could not read"):
+        parts.join(tmp_path / "parts", tmp_path / "other")
+
+
+def test_both_command_lines_start_the_same_study(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda config, **options: seen.append((config, options)) or "there")
+    assert reproduce.main(["--preset", "smol", "--budget-minutes", "3", "--set", "grpo.steps=7"]) == 0
+    assert cli.main("sweep reproduce --preset smol --budget-minutes 3 --grpo.steps 7".split()) == 0
+    assert seen[0] == seen[1] and seen[0][0].grpo.steps == 7 and seen[0][1]["out"] == "runs/smol/reproduce"
+    assert capsys.readouterr().out == "wrote there\n" * 2
+
+
+@pytest.fixture
+def paper_folder(tmp_path):
+    """A tiny random GPT-2 with a tokenizer that knows no latent token, as openai-community/gpt2 would come."""
+    model = tiny_gpt2(n_positions=128, num_thoughts=0)
+    folder = tmp_path / "gpt2"
+    model.lm.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_preset_paper_runs_offline_on_rows_in_gsm8k_augs_format(paper_folder, monkeypatch, tmp_path):
+    """The one command of preset paper: real loading code, a folder for the Hub's model and rows for its data."""
+
+    def rows(address, split):
+        if address != ("whynlp/gsm8k-aug",):  # the other benchmarks are out of reach
+            raise FileNotFoundError("no Hub")
+        count = {"train": 8, "validation": 3, "test": 3}[split]
+        return [
+            {"question": f"Leo has {i} pens.", "steps": [f"<<{i}+2={i + 2}>>", f"<<{i + 2}*2={2 * i + 4}>>"],
+             "answer": str(2 * i + 4)} for i in range(1, count + 1)
+        ]  # fmt: skip
+
+    monkeypatch.setattr(sources, "_load_from_hub", rows)
+    monkeypatch.delenv("LATENTLAB_DATA", raising=False)
+    monkeypatch.setenv("LATENTLAB_REPORTS", str(tmp_path / "reports"))
+    monkeypatch.chdir(tmp_path)
+    fields = (
+        "--grpo.steps 2 --grpo.num-problems 2 --grpo.num-generations 2 --grpo.max-candidates 2 --grpo.eval-every 1 "
+        "--curriculum.steps 1 1 1 1 --curriculum.batch-size 2 --curriculum.eval-every 1 --evaluate.num-generations 2 "
+        "--max-new-tokens 8 --sweep.seeds 0"
+    )
+    command = f"sweep reproduce --preset paper --budget-minutes 0 --device cpu --weights {paper_folder} {fields}"
+    assert cli.main(command.split()) == 0
+    result = json.loads((tmp_path / "reports" / "paper-cpu" / "reproduce.json").read_text())
+    assert [arm["name"] for arm in result["arms"]] == ["coconut", "temperature", "shared"]
+    assert result["metrics"]["plan"]["curriculum_steps"] == [1, 1, 1, 1] and result["arms"][1]["rollouts"] == 8
+    assert result["parameters"]["precision"] == "bfloat16" and result["parameters"]["grpo"]["beta"] == 0.02
+    trained = tmp_path / "runs" / "paper" / "reproduce" / "coconut-s0" / "best"
+    command = (
+        f"sweep reproduce --preset paper --budget-minutes 0 --device cpu --out again --init-from {trained} {fields}"
+    )
+    assert cli.main(command.split()) == 0  # a published checkpoint goes the same way: straight into the arms
+    again = json.loads((tmp_path / "reports" / "paper-cpu" / "reproduce.json").read_text())
+    assert "trained elsewhere" in again["metrics"]["cot"]["skipped"]
+    assert again["arms"][0]["correct"] == result["arms"][0]["correct"]
+    assert [arm["correct"] for arm in again["arms"]] == [arm["correct"] for arm in result["arms"]]
