@@ -269,7 +269,19 @@ def _locked(log) -> bool:
 def _words(job: Job, target: Path, config: Config, overrides: list[str]) -> tuple[str, ...]:
     """The command line of a run, without --resume."""
     verb, *fields = job.words
-    return (verb, "--preset", config.preset, *overrides, *fields, "--out", str(target), "--threads", "1")
+    return _last_of_each((verb, "--preset", config.preset, *overrides, *fields, "--out", str(target), "--threads", "1"))
+
+
+def _last_of_each(words: tuple[str, ...]) -> tuple[str, ...]:
+    """A command line without the options that a later one of the same name overrules."""
+    options: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--") or not options:  # the verb comes first
+            flag = word
+            options[flag] = []
+        else:
+            options[flag].append(word)
+    return tuple(word for flag, values in options.items() for word in (flag, *values))
 
 
 def _finished(job: Job, folder: Path, config: Config, overrides: list[str]) -> bool:
@@ -277,7 +289,7 @@ def _finished(job: Job, folder: Path, config: Config, overrides: list[str]) -> b
     if not (folder / job.name / "done.json").exists():
         return False
     made, asked = read_done(folder, job.name)["command"], " ".join(_words(job, folder / job.name, config, overrides))
-    if made != asked:
+    if " ".join(_last_of_each(tuple(made.split(" ")))) != asked:
         raise ValueError(f"sweep: {job.name} was made by `{made}`, expected `{asked}`; delete it, or use another --out")
     return True
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import sharpen, tiny_gpt2
 
-from latentlab import compare, report, sources, sweep
+from latentlab import compare, launch, report, sources, sweep
 from latentlab.cli import parse
 from latentlab.compare import read_outcomes, swap_thoughts, write_compare
 from latentlab.config import ARMS, to_dict
@@ -77,8 +77,8 @@ def toy(tmp_path_factory):
     _, config = parse(["sweep", "compare", "--preset", "smoke", *words])
     folder = tmp_path_factory.mktemp("compare")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep.subprocess, "run", _in_process)
-        patch.setattr(sweep, "commit", lambda: "toy")  # it asks git, through the same function
+        patch.setattr(launch, "commit", lambda: "toy")
+        patch.setattr(launch, "subprocess", SimpleNamespace(Popen=_in_process, PIPE=None))
         patch.setattr(sweep, "write_compare", lambda *arguments: arguments)
         found, runs, chosen, _ = sweep.run_sweep("compare", config, out=str(folder))
     assert found == config and runs == folder
@@ -95,7 +95,8 @@ def _in_process(command, **_):
         model = LatentReasoner.from_pretrained(verb.init_from)
         reward = lambda text, problem: float(sum(map(ord, text)) % 3 == 0)  # noqa: E731
         summary = fit_grpo(model, train, validation, config, out=verb.out, reward=reward)
-    return SimpleNamespace(returncode=0, stdout="a line before\n" + json.dumps(summary) + "\n")
+    said = "a line before\n" + json.dumps(summary) + "\n"
+    return SimpleNamespace(returncode=0, communicate=lambda: (said, None))
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,20 @@ def test_a_finished_run_of_another_command_is_refused_before_any_process(process
     assert processes.names == ["a"] and "\n" not in str(error.value)
 
 
+def test_a_field_of_the_sweep_gives_way_to_that_of_the_run(processes, folder):
+    job, overrides = Job("a", ("grpo", "--grpo.steps", "4", "--seed", "1")), ["--grpo.steps", "9", "--grpo.beta", "0.1"]
+    run_jobs([job], folder, small(), overrides)
+    words = ["grpo", "--preset", "smoke", "--grpo.steps", "4", "--grpo.beta", "0.1", "--seed", "1"]
+    assert processes.words("a") == [*words, "--out", str(folder / "a"), "--threads", "1"]
+    done = json.loads((folder / "a" / "done.json").read_text())
+    done["command"] = (
+        done["command"].replace("--grpo.steps 4", "--grpo.steps 9").replace("--seed", "--grpo.steps 4 --seed")
+    )
+    (folder / "a" / "done.json").write_text(json.dumps(done))  # as it was written once
+    run_jobs([job], folder, small(), overrides)
+    assert processes.names == ["a"]
+
+
 @pytest.mark.parametrize("content", [b"", b'{"command": "x', b"[]", b"{}", b"\xff", b"[" * 100_000])
 def test_a_damaged_record_is_one_line(processes, folder, content):
     (folder / "a" / "done.json").write_bytes(content)

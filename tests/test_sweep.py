@@ -45,7 +45,7 @@ def test_none_and_booleans_are_words_that_parse_back(monkeypatch):
     monkeypatch.setattr(sweep, "load_preset", lambda name: from_dict(values))
     words = _fields(load_preset("smoke"))
     assert words == ["--grpo.epsilon-high", "None"]
-    assert parse(["grpo", "--preset", "smoke", "--grpo.epsilon-high", "0.3", *words])[1].grpo.epsilon_high is None
+    assert parse(["grpo", "--preset", "smoke", *words])[1].grpo.epsilon_high is None
     verb, _ = parse(["grpo", "--preset", "smoke", "--out", "x", "--threads", "1", "--resume"])
     assert verb.resume is True and verb.threads == 1
 
