@@ -221,10 +221,15 @@ class Data:
     split: Literal["train", "validation", "test"] = "test"
     n: int = 5  # problems
     out: str = ""  # file to write; default stdout
+    copies_report: str = ""  # measure the copies of GSM8K (perturb.py); write perturb/perturb.json into this folder
 
     def __call__(self, config: Config) -> None:
         from latentlab import problems, report, sources
 
+        if self.copies_report:
+            from latentlab import copies_report
+
+            return copies_report.write(config, self.copies_report)
         report.expect_file(self.out)
         rows = sources.load(dataclasses.replace(config.data, **{f"{self.split}_size": self.n}), self.split)
         if self.out:

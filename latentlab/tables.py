@@ -126,6 +126,8 @@ def _command(result: dict) -> str:
     name, preset = result["name"], result["preset"]
     if not preset:
         return f"make {name}"
+    if name == "perturb":
+        return "latentlab data --preset smol --copies-report reports"
     notebook = re.match(r"(\d\d)_", name)
     verb = f"study --only {notebook[1]}" if notebook else f"sweep {name}"
     words = f"latentlab {verb} --preset {preset.removesuffix('-cpu')}"
