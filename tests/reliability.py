@@ -316,7 +316,7 @@ def run_nans(repeats, rng, scratch):
         whole, _ = whole_run(name, scratch / f"{name}-whole", 10.0)
         for kind in ("loss", "gradient", "weights", *(["reward"] if name == "grpo" else [])):
             rows = [one_nan(name, kind, whole, rng, scratch / f"{name}-{kind}-{i}") for i in range(repeats)]
-            result[f"{name}.{kind}"] = {key: sum(row[key] for row in rows) for key in rows[0]}
+            result.setdefault(name, {})[kind] = {key: sum(row[key] for row in rows) for key in rows[0]}
     return result
 
 
