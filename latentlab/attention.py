@@ -40,9 +40,7 @@ class RolloutCache(Cache):
         self.prefix: list[tuple[torch.Tensor, torch.Tensor]] = []  # by layer: [B, H, Q, d] each
         self.suffix: list[tuple[Positions, Positions]] = []
         self.problem: torch.Tensor | None = None  # [R] which prefix a row attends to; None: still in the prefix
-        self.place: torch.Tensor | None = (
-            None  # [R] where a row is stacked among B * width; None: rows fill it in order
-        )
+        self.place: torch.Tensor | None = None  # [R] where a row is stacked among B * width; None: rows fill it in order
         self.width = 0  # rows of the largest group
 
     def start_rows(self, num_generations: int) -> None:
