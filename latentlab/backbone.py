@@ -257,7 +257,14 @@ def shipped_checkpoint(preset: str) -> Path:
 
 
 def weights_hash(name: str | Path) -> dict:
-    """{"sha256": …} over a file, or the safetensors of a folder in name order; empty for a Hub id."""
+    """{"sha256": …} over a file, or the safetensors of a folder, or of a Hub id's download, in name order; else {}."""
+    from huggingface_hub import snapshot_download
+
+    if not os.path.exists(name):
+        try:
+            name = snapshot_download(str(name), local_files_only=True)
+        except Exception:  # not in the cache, or no id at all: its library raises many kinds
+            return {}
     files = [Path(name)] if Path(name).is_file() else sorted(Path(name).glob("*.safetensors"))
     digest = hashlib.sha256()
     for file in files:

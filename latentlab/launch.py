@@ -66,6 +66,10 @@ class Launcher:
     slurm: tuple[str, ...] = ()
     retries: int = 1  # further tries of a failed run
 
+    def __post_init__(self):
+        if self.slurm and self.executor != "slurm":
+            raise ValueError(f"--slurm: got {self.slurm[0]} with --executor {self.executor}; add --executor slurm")
+
 
 LOCAL = Launcher()
 
@@ -140,7 +144,7 @@ def run_jobs(jobs: list[Job], folder: Path, config: Config, overrides: list[str]
     if not waiting:
         return
     sizes = [sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file()) for name in states]
-    expect_writable(folder, len(waiting) * max(sizes))  # as large as the largest so far; each run looks for itself too
+    expect_writable(folder, 2**20 + len(waiting) * max(sizes))  # as large as the largest so far; each looks for itself
     local = launcher.executor == "local"
     width = config.sweep.workers if local else len(waiting)
     start = Process.__call__ if local else _slurm(launcher, folder)
@@ -155,7 +159,11 @@ def run_jobs(jobs: list[Job], folder: Path, config: Config, overrides: list[str]
         processes.append(process)
         try:
             while not told.is_set():
-                code = start(process)
+                try:
+                    code = start(process)
+                except (OSError, RuntimeError) as error:  # no disk, sbatch refused: the other runs go on
+                    print(f"{job.name}: {' '.join(str(error).split())}", file=sys.stderr)
+                    code = 1
                 failures += code != STOPPED
                 if code == 0 or failures > launcher.retries and not told.is_set():
                     return code

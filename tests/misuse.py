@@ -1,4 +1,4 @@
-"""Bad inputs, a killed pipeline and stopped sweeps, counted: `make reliability` puts them into reports/reliability.json.
+"""Bad inputs, a killed pipeline and stopped sweeps, counted: `make reliability` writes them into reliability.json.
 
 The counts are those of the tests themselves, which must all pass: each of them records what it tried and saw.
 """

@@ -133,6 +133,15 @@ def test_the_hash_is_of_the_weights(saved):
     assert weights_hash(saved)["sha256"] != before and weights_hash(saved / "nothing") == {}
 
 
+def test_weights_of_the_hub_have_a_hash_too(saved, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **options: asked.append((name, options)) or str(saved)
+    )
+    assert backbone.weights_hash("someone/model") == backbone.weights_hash(saved) != {}
+    assert asked == [("someone/model", {"local_files_only": True})]
+
+
 def test_a_foreign_checkpoint_gets_three_latent_tokens_that_start_as_its_marker(llama_folder):
     vocabulary = AutoTokenizer.from_pretrained(llama_folder).get_vocab()
     plain = AutoModelForCausalLM.from_pretrained(llama_folder)

