@@ -142,10 +142,9 @@ class _RowScorer(torch.nn.Module):
         self.model, self.rows = model, rows
 
     def forward(self, tokens, token_mask, values):
-        row = Rollouts(
-            **{**vars(self.rows), "num_generations": 1, "tokens": tokens[None], "token_mask": token_mask[None]}
-        )
-        return self.model.score(row, masks=Masks(values[None], self.rows.masks.spec))[0]
+        everywhere = torch.ones(1, len(tokens), dtype=torch.bool)  # vmap wants one shape for all rows
+        row = Rollouts(**{**vars(self.rows), "num_generations": 1, "tokens": tokens[None], "token_mask": everywhere})
+        return self.model.score(row, masks=Masks(values[None], self.rows.masks.spec))[0] * token_mask
 
 
 def one_logit(pass_rate: float) -> Policy:

@@ -9,8 +9,8 @@
 output of residual branches at the positions of its scope, by hooks that exist only during that forward pass.
 
 Deviations from the official Coconut code (arXiv 2412.06769): batched; the question runs once per problem under scope
-"latent" and its cache is repeated K times, gradient included; padding is never attended to; the head runs at answer
-positions only.
+"latent" and its keys and values are kept once for its K rows (attention.py), gradient included; padding is never
+attended to; the head runs at answer positions only.
 
 Letters: B problems, K rollouts each, R = B * K rows, Q prompt tokens, L thoughts, A answer tokens, D width, S sites.
 """
@@ -23,10 +23,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from latentlab import backbone
+from latentlab.attention import RolloutCache, rollout_attention
 from latentlab.backbone import END, LATENT, START
 from latentlab.config import Config
 from latentlab.masks import Masks
@@ -40,8 +40,7 @@ Edit = Callable[[int, torch.Tensor], torch.Tensor]
 class State:
     """Where a batch of rows stands: what is cached, and the one input vector not yet passed."""
 
-    cache: DynamicCache
-    valid: torch.Tensor  # [R, cached] bool: False at padding
+    cache: RolloutCache
     position: torch.Tensor  # [R] position id of the next input
     pending: torch.Tensor  # [R, 1, D] next input: the embedding of <start>, or the last thought
     masks: Masks | None
@@ -51,8 +50,8 @@ class State:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows but `rows` [R'] (finished rows leave the batch)."""
-        self.cache.batch_select_indices(rows)
-        self.valid, self.position, self.pending = self.valid[rows], self.position[rows], self.pending[rows]
+        self.cache.keep(rows)
+        self.position, self.pending = self.position[rows], self.pending[rows]
         if self.masks is not None:
             self.masks = self.masks.take(rows)
 
@@ -75,6 +74,7 @@ class LatentReasoner(nn.Module):
         self.start_id, self.latent_id, self.end_id = (_single_token(tokenizer, text) for text in (START, LATENT, END))
         self.eos_id = tokenizer.eos_token_id
         self.autocast_dtype: torch.dtype | None = None  # matrix products in this type; None: as the weights are
+        self._branches: dict[tuple[str, ...], list[nn.Module]] = {}
         self.provenance: dict = {}  # where the weights come from: kind, path, sha256
         self.eval()
 
@@ -102,9 +102,11 @@ class LatentReasoner(nn.Module):
 
     def _branch_modules(self, sites: tuple[str, ...]) -> list[nn.Module]:
         """The modules whose output is a residual branch's output, layer by layer, found by role (see below)."""
-        return [
-            branch_output(layer, site) for layer in decoder_layers(self.lm) for site in sites if site != "embedding"
-        ]
+        if sites not in self._branches:  # the search walks over all modules: once is enough
+            self._branches[sites] = [
+                branch_output(layer, site) for layer in decoder_layers(self.lm) for site in sites if site != "embedding"
+            ]
+        return self._branches[sites]
 
     def place(self, device: str = "auto", precision: str = "float32") -> LatentReasoner:
         """Move to `device` ("auto": CUDA if there is one), matrix products in `precision`: float32 or bfloat16.
@@ -130,23 +132,26 @@ class LatentReasoner(nn.Module):
             logits = self.lm.get_output_embeddings()(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def _forward(self, state: State, inputs: torch.Tensor, valid: torch.Tensor, slots: list[int]) -> torch.Tensor:
+    def _forward(self, state: State, inputs: torch.Tensor, slots: list[int]) -> torch.Tensor:
         """Pass `inputs` [R, T, D] on top of the cache, the first len(slots) positions masked. -> hidden [R, T, D]."""
-        cached = state.valid.shape[1]
-        state.valid = torch.cat([state.valid, valid], 1)
-        steps = valid.long().cumsum(1)
-        positions = (state.position[:, None] + steps - 1).clamp(min=0)  # padding may take any position: it is not seen
-        state.position = state.position + steps[:, -1]
+        new = inputs.shape[1]
+        positions = state.position[:, None] + torch.arange(new, device=inputs.device)
+        state.position = state.position + new
+        return self._pass(state, inputs, positions, slots)
+
+    def _pass(self, state: State, inputs: torch.Tensor, positions: torch.Tensor, slots: list[int]) -> torch.Tensor:
         factors = state.masks.factors(slots) if state.masks is not None and slots else None
-        with self._autocast(), self._masked(factors, state.masks, len(slots)):
+        lm, cache = self.lm.base_model, state.cache
+        with self._autocast(), self._masked(factors, state.masks, len(slots)), rollout_attention(lm.config):
             if factors is not None and "embedding" in state.masks.spec.sites:
                 inputs = _scale_first(inputs, factors[:, :, -1], len(slots))
-            output = self.lm.base_model(
+            output = lm(
                 inputs_embeds=inputs,
-                attention_mask=_attention_mask(state.valid, cached),
+                attention_mask=cache.visible(inputs.shape[1]),
                 position_ids=positions,
-                past_key_values=state.cache,
+                past_key_values=cache,
                 use_cache=True,
+                rollout_cache=cache,
             )
         return output.last_hidden_state
 
@@ -171,7 +176,7 @@ class LatentReasoner(nn.Module):
     ) -> State:
         """Run the questions; prompts [B, Q] are left-padded and end with <start>, which stays pending.
 
-        The question is run once per problem and its cache repeated K times, unless the mask's scope covers it.
+        The question is run once per problem and shared by its K rows, unless the mask's scope covers it.
         """
         if masks is not None and len(masks.values) != len(prompt_ids) * num_generations:
             raise ValueError(
@@ -181,21 +186,19 @@ class LatentReasoner(nn.Module):
         masked = masks is not None and masks.spec.scope != "latent"
         if masked:
             prompt_ids, prompt_valid = (x.repeat_interleave(num_generations, 0) for x in (prompt_ids, prompt_valid))
-        rows = len(prompt_ids)
+        embedded = self.embed(prompt_ids)  # [B, Q, D]
+        question = prompt_valid[:, :-1]  # [B, Q - 1]
         state = State(
-            cache=DynamicCache(config=self.lm.config),
-            valid=prompt_valid[:, :0],
-            position=torch.zeros(rows, dtype=torch.long, device=self.device),
-            pending=self.embed(prompt_ids[:, -1:]),
+            cache=RolloutCache(question, capacity=1 + self.num_thoughts + self.max_new_tokens),
+            position=question.sum(1),
+            pending=embedded[:, -1:],
             masks=masks,
         )
-        question = self.embed(prompt_ids[:, :-1])  # [B, Q - 1, D]
-        self._forward(state, question, prompt_valid[:, :-1], slots=[0] * question.shape[1] if masked else [])
-        if not masked and num_generations > 1:
-            state.cache.batch_repeat_interleave(num_generations)
-            state.valid, state.position, state.pending = (
-                x.repeat_interleave(num_generations, 0) for x in (state.valid, state.position, state.pending)
-            )
+        positions = (question.long().cumsum(1) - 1).clamp(min=0)  # padding may take any position: it is not seen
+        self._pass(state, embedded[:, :-1], positions, [0] * question.shape[1] if masked else [])
+        rows = 1 if masked else num_generations
+        state.cache.start_rows(rows)
+        state.position, state.pending = (x.repeat_interleave(rows, 0) for x in (state.position, state.pending))
         return state
 
     def think(self, state: State, *, edit: Edit | None = None) -> torch.Tensor:
@@ -205,7 +208,7 @@ class LatentReasoner(nn.Module):
         """
         thoughts = []
         for i in range(1, self.num_thoughts + 1):
-            z = self._forward(state, state.pending, _ones(state.pending), slots=[state.slot])[:, -1]  # [R, D]
+            z = self._forward(state, state.pending, [state.slot])[:, -1]  # [R, D]
             z = z if edit is None else edit(i, z)
             thoughts.append(z)
             state.pending, state.slot = self._fed_back(z)[:, None], i
@@ -226,14 +229,14 @@ class LatentReasoner(nn.Module):
         inputs = torch.cat([state.pending, self.embed(ids)], 1)  # [R, 2 + T, D]
         slots = ([state.slot] if state.masks is not None else []) + self._answer_slots(state, ids.shape[1])
         state.slot += ids.shape[1]
-        return self._forward(state, inputs, _ones(inputs), slots)[:, 1:]
+        return self._forward(state, inputs, slots)[:, 1:]
 
     def next_token(self, state: State, tokens: torch.Tensor) -> torch.Tensor:
         """Pass one more answer token [R]: -> hidden [R, D], which predicts the next."""
         inputs = self.embed(tokens[:, None])
         slots = self._answer_slots(state, 1)
         state.slot += 1
-        return self._forward(state, inputs, _ones(inputs), slots)[:, 0]
+        return self._forward(state, inputs, slots)[:, 0]
 
     def _answer_slots(self, state: State, count: int) -> list[int]:
         """Slots of answer positions: only scope "all" masks them."""
@@ -280,7 +283,9 @@ class LatentReasoner(nn.Module):
             num_generations=rollouts.num_generations,
             masks=masks,
         )
-        return token_logps(self.head(hidden), rollouts.tokens, rollouts.temperature) * rollouts.token_mask
+        said = rollouts.token_mask.nonzero(as_tuple=True)  # the N places where an answer has a token
+        logp = token_logps(self.head(hidden[said]), rollouts.tokens[said], rollouts.temperature)
+        return logp.new_zeros(rollouts.tokens.shape).index_put(said, logp)
 
     # -- where it comes from, how it is stored: backbone.py -----------------------------------------------------------
 
@@ -328,7 +333,12 @@ def torch_device(name: str) -> torch.device:
 
 def token_logps(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probs [...] of `tokens` [...] under logits [..., V] at `temperature` (greedy, 0, is scored at 1)."""
-    return torch.log_softmax(logits / (temperature or 1.0), -1).gather(-1, tokens[..., None])[..., 0]
+    return policy(logits, temperature).gather(-1, tokens[..., None])[..., 0]
+
+
+def policy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probs of all tokens [..., V] under logits [..., V] at `temperature` (greedy, 0, is scored at 1)."""
+    return torch.log_softmax(logits if temperature in (0, 1) else logits / temperature, -1)
 
 
 def decoder_layers(lm: nn.Module) -> nn.ModuleList:
@@ -360,24 +370,6 @@ def _scale_first(out: torch.Tensor, factors: torch.Tensor, count: int) -> torch.
     if count == out.shape[1]:
         return out * factors
     return torch.cat([out[:, :count] * factors, out[:, count:]], 1)
-
-
-def _attention_mask(valid: torch.Tensor, cached: int) -> torch.Tensor:
-    """Which key each new position may see: [R, 1, T, cached + T] bool; valid [R, cached + T] is False at padding.
-
-    Causal over the new positions. Each position sees itself, so that a row of padding is not a softmax over nothing.
-    """
-    new = valid.shape[1] - cached
-    index = torch.arange(valid.shape[1], device=valid.device)
-    query = index[cached:, None]  # [T, 1]
-    allowed = valid[:, None, :] & (index <= query)  # [R, T, cached + T]
-    if new > 1:
-        allowed = allowed | (index == query)
-    return allowed[:, None]
-
-
-def _ones(inputs: torch.Tensor) -> torch.Tensor:
-    return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
 
 
 def _single_token(tokenizer, text: str) -> int:

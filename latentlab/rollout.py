@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from latentlab.masks import Masks, MaskSpec, draw_masks, rollout_seeds, uniforms
-from latentlab.model import START, Edit, LatentReasoner, token_logps
+from latentlab.model import START, Edit, LatentReasoner, policy
 from latentlab.problems import Problem
 
 
@@ -23,7 +23,8 @@ class Rollouts:
 
     prompt_ids, prompt_valid: [B, Q] left-padded questions, <start> last; tokens: [R, A] answers, eos included, padded
     with eos; token_mask: [R, A] True for answer tokens; logp: [R, A] as sampled (greedy: at temperature 1), 0 after the
-    end; thoughts: [R, L, D]; seeds: [R]; text: R decoded answers; masks: what the rollouts wore.
+    end; thoughts: [R, L, D]; seeds: [R]; text: R decoded answers; masks: what the rollouts wore; entropy: [R, A] nats, of
+    the distribution each token was sampled from, 0 after the end (None: not recorded).
     """
 
     problems: tuple[Problem, ...]
@@ -38,6 +39,7 @@ class Rollouts:
     temperature: float
     text: tuple[str, ...]
     masks: Masks | None
+    entropy: torch.Tensor | None = None
 
     def rewards(self, reward) -> torch.Tensor:
         """[B, K] rewards by `reward(text, problem) -> float`."""
@@ -46,19 +48,21 @@ class Rollouts:
         return torch.tensor(values, dtype=torch.float64).view(-1, k)
 
     def take(self, problems: slice | Sequence[int]) -> Rollouts:
-        """The rollouts of some problems, named by a slice or by their places: whole groups."""
+        """The rollouts of some problems, named by a slice or by their places: whole groups, padded as far as they need."""
         k = self.num_generations
         places = list(range(len(self.problems))[problems]) if isinstance(problems, slice) else list(problems)
         rows = [b * k + i for b in places for i in range(k)]
+        first = int(self.prompt_valid[places].any(0).long().argmax())  # what lies before is padding in all of them
+        of_rows = ("tokens", "token_mask", "logp", "thoughts", "seeds", "entropy")
         return Rollouts(
             problems=tuple(self.problems[b] for b in places),
             num_generations=k,
-            prompt_ids=self.prompt_ids[places],
-            prompt_valid=self.prompt_valid[places],
+            prompt_ids=self.prompt_ids[places, first:],
+            prompt_valid=self.prompt_valid[places, first:],
             temperature=self.temperature,
             text=tuple(self.text[row] for row in rows),
             masks=None if self.masks is None else self.masks.take(torch.tensor(rows)),
-            **{name: getattr(self, name)[rows] for name in ("tokens", "token_mask", "logp", "thoughts", "seeds")},
+            **{name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in of_rows},
         )
 
 
@@ -105,7 +109,7 @@ def rollout(
         masks = draw_masks(masks, model, seeds)
     state = model.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
     thoughts = model.think(state, edit=edit)
-    tokens, token_mask, logp = _answer(model, state, seeds.to(model.device), temperature)
+    tokens, token_mask, logp, entropy = _answer(model, state, seeds.to(model.device), temperature)
     text = model.tokenizer.batch_decode(tokens, skip_special_tokens=True)  # the padding is eos: skipped
     return Rollouts(
         problems=tuple(problems),
@@ -120,21 +124,25 @@ def rollout(
         temperature=temperature,
         text=tuple(text),
         masks=masks,
+        entropy=entropy,
     )
 
 
-def _answer(model, state, seeds, temperature) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Decode until every row has said eos or the limit is reached: tokens, token_mask, logp, each [R, A]."""
+def _answer(model, state, seeds, temperature) -> tuple[torch.Tensor, ...]:
+    """Decode until every row has said eos or the limit is reached: tokens, token_mask, logp, entropy, each [R, A]."""
     rows = torch.arange(len(seeds), device=seeds.device)  # which rows are still speaking
     hidden = model.answer(state, torch.empty(len(rows), 0, dtype=torch.long, device=seeds.device))[:, -1]  # [R, D]
     tokens = torch.full((len(rows), model.max_new_tokens), model.eos_id, device=seeds.device)
     token_mask = torch.zeros_like(tokens, dtype=torch.bool)
     logp = torch.zeros(tokens.shape, dtype=model.head(hidden[:1]).dtype, device=seeds.device)
+    entropy = torch.zeros_like(logp)
     for t in range(model.max_new_tokens):
         logits = model.head(hidden)  # [R', V]
-        choice = choose(logits, seeds[rows], t, temperature)  # [R']
+        logps = policy(logits, temperature)
+        choice = choose(logps, seeds[rows], t) if temperature else logits.argmax(-1)  # [R']
         tokens[rows, t], token_mask[rows, t] = choice, True
-        logp[rows, t] = token_logps(logits, choice, temperature)
+        logp[rows, t] = logps.gather(-1, choice[:, None])[:, 0]
+        entropy[rows, t] = -torch.linalg.vecdot(logps.exp(), logps)
         speaking = choice != model.eos_id
         if t + 1 == model.max_new_tokens or not speaking.any():
             break
@@ -144,16 +152,14 @@ def _answer(model, state, seeds, temperature) -> tuple[torch.Tensor, torch.Tenso
             state.keep(keep)
         hidden = model.next_token(state, choice)
     length = int(token_mask.any(0).sum())
-    return tokens[:, :length], token_mask[:, :length], logp[:, :length]
+    return tuple(x[:, :length] for x in (tokens, token_mask, logp, entropy))
 
 
-def choose(logits: torch.Tensor, seeds: torch.Tensor, t: int, temperature: float) -> torch.Tensor:
-    """Answer token t of each row, [R]: the argmax of logits [R, V], or a sample by inverse CDF from (seed, t)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    cdf = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+def choose(logps: torch.Tensor, seeds: torch.Tensor, t: int) -> torch.Tensor:
+    """A sample of answer token t of each row, [R], from log-probs [R, V]: by inverse CDF from (seed, t)."""
+    cdf = logps.exp().cumsum(-1, dtype=torch.float64)
     target = uniforms(seeds, t)[:, None] * cdf[:, -1:]
-    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logps.shape[-1] - 1)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_gpt2
 
 from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
-from latentlab.model import LatentReasoner
+from latentlab.model import LatentReasoner, policy
 from latentlab.rollout import choose, encode_prompts, replay_gap, rollout
 
 SCOPES = ("latent", "prompt+latent", "all")
@@ -177,7 +177,7 @@ def test_finished_rows_leave_until_one_row_is_left(model, problems, eos_bias, mo
 
     def counted(self, state, tokens):
         sizes.append(len(tokens))
-        assert len(tokens) == len(state.valid) == len(state.position) == state.cache.layers[0].keys.shape[0]
+        assert len(tokens) == len(state.cache.problem) == len(state.position) == len(state.cache.suffix[0][0].buffer)
         return step(self, state, tokens)
 
     monkeypatch.setattr(LatentReasoner, "next_token", counted)
@@ -200,10 +200,9 @@ def test_finished_rows_leave_until_one_row_is_left(model, problems, eos_bias, mo
 def test_samples_follow_the_softmax(temperature):
     logits = torch.tensor([1.0, -0.5, 0.0, 2.0, -20.0])
     seeds = rollout_seeds(0, 0, [str(i) for i in range(4000)], 1)
-    counts = torch.bincount(choose(logits.expand(4000, 5), seeds, 0, temperature), minlength=5) / 4000
+    counts = torch.bincount(choose(policy(logits, temperature).expand(4000, 5), seeds, 0), minlength=5) / 4000
     expected = torch.softmax(logits / temperature, 0)
     assert ((counts - expected).abs() <= 5 * (expected * (1 - expected) / 4000).sqrt()).all()
-    assert choose(logits.expand(3, 5), seeds[:3], 0, 0.0).tolist() == [3, 3, 3]
 
 
 def test_log_probs_are_those_of_the_tempered_policy(gpt2, problems):

@@ -63,8 +63,8 @@ def drop_eos(patch):
 
 
 def attend_to_padding(patch):
-    real = model._attention_mask
-    patch.setattr(model, "_attention_mask", lambda valid, cached: real(torch.ones_like(valid), cached))
+    real = model.RolloutCache
+    patch.setattr(model, "RolloutCache", lambda valid, capacity: real(torch.ones_like(valid), capacity))
 
 
 @pytest.mark.parametrize(
