@@ -32,9 +32,11 @@ bench: $(READY)
 	@$(BIN)/latentlab bench --shape tiny
 	@$(BIN)/latentlab bench --shape gpt2
 
-# Kills, poisons and soaks small runs (ten minutes): reports/reliability.json.
+# Kills, poisons, soaks and splits small runs (ten minutes): reports/reliability.json.
 reliability: $(READY)
-	@PYTHONPATH=. $(BIN)/python tests/reliability.py
+	@PYTHONPATH=. OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python tests/reliability.py
+	@PYTHONPATH=. $(BIN)/python tests/processes.py
+	@PYTHONPATH=.:tests $(BIN)/python tests/misuse.py
 	@$(BIN)/latentlab report
 
 # The stamp is written last: an interrupted installation starts again.

@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -137,7 +138,9 @@ def read_state(path: Path, asked: dict) -> dict:
         damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums that it writes
         if damaged:
             raise ValueError(f"{damaged} is damaged")
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign files, which are refused in one line
+            state = dict(torch.load(path, weights_only=True, map_location="cpu"))
         expect_same(state["identity"], asked, "the checkpoint")
         before, now = state["made_with"], made_with()
         changed = [f"{key} {before[key]} (now {now[key]})" for key in now if before[key] != now[key]]

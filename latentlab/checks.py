@@ -308,8 +308,8 @@ def published_format(e: Engine) -> Property:
         ]
         exported = Path(folder) / "export"
         loaded[0].save_pretrained(exported)
-        plain = transformers.AutoModelForCausalLM.from_pretrained(exported)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(exported, trust_remote_code=False)
         text = "one two ?\n<|start-latent|><|latent|><|end-latent|>"
         ids = torch.tensor([source["tokenizer"](text)["input_ids"]])
         with torch.no_grad():

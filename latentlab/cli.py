@@ -349,7 +349,7 @@ def parse(argv: list[str]):
         text = " ".join(re.sub(r"\x1b\[[0-9;]*m|╭.*╮|[─-╿]", " ", said.getvalue()).split())  # no colours, no box
         raise ValueError(f"{argv[0]}: {text}") from None
     check(call.config)
-    for name in ("threads", "limit", "max_minutes", "checkpoint_minutes", "n", "retries"):
+    for name in ("threads", "limit", "max_minutes", "checkpoint_minutes", "budget_minutes", "n", "retries"):
         got, most = getattr(call.verb, name, 0), 1024 if name == "threads" else LARGEST
         if not 0 <= got <= most:
             raise ValueError(f"--{name.replace('_', '-')}: got {got}, expected at least 0 and at most {most}")

@@ -7,12 +7,16 @@ rollout and greedy answers (`shared_greedy`: a heuristic, since log pi of an arg
 problem, so it sees K times as many.
 
 Masks are drawn once, stored with the rollouts and replayed in the update; `replay_gap` is logged at every iteration.
+All arms spend the same steps * num_problems * num_generations rollouts; with `max_candidates` (dynamic sampling, see
+sample_groups) an iteration may take more of them, and the run has fewer iterations.
 
     metric                  meaning (TRL's names where TRL has one)
-    reward, reward_std      mean reward; mean over groups of the standard deviation within a group
-    frac_reward_zero_std    share of groups whose K rewards are equal: nothing to learn there
-    replay_gap              max |re-scored - recorded| log-prob before the update, nats
-    loss, grad_norm         of the first update of the iteration; the norm before clipping
+    rollouts                made so far, whether an update took them or not
+    candidates, groups      problems rolled out in this iteration; those that the update took
+    reward, reward_std      over candidates: mean reward; mean of the standard deviation within a group
+    frac_reward_zero_std    share of candidates whose K rewards are equal: nothing to learn there
+    replay_gap              max |re-scored - recorded| log-prob before the update, nats; 0 where there was none
+    loss, grad_norm         of the first update of the iteration; the norm before clipping; 0 without any group
     entropy                 mean entropy of the distributions the answers' tokens were sampled from, nats
     kl, clip_ratio/*        see loss.py
     completions/mean_length answer tokens, eos included

@@ -29,7 +29,7 @@ import yaml
 
 from latentlab.config import Config
 from latentlab.loop import Stopped, seconds_spent
-from latentlab.report import commit, read_json, write_atomically
+from latentlab.report import commit, expect_writable, read_json, write_atomically
 from latentlab.tables import cell, table
 
 try:
@@ -139,6 +139,8 @@ def run_jobs(jobs: list[Job], folder: Path, config: Config, overrides: list[str]
     _write_table(folder, states)
     if not waiting:
         return
+    sizes = [sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file()) for name in states]
+    expect_writable(folder, len(waiting) * max(sizes))  # as large as the largest so far; each run looks for itself too
     local = launcher.executor == "local"
     width = config.sweep.workers if local else len(waiting)
     start = Process.__call__ if local else _slurm(launcher, folder)

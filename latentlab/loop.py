@@ -88,13 +88,16 @@ class Run:
 
     def _read(self, path: Path) -> dict:
         state = checkpoint.read_state(path, self.identity)
+        try:
+            self.progress, counted = Progress(**state["progress"]), int(state["metrics_offset"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(checkpoint.unusable(path, error)) from error
         size = self.metrics.stat().st_size if self.metrics.exists() else 0
-        if size < state["metrics_offset"]:
+        if size < counted:
             raise ValueError(
-                f"resume: got {size} bytes of {self.metrics}, expected the {state['metrics_offset']} that the "
-                "checkpoint counted; restore it, or use another --out"
+                f"resume: got {size} bytes of {self.metrics}, expected the {counted} that the checkpoint counted; "
+                "restore it, or use another --out"
             )
-        self.progress = Progress(**state["progress"])
         return state
 
     def _open(self, stored: Path, config: dict, weights: int) -> None:

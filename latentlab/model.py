@@ -267,9 +267,10 @@ class LatentReasoner(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [R, A, D] that predict answer tokens [R, A], and the thoughts [R, L, D], with gradient."""
         self.check_length(prompt_ids.shape[1], tokens.shape[1])
-        state = self.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
-        thoughts = self.think(state)
-        return self.answer(state, tokens[:, :-1]), thoughts
+        with self._autocast():  # one context for all passes, so that each weight is cast once
+            state = self.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
+            thoughts = self.think(state)
+            return self.answer(state, tokens[:, :-1]), thoughts
 
     def score(self, rollouts, *, masks: Masks | None) -> torch.Tensor:
         """Log-probs of recorded answers under `masks`, with gradient: [R, A] nats, 0 after the end of an answer.

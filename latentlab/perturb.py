@@ -183,8 +183,8 @@ def trace(problem: Problem) -> Template | None:
     if not read >= set(range(len(steps) - 1)):  # a result that nothing uses served a comparison: "the slower one"
         return None
     said = [i for _, _, i in spans]
-    frozen |= {i for i in range(len(values)) if said.count(i) > used.count(i)}  # some mention explains nothing
-    frozen |= _given_twice(values, constants, results, behind_result)
+    idle = {i for i in range(len(values)) if said.count(i) > used.count(i)}  # some mention explains nothing
+    frozen |= idle | _given_twice(values, idle, constants, results, behind_result)
     all_values = [*values, *results]
     order = sorted(range(len(all_values)), key=all_values.__getitem__) if wording.decides(question) else []
     template = Template(problem, spans, values, frozenset(set(used) - frozen), steps, results, order)
@@ -192,18 +192,23 @@ def trace(problem: Problem) -> Template | None:
     return template if as_it_was and template.free else None
 
 
-def _given_twice(values: tuple, constants: set, results: list, behind_result: list[set[int]]) -> set[int]:
-    """Variables of redundant givens: 10 boys, 15 girls, 25 children; 3 days and 4 days of a week; a given result."""
+def _given_twice(values: tuple, idle: set, constants: set, results: list, behind_result: list[set[int]]) -> set[int]:
+    """Variables of redundant givens: 10 boys, 15 girls, 25 children; 3 days and 4 days of a week; a given result.
+
+    Small numbers that all serve the chain may add up by chance; `idle` are the variables with a mention that does not.
+    """
     frozen = set()
     for i, value in enumerate(values):
         for result, behind in zip(results, behind_result, strict=True):
-            frozen |= behind | {i} if value == result else set()
+            frozen |= behind | {i} if value == result and (i in idle or value >= 20) else set()
     totals = {total: set() for total in (7, 12, 24, 30, 60, 100, 1) if total in constants}
     totals |= {value: {i} for i, value in enumerate(values)}
-    for n, least in ((2, 7), (3, 20)):
+    for n in (2, 3):
         for parts in itertools.combinations(range(len(values)), n):
             total = sum([values[i] for i in parts])
-            frozen |= totals[total].union(parts) if total in totals and total >= least else set()
+            if total in totals:
+                doubtful = not totals[total] or idle & totals[total].union(parts)
+                frozen |= totals[total].union(parts) if total >= (7 if doubtful else 20) * (n - 1) else set()
     return frozen
 
 
@@ -226,7 +231,7 @@ def parse_step(step: str) -> tuple[str, list[tuple[int, int]], list, str] | None
     The program holds the index of a literal or an operation. None for anything but numbers, + - * / and parentheses,
     and for an expression without an operation.
     """
-    match = re.fullmatch(r"<<([-+*/(). 0-9]{1,200})=((?:[0-9]+)?(?:\.[0-9]+)?)>>", step)
+    match = re.fullmatch(r"<<([-+*/(). 0-9]{1,200})=([0-9]{0,40}(?:\.[0-9]{1,40})?)>>", step)
     if match is None or not match[2]:
         return None
     text = match[1]

@@ -13,6 +13,7 @@ Sources of the layouts: facebookresearch/coconut, run.py and coconut.py; Modalit
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -75,7 +76,9 @@ def load_state_dict(file: Path, base: str, dtype: torch.dtype):
 def _read(file: Path) -> dict[str, torch.Tensor]:
     """The language model's weights, without prefix; only tensors are unpickled."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign pickles, which are refused in one line
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds: not a zip, truncated, something other than tensors inside
         raise ValueError(
             f"checkpoint {file.name}: could not be read as a state dict ({type(error).__name__}); it is damaged or no "

@@ -36,7 +36,7 @@ from latentlab.grpo import fit_grpo, policy_gradient
 from latentlab.gsm8k_report import write_report
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
-from latentlab.report import peak_memory_gib, write_atomically
+from latentlab.report import peak_memory_gib, read_json, write_atomically
 from latentlab.rollout import rollout
 
 CURRICULUM_SHARE = 0.5  # of the budget, for the curriculum's updates
@@ -51,7 +51,7 @@ class Budget:
         made_for = {"config": to_dict(config), "budget_minutes": minutes, "weights": weights.get("sha256", "")}
         self.data = {"made_for": made_for, "spent": 0.0, "plan": {}}
         if self.path.exists():
-            self.data = json.loads(self.path.read_text())
+            self.data = read_json(self.path, "the plan of this study", "made_for", "spent", "plan")
             expect_same(self.data["made_for"], made_for, str(self.path))
         self.before = self.data["spent"]
 

@@ -25,6 +25,7 @@ def build_report(directory=None) -> Path:
     if readme.is_file():
         text = readme.read_text(encoding="utf-8")
         text = _replace_block(text, "notebooks", _notebook_table(results))
+        text = _replace_block(text, "plan", _plan())
         text = _replace_block(text, "results", _readme_results(results, folder.name))
         text = _replace_block(text, "cost", _cost_table(results))
         write_atomically(readme, text.encode())
@@ -131,6 +132,39 @@ def _command(result: dict) -> str:
     if name == "reproduce":
         words += f" --budget-minutes {result['metrics']['cost']['budget_minutes']:g}"
     return words + (" --device cpu" if preset.endswith("-cpu") else "")
+
+
+def _plan() -> str:
+    """Several GPUs, computed: what each holds and what crosses between them, for larger backbones."""
+    backbones = {  # weights, layers, width, width of keys, vocabulary
+        "GPT-2 124M": (124.4e6, 12, 768, 768, 50_257),
+        "SmolLM2-135M": (134.5e6, 30, 576, 192, 49_152),
+        "Llama-3.2-1B": (1.236e9, 16, 2048, 512, 128_256),
+        "Llama-3.1-8B": (8.03e9, 32, 4096, 1024, 128_256),
+    }
+    gpus, problems, k, question, thoughts, answer, gb = 8, 32, 32, 64, 6, 64, 1e9
+    own = k * (1 + thoughts + answer)  # positions of a group beside its question
+    rows = []
+    for name, (weights, layers, width, keys, vocabulary) in backbones.items():
+        state = 20 * weights / gb  # weights, gradient, two moments, all-reduce buffer: float32
+        cache = problems / gpus * (question + own) * layers * 2 * keys * 2 / gb  # bfloat16
+        update = ((question + own) * layers * width * 34 + k * answer * vocabulary * 12) / gb
+        sent = 2 * (gpus - 1) / gpus * 4 * weights / gb
+        times = [f"{1000 * sent / bandwidth:.0f}" for bandwidth in (300, 12.5)]
+        rows.append(
+            [name, *(f"{x:.1f}" for x in (state, cache, update, state + cache + update, 4 * weights / gb)), *times]
+        )
+    head = [
+        "Computed",
+        "state",
+        "cache",
+        "update",
+        "sum, GB a GPU",
+        "gradient, GB",
+        "ms at 300 GB/s",
+        "ms at 12.5 GB/s",
+    ]
+    return table(head, rows)
 
 
 def _arms_by_seed(arms: list[dict]) -> str:

@@ -8,9 +8,16 @@ import itertools
 import re
 from fractions import Fraction
 
-NUMBER = re.compile(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)(?![.,]?\d)")
+NUMBER = re.compile(  # up to 12 digits, with separators and decimals; not a part of something longer
+    r"(?<![\w.,])(?:[0-9]{1,3}(?:,[0-9]{3}){1,3}|[0-9]{1,12})?(?:\.[0-9]{1,6})?(?<=[0-9])(?![.,]?\d)"
+)
 PERCENT = re.compile(r"\s?(?:%|percent)")
-CENTS = re.compile(r"\s?(?:cents?\b|\u00a2)")
+CENTS = re.compile(r"\s?(?:cents?\b|¢)")
+
+
+def _pattern(*alternatives: str, end: str = "") -> re.Pattern:
+    return re.compile(f"(?:{'|'.join(alternatives)}){end}", re.I)
+
 
 _DAYS = r"(?:mon|tues|wednes|thurs|fri|satur|sun)days?"
 _MONTHS = (
@@ -20,15 +27,16 @@ _MONTHS = (
 # Constants | words that license them; where several patterns stand, the question must hold each. A "~" before the
 # constants: too weak to explain a literal, but reason enough to freeze a number of that value.
 _TABLE = rf"""
-2 1/2           | half|halves|halfway|midway
-2               | twice|doubl\w*|both|pairs?|couples?|twins?|either|bicycles?|motorcycles?|bikes?|round.?trip|second|average
-2               | each other|and back|to and from|(?:one|each|either|other) way|eyes|ears?|wings?|shoes?|diameter|radius
+2 1/2 1         | half|halves|halfway|midway
+2               | twice|doubl\w*|both|pairs?|couples?|twins?|either|bicycles?|motorcycles?|bikes?|round.?trip
+2               | second|average|each other|and back|to and from|(?:one|each|either|other) way|eyes
+2               | ears?|wings?|shoes?|diameter|radius
 2 4             | rectang\w*|perimeter|legs?|wheels?|tires?
 4               | squares?|square-shaped|corners?|seasons?|quadrupl\w*
 3               | tripl\w*|thrice|tricycles?|triang\w*
-3 1/3 2 2/3     | thirds?
-4 1/4 3/4 3     | quarters?|fourths?
-5 1/5 4/5 4     | fifths?
+3 1/3 2 2/3 1   | thirds?
+4 1/4 3/4 3 1   | quarters?|fourths?
+5 1/5 4/5 4 1   | fifths?
 6 1/6 5/6 5     | sixths?
 7 1/7 6/7 6     | sevenths?
 8 1/8 7/8 7     | eighths?
@@ -38,7 +46,8 @@ _TABLE = rf"""
 6 8             | legs?|spiders?|octop\w*|insects?|ants?
 12              | dozens?
 10              | decades?
-100             | century|centuries|hundreds?|percent|percentage
+100             | century|centuries|hundreds?
+100 1 .01       | percent|percentage
 1000            | thousands?
 1000000         | millions?
 60 3600         | minutes?|seconds?
@@ -102,34 +111,55 @@ _SCALES = {"hundred": 100, "thousand": 1000, "million": 1_000_000}
 _PARTS = "half third fourth fifth sixth seventh eighth ninth tenth".split()
 _WORD = re.compile(rf"\b(?:{'|'.join([*_TENS, *sorted(_ONES, key=len, reverse=True)])})", re.I)
 
-_NAME_BEFORE = re.compile(
-    rf"(?:(?:^|\s)(?:these|those|all|the other|the remaining|equals?|equal to|equivalent to)\s|[/:#\u00d7\u2013-]\s?|\b(?:{_MONTHS}|grade|size|level|chapter|page|route|channel|room|number|no\.|day|week|year"
-    r"|ages?|aged|door|house|model|type|version|phase|stage|step|at|since|ratio of)\s|\d\s?(?:to|until|through)\s)$",
-    re.I,
+_NAMES = (
+    rf"{_MONTHS}|grade|size|level|chapter|page|route|channel|room|number|no\.|day|week|year|ages?|aged|door|house|model"
+    "|type|version|phase|stage|step|at|since|ratio of"
 )
-_NAME_AFTER = re.compile(
-    r"(?!(?:kg|km|cm|mm|ml|mg|g|m|l|lbs?|ft|oz|mph|gb|mb|in)\b)[A-Za-z]|\s?[/:\u00d7\u2013]|\s?-\s?\d|-(?:in|for|to)-"
-    rf"|\s?(?:a\.?m\b|p\.?m\b|o['\u2019]clock|noon|BC|AD)|\s(?:to|until|through|and)\s\d+[/:]|\sto\s\$?\d|\s\d+/\d"
-    rf"|\s(?:halves|thirds|fourths|fifths|(?:{_MONTHS}|{_DAYS})\b)"
-    r"|\s(?:\w+\s)?(?:legs?|wheels?|eyes?|arms?|fingers|toes|wings?|sides|tires|degrees?)\b|\s?\u00b0"
-    r"|[\s-]?(?:dollars?|cents?|[\u20ac\u00a3\u00a2])?[\s-]?(?:bills?|coins?|bank-?notes?|notes?|pieces?)\b",
-    re.I,
+_BODY = "legs?|wheels?|eyes?|arms?|fingers|toes|wings?|sides|tires|degrees?"
+_MONEY = "bills?|coins?|bank-?notes?|notes?|pieces?"
+_GLUED = r"(?:kg|km|cm|mm|ml|mg|g|m|l|lbs?|ft|oz|mph|gb|mb|in)\b"  # units that may touch their number
+_MEASURE = (
+    r"inch(?:es)?|feet|foot|yards?|miles?|pounds?|ounces?|kilo\w+|kg|grams?|(?:centi|milli)?(?:meters?|liters?)|quarts?"
 )
-_CEILINGS = [(re.compile(rf"[\s-]?(?:{unit})", re.I), ceilings) for unit, ceilings in (
-    (r"%|percent", (99,)), (r"(?:\w+[\s-])?hours?\b", (12, 24)), (r"(?:\w+[\s-])?(?:minutes?|seconds?)\b", (60,)),
-    (r"times\s(?:a|per|each|every)\sweek|(?:\w+[\s-])?days?\b", (7, 30, 365)), (r"(?:\w+[\s-])?weeks?\b", (4, 52)),
-    (r"(?:\w+[\s-])?months?\b", (12,)), (r"years?[\s-]?old|years? of age", (18, 100)), (r"(?:ft|feet|foot)\stall", (8,)),
-    (r"inches\stall", (84,)), (r"cm\b|centimeters?\b", (200,)),
+_NAME_BEFORE = _pattern(
+    r"(?:^|\s)(?:these|those|all|the other|the remaining|equals?|equal to|equivalent to)\s\$?",  # counted elsewhere
+    rf"\b(?:{_MONEY}) of\s\$?",
+    rf"(?:\d|\b(?:{'|'.join(_ONES)}))\s\$",  # two $20 bills
+    r"[/:#×–-]\s?",
+    rf"\b(?:{_NAMES})\s",
+    r"\d\s?(?:to|until|through)\s",
+    end="$",
+)
+_NAME_AFTER = _pattern(
+    rf"(?!{_GLUED})[A-Za-z]",
+    r"\s?[/:×–]|\s?-\s?\d|-(?:in|for|to)-",
+    r"\s?(?:a\.?m\b|p\.?m\b|o['’]clock|noon|BC|AD)",
+    r"\s(?:to|until|through|and)\s\d+[/:]|\sto\s\$?\d|\s\d+/\d",
+    rf"\s(?:halves|thirds|fourths|fifths|(?:{_MONTHS}|{_DAYS})\b)",
+    rf"\s(?:\w+\s)?(?:{_BODY})\b|\s?°",
+    rf"[\s-]?(?:dollars?|cents?|[€£¢])?[\s-]?(?:{_MONEY})\b",
+    rf"\s?(?:{_MEASURE}) (?:per|in an?|in one|in each|in every|to an?) (?:{_MEASURE}|gallons?|pints?|cups?)\b",
+)
+_CEILINGS = [(_pattern(unit), ceilings) for unit, ceilings in (
+    (r"\s?(?:%|percent)", (99,)),
+    (r"[\s-](?:\w+[\s-])?hours?\b", (12, 24)),
+    (r"[\s-](?:\w+[\s-])?(?:minutes?|seconds?)\b", (60,)),
+    (r"\stimes\s(?:a|per|each|every)\sweek|[\s-](?:\w+[\s-])?days?\b", (7, 30, 365)),
+    (r"[\s-](?:\w+[\s-])?weeks?\b", (4, 52)),
+    (r"[\s-](?:\w+[\s-])?months?\b", (12,)),
+    (r"[\s-]years?(?:[\s-]?old| of age)", (12, 18, 25, 35, 50, 70, 100)),
+    (r"\s(?:ft|feet|foot)\stall", (8,)),
+    (r"\sinches\stall", (84,)),
+    (r"\s?(?:cm|centimeters?)\b", (200,)),
 )]  # fmt: skip
-_WHOLES = [(re.compile(rf"[\s-]?(?:{unit})", re.I), whole) for unit, whole in (
+_WHOLES = [(_pattern(rf"[\s-]?(?:{unit})"), whole) for unit, whole in (
     ("%|percent|cents?", 100), ("minutes?|seconds?", 60), ("months?", 12), ("hours?", 24), ("days?", 7), ("weeks?", 52),
 )]  # fmt: skip
-_MARKS = re.compile(r"\b(?:test|quiz|exam|grade)", re.I)
-_DECISIONS = re.compile(
-    r"\b(?:which|who|whichever|whoever|(?:slow|fast|cheap|larg|small|bigg|great|high|low|heavi|quick)(?:er|est)|better|best"
-    r"|worst|most|least|max|maximum|minimum|limit|exceed\w*|first|above|below|under|up to|until|only|capacity|hold|fits?"
-    r"|enough|overtime|(?:over|than|past|after|beyond) \$?\d)\b",
-    re.I,
+_MARKS = _pattern(r"\b(?:test|quiz|exam|grade)")
+_DECISIONS = _pattern(
+    r"\b(?:which|who|whichever|whoever|better|best|worst|most|least|max|maximum|minimum|limit|exceed\w*|first|above|below)\b",
+    r"\b(?:slow|fast|cheap|larg|small|bigg|great|high|low|heavi|quick)(?:er|est)\b",
+    r"\b(?:under|up to|until|only|capacity|hold|fits?|enough|overtime|(?:over|than|past|after|beyond) \$?\d)",
 )
 
 
@@ -140,7 +170,7 @@ def constants(question: str) -> tuple[set[Fraction], set[Fraction]]:
     """
     matched = [row for row in _LICENCES if all(pattern.search(question) for pattern in row[0])]
     found = {value for _, values, strong in matched if strong for value in values}
-    found |= {Fraction(x) for x in (100, 1) if "%" in question or "\u00a2" in question}
+    found |= {Fraction(x) for x in ("100", "1", ".01") if "%" in question or "¢" in question}
     words = [(m[0].lower(), m.start(), m.end()) for m in _WORD.finditer(question)]
     for (word, _, end), (following, start, _) in itertools.pairwise([*words, ("", -1, -1)]):
         value = (_TENS | _ONES)[word]
@@ -152,7 +182,7 @@ def constants(question: str) -> tuple[set[Fraction], set[Fraction]]:
         if part := re.match(rf"[\s-]({'|'.join(_PARTS)}|halve|quarter)", question[end:], re.I):
             name = {"halve": "half", "quarter": "fourth"}.get(part[1].lower(), part[1].lower())
             found |= _share(value, _PARTS.index(name) + 2)
-    for top, bottom in re.findall(r"(\d+)\s?/\s?(\d+)", question):
+    for top, bottom in re.findall(r"\b([0-9]{1,6})\s?/\s?([0-9]{1,6})\b", question):
         found |= _share(int(top), int(bottom))
     return found, found.union(*[values for _, values, _ in matched])
 
@@ -184,7 +214,7 @@ def whole(after: str) -> int | None:
 
 
 def decides(question: str) -> bool:
-    """Whether the chain may hang on which of two quantities is larger: "the slower one", "at most 40", "after 8 hours"."""
+    """Whether the chain may hang on which quantity is larger: "the slower one", "at most 40", "after 8 hours"."""
     return _DECISIONS.search(question) is not None
 
 

@@ -24,8 +24,6 @@ import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
-os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # before the imports
-
 import numpy as np
 import torch
 from conftest import small_config
@@ -349,8 +347,8 @@ def one_nan(name, kind, whole, rng, folder):
 
 def poison(name, kind, at, where):
     """Put a NaN into one number of step `at`; returns the reward to use."""
-    module, loss_name = (grpo, "grpo_loss") if name == "grpo" else (curriculum, "curriculum_loss")
-    update, loss, updates = module.update, getattr(module, loss_name), [0]
+    module = grpo if name == "grpo" else curriculum
+    update, backward, updates = module.update, torch.Tensor.backward, [0]
 
     def here(this):  # is it this kind's turn?
         return kind == this and updates[0] // (CONFIG.grpo.num_iterations if name == "grpo" else 1) == at
@@ -368,12 +366,12 @@ def poison(name, kind, at, where):
         updates[0] += 1
         return stats
 
-    def spoiled_loss(*args, **options):
-        value, stats = loss(*args, **options)
-        return value * (float("nan") if here("loss") else 1.0), stats
+    def spoiled_backward(loss):
+        if here("loss"):
+            loss.data.fill_(float("nan"))
+        return backward(loss, gradient=loss.data.new_tensor(float("nan") if here("loss") else 1.0))
 
-    module.update = spoiled_update
-    setattr(module, loss_name, spoiled_loss)
+    module.update, torch.Tensor.backward = spoiled_update, spoiled_backward
     return lambda text, problem: float("nan") if here("reward") else distinct_words(text, problem)
 
 
@@ -458,13 +456,14 @@ def write_sections(sections, *, path, started):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=112, help="of each loop, at least")
-    parser.add_argument("--nans", type=int, default=10, help="of each kind in each loop")
+    parser.add_argument("--kills", type=int, default=56, help="of each loop, at least")
+    parser.add_argument("--nans", type=int, default=5, help="of each kind in each loop")
     parser.add_argument("--soak", type=int, default=2000, help="GRPO steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=report.reports_folder() / "reliability.json")
     options = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # no thread must be left out of a fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rng, started, scratch = random.Random(options.seed), time.time(), Path(tempfile.mkdtemp(prefix="latentlab-"))
     try:
         sections = {"checkpoint": sizes(scratch), "kills": run_kills(options.kills, rng, scratch)}

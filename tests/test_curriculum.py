@@ -136,7 +136,9 @@ def test_a_run_writes_its_steps_and_a_checkpoint_that_transformers_loads(config,
 
 def test_the_last_stage_stops_at_its_accuracy(config, word_sets, tmp_path):
     c = config(curriculum={"stop_accuracy": 0.0})
-    fit_curriculum(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run")
+    summary = fit_curriculum(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run")
+    again = fit_curriculum(LatentReasoner.from_config(c), *word_sets, c, out=tmp_path / "run", resume=True)
+    assert again == summary
     assert [line["step"] for line in read_metrics(tmp_path / "run")][-1] == 6  # its first validation
 
 

@@ -134,7 +134,7 @@ def test_a_failure_names_notebook_cell_and_error_and_resumes_there(notebooks, mo
 
 
 @pytest.mark.slow
-def test_a_pipeline_killed_in_notebook_03_resumes_there(tmp_path):
+def test_a_pipeline_killed_in_notebook_03_resumes_there(tmp_path, record_property):
     """SIGKILL of the study while a cell of 03 runs: 02 is not run again, 03 is, from its start."""
     folder, names = tmp_path / "notebooks", ["02_c", "03_d", "04_e"]
     folder.mkdir()
@@ -154,8 +154,11 @@ def test_a_pipeline_killed_in_notebook_03_resumes_there(tmp_path):
     log = folder / "log.txt"
     assert log.read_text().split() == names[:1]
     (folder / "go").touch()
-    assert run(folder) == names[1:]
+    resumed = run(folder)
+    assert resumed == names[1:]
     assert run(folder) == []
+    again = len({names[0]} & set(resumed))
+    record_property("pipeline", {"killed_in": "03", "resumed_at": resumed[0][:2], "finished_and_run_again": again})
 
 
 def test_a_skipped_section_is_tried_again_when_what_it_waited_for_comes_back(notebooks, monkeypatch, quick):

@@ -1,0 +1,57 @@
+"""reliability.py with numbers for every day: what `make reliability` counts in reports/reliability.json."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KILLS, NANS, SOAK = 21, 1, 300
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """One process of one thread, so that it can fork; its counts."""
+    path = tmp_path_factory.mktemp("reliability") / "reliability.json"
+    path.write_text(json.dumps({"metrics": {"processes": {"of": "another command"}}}))
+    words = ["--kills", KILLS, "--nans", NANS, "--soak", SOAK, "--json", path]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    subprocess.run([sys.executable, HERE / "reliability.py", *map(str, words)], check=True, env=environment)
+    return json.loads(path.read_text())["metrics"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["curriculum", "grpo"])
+def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_been(measured, loop):
+    found = measured["kills"][loop]
+    assert found["differences"] == [] and found["identical"] == found["resumed"] >= KILLS
+    assert found["unreadable_checkpoints"] == 0 and found["kills"] > KILLS
+    assert min(found["by_moment"].values()) >= 3  # calls, file calls, half writes, half lines, the clock
+    for trace in ("no state.pt yet", "state.pt.partial", "best.partial", "lines to drop", "cut line"):
+        assert found["left_behind"][trace] > 0, f"no kill left {trace}: the kills do not hit what they should"
+
+
+@pytest.mark.slow
+def test_a_nan_anywhere_stops_the_run_and_spoils_no_checkpoint(measured):
+    cases = {name: row for name, row in measured["nan"].items() if isinstance(row, dict)}
+    assert len(cases) == 7
+    for name, row in cases.items():
+        where = row["named_the_step"] + (row["named_a_later_step"] if name.endswith("weights") else 0)
+        assert row["stopped"] == where == row["checkpoint_good"] == row["identical"] == row["cases"] == NANS, name
+
+
+@pytest.mark.slow
+def test_memory_and_open_files_stay_as_they_are(measured):
+    found = measured["soak"]
+    assert found["open_files"]["min"] == found["open_files"]["max"]
+    assert found["python_objects_growth"]["mean"] < found["measured_steps"]  # less than one object a step
+    assert found["heap_growth_bytes"]["mean"] < 256 * found["measured_steps"]
+    assert found["resident_growth_mib"]["mean"] < 1
+
+
+@pytest.mark.slow
+def test_sections_of_other_commands_stay(measured):
+    assert measured["processes"] == {"of": "another command"}
