@@ -1,7 +1,7 @@
 """What the engine is timed against: other ways to make the same rollouts, and how fast a rollout could be at all.
 
-    official        the official Coconut code's scheme: one rollout at a time, thoughts cached, the whole sequence passed
-                    anew for every answer token, logits at all positions
+    official        the official Coconut code's scheme: one rollout at a time, thoughts cached, the whole sequence
+                    passed anew for every answer token, logits at all positions
     definition      nothing cached at all (reference.py)
     plain           batched, with transformers' own cache and attention and nothing else: the question is run for every
                     rollout, logits at all positions
@@ -91,7 +91,7 @@ class PrefixRepeated(LatentReasoner):
 
     def prefix(self, prompt_ids, prompt_valid, *, num_generations: int, masks: Masks | None) -> State:
         state = super().prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
-        cache, k = state.cache, num_generations
+        cache, k = state.cache, state.cache.width  # 1 where the mask covers the question: nothing is shared
         cache.prefix = [tuple(x.repeat_interleave(k, 0) for x in layer) for layer in cache.prefix]
         cache.valid, cache.width = cache.valid.repeat_interleave(k, 0), 1
         cache.problem = torch.arange(len(cache.valid), device=cache.valid.device)

@@ -9,11 +9,10 @@ rollouts and scaled.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,11 +21,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from latentlab import report
 from latentlab.backbone import word_tokenizer
 from latentlab.baselines import VARIANTS, EarlyEnd, floor, official, plain
-from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
+from latentlab.masks import MaskSpec, draw_masks
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
 from latentlab.reference import naive_rollout
-from latentlab.rollout import Rollouts, encode_prompts, rollout
+from latentlab.rollout import Rollouts, rollout
+from latentlab.timing import measure, wait
 from latentlab.word_problems import WORDS
 
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -73,7 +73,7 @@ def run_bench(
     return metrics
 
 
-def build(shape: str, device: str = "cpu", **settings) -> LatentReasoner:
+def build(shape: str, device: str = "cpu") -> LatentReasoner:
     """A model of the named shape with random weights, in which no answer ends early."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -197,13 +197,13 @@ def gradient_error(model: LatentReasoner) -> float:
 
 
 def scale(model: LatentReasoner, axis: str, values: tuple[int, ...], repeats: int, device: str) -> dict:
-    """Seconds of a rollout of one problem (K = 16 unless K is scaled) along an axis, with a straight line through it."""
+    """Seconds of a rollout of one problem (K = 16 unless K is scaled) along an axis, and the line through it."""
     runs = {}
     for value in values:
         sizes = {"thoughts": {"num_thoughts": value}, "answer": {"max_new_tokens": value}}.get(axis, {})
         problems = questions(1, value if axis == "question" else QUESTION)
         k = value if axis == "num_generations" else 16
-        runs[str(value)] = lambda m=variant(model, **sizes), p=problems, k=k: roll(m, p, k)
+        runs[str(value)] = partial(roll, variant(model, **sizes), problems, k)
     seconds = list(measure(runs, repeats, device)[0].values())
     slope, intercept = statistics.linear_regression(values, seconds)
     r2 = statistics.correlation(values, seconds) ** 2
@@ -218,11 +218,11 @@ def all_in(model: LatentReasoner, k: int = 32, most: int = 2**20) -> dict:
     try:
         while count * k <= most:
             for _ in range(3):  # the last of three counts
-                _wait(model.device.type)
+                wait(model.device.type)
                 start = time.perf_counter()
                 update(model, roll(model, questions(count), k))
                 optimizer.step()
-                _wait(model.device.type)
+                wait(model.device.type)
                 seconds = time.perf_counter() - start
             found["rows"].append(count * k)
             found["rollouts_per_second"].append(count * k / seconds)
@@ -235,53 +235,6 @@ def all_in(model: LatentReasoner, k: int = 32, most: int = 2**20) -> dict:
     except (ModuleNotFoundError, RuntimeError, AssertionError):  # needs NVIDIA's library
         found["utilisation_percent"] = {"skipped": "torch.cuda.utilization needs the package nvidia-ml-py"}
     return found
-
-
-# -- measuring --------------------------------------------------------------------------------------------------------
-
-
-def measure(runs: dict[str, Callable], repeats: int, device: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds over interleaved rounds, and the peak memory (GiB) of each run in a first round of its own."""
-    memory = {name: peak_memory(run, device) for name, run in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            _wait(device)
-            start = time.perf_counter()
-            run()
-            _wait(device)
-            seconds[name].append(time.perf_counter() - start)
-    known = {name: gib for name, gib in memory.items() if gib is not None}
-    return {name: statistics.median(values) for name, values in seconds.items()}, known
-
-
-def peak_memory(run: Callable, device: str) -> float | None:
-    """Most GiB that `run` holds on top of what was held before; None where the system does not tell."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        before = _status("VmRSS")
-    except OSError:  # no Linux
-        run()
-        return None
-    run()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> float:
-    """A size of this process in GiB, from /proc."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**20
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def main(shape: str, device: str, json_path: Path | None = None) -> int:
@@ -314,7 +267,7 @@ def draw(scaling: dict, name: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 2.8), layout="constrained")
-    for axes, (axis, found) in zip(figure.subplots(1, len(scaling)), scaling.items(), strict=True):
+    for axes, (axis, found) in zip(figure.subplots(1, len(scaling), squeeze=False)[0], scaling.items(), strict=True):
         values = found["values"]
         axes.plot(values, found["seconds"], "o", color="black")
         axes.plot(values, [found["intercept"] + found["slope"] * v for v in values], "-", color="0.5")
