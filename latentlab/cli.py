@@ -201,17 +201,19 @@ class Verify:
 
 @dataclass
 class Bench:
-    """Time the engine against the plain definition."""
+    """Time the engine against other ways to make rollouts and against the floor; gpt2 takes about 20 minutes."""
 
-    shape: Literal["tiny", "gpt2"] = "gpt2"
+    shape: Literal["tiny", "gpt2", "smollm2"] = "gpt2"
+    json: str = ""  # write the result here as well
     device: str = "cpu"  # cpu | cuda
     threads: int = 0
 
     def __call__(self, config: Config) -> int:
         from latentlab import bench, model, report
 
+        path = report.expect_file(self.json)
         report.expect_writable(report.reports_folder() / "bench")
-        return bench.main(self.shape, str(model.torch_device(self.device)))
+        return bench.main(self.shape, str(model.torch_device(self.device)), path)
 
 
 @dataclass
