@@ -29,8 +29,7 @@ notebooks: $(READY)
 	@$(BIN)/latentlab report
 
 bench: $(READY)
-	@$(BIN)/latentlab bench --shape tiny
-	@$(BIN)/latentlab bench --shape gpt2
+	@$(BIN)/latentlab bench --threads 1
 
 # Kills, poisons, soaks and splits small runs (ten minutes): reports/reliability.json.
 reliability: $(READY)

@@ -40,7 +40,9 @@ class RolloutCache(Cache):
         self.prefix: list[tuple[torch.Tensor, torch.Tensor]] = []  # by layer: [B, H, Q, d] each
         self.suffix: list[tuple[Positions, Positions]] = []
         self.problem: torch.Tensor | None = None  # [R] which prefix a row attends to; None: still in the prefix
-        self.place: torch.Tensor | None = None  # [R] where a row is stacked among B * width; None: rows fill it in order
+        self.place: torch.Tensor | None = (
+            None  # [R] where a row is stacked among B * width; None: rows fill it in order
+        )
         self.width = 0  # rows of the largest group
 
     def start_rows(self, num_generations: int) -> None:
@@ -48,6 +50,8 @@ class RolloutCache(Cache):
         count = len(self.valid)
         self.problem = torch.arange(count, device=self.valid.device).repeat_interleave(num_generations)
         self.width, self.place = num_generations, None
+        # contiguous: on strided keys BLAS may round the rows of a group differently, which then are not bit-equal
+        self.prefix = [(keys.contiguous(), values.contiguous()) for keys, values in self.prefix]
         self.suffix = [(Positions(self.capacity), Positions(self.capacity)) for _ in self.prefix]
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):

@@ -201,17 +201,19 @@ class Verify:
 
 @dataclass
 class Bench:
-    """Time the engine against the plain definition."""
+    """Time the engine against other ways to make rollouts and against the floor; gpt2 takes about 20 minutes."""
 
-    shape: Literal["tiny", "gpt2"] = "gpt2"
+    shape: Literal["tiny", "gpt2", "smollm2"] = "gpt2"
+    json: str = ""  # write the result here as well
     device: str = "cpu"  # cpu | cuda
     threads: int = 0
 
     def __call__(self, config: Config) -> int:
         from latentlab import bench, model, report
 
+        path = report.expect_file(self.json)
         report.expect_writable(report.reports_folder() / "bench")
-        return bench.main(self.shape, str(model.torch_device(self.device)))
+        return bench.main(self.shape, str(model.torch_device(self.device)), path)
 
 
 @dataclass
@@ -221,10 +223,15 @@ class Data:
     split: Literal["train", "validation", "test"] = "test"
     n: int = 5  # problems
     out: str = ""  # file to write; default stdout
+    copies_report: str = ""  # measure the copies of GSM8K (perturb.py); write perturb/perturb.json into this folder
 
     def __call__(self, config: Config) -> None:
         from latentlab import problems, report, sources
 
+        if self.copies_report:
+            from latentlab import copies_report
+
+            return copies_report.write(config, self.copies_report)
         report.expect_file(self.out)
         rows = sources.load(dataclasses.replace(config.data, **{f"{self.split}_size": self.n}), self.split)
         if self.out:

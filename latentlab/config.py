@@ -100,6 +100,7 @@ class GRPOConfig:
     num_generations: int = 16  # K, rollouts per problem
     max_candidates: int = 0  # dynamic sampling: try up to this many problems to fill B with mixed groups; 0: take any B
     micro_batch: int = 0  # problems scored at once in the update; 0 takes all
+    memory_gib: float = 0.0  # GiB that a backward pass may hold beside weights and optimizer; 0: no limit. Whole groups
     num_iterations: int = 1  # mu, updates per batch of rollouts
     learning_rate: float = 3.0e-5
     warmup_steps: int = 0
@@ -277,7 +278,8 @@ _RANGES = {
     "at least 0": (lambda x: x >= 0, (
         "data.train_size", "data.copies", "grpo.max_candidates",
         "curriculum.micro_batch", "curriculum.warmup_steps", "curriculum.weight_decay", "curriculum.decode_weight",
-        "grpo.micro_batch", "grpo.warmup_steps", "grpo.weight_decay", "grpo.epsilon", "grpo.epsilon_high", "grpo.beta",
+        "grpo.micro_batch", "grpo.memory_gib", "grpo.warmup_steps", "grpo.weight_decay", "grpo.epsilon",
+        "grpo.epsilon_high", "grpo.beta",
     )),
     "a number above 0": (lambda x: x > 0, ("curriculum.max_grad_norm", "grpo.max_grad_norm")),
     "a number above 0; greedy answers are arms of their own": (

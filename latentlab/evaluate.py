@@ -81,7 +81,11 @@ def evaluate(
     """
     if not problems:
         raise ValueError("problems: got an empty list, expected at least one; check the data source and its filters")
-    batches = [problems[start : start + batch_size] for start in range(0, len(problems), batch_size)]
+    order = list(range(len(problems)))
+    if edit is None:  # questions of like length together: little padding (an edit may look at the rows beside it)
+        order.sort(key=lambda i: len(problems[i].question))
+    places = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = [[problems[i] for i in part] for part in places]
 
     def answer() -> list[tuple[torch.Tensor, tuple[str, ...], torch.Tensor]]:
         results = []
@@ -100,8 +104,10 @@ def evaluate(
         return results
 
     correct, text, spread = zip(*parallel.in_order(parallel.gather(answer)), strict=True)
+    back = np.argsort(order)  # from the order of the batches to that of `problems`
+    answers = np.array(list(chain.from_iterable(text)), dtype=object).reshape(len(problems), -1)[back]
     return Evaluation(
-        tuple(problems), torch.cat(correct).numpy(), tuple(chain.from_iterable(text)), torch.cat(spread).numpy()
+        tuple(problems), torch.cat(correct).numpy()[back], tuple(answers.flatten()), torch.cat(spread).numpy()[back]
     )
 
 

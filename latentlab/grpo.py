@@ -17,6 +17,7 @@ sample_groups) an iteration may take more of them, and the run has fewer iterati
     frac_reward_zero_std    share of candidates whose K rewards are equal: nothing to learn there
     replay_gap              max |re-scored - recorded| log-prob before the update, nats; 0 where there was none
     loss, grad_norm         of the first update of the iteration; the norm before clipping; 0 without any group
+    entropy                 mean entropy of the distributions the answers' tokens were sampled from, nats
     kl, clip_ratio/*        see loss.py
     completions/mean_length answer tokens, eos included
     validation_accuracy     greedy pass@1 of the clean model on the validation set
@@ -39,6 +40,7 @@ from latentlab.evaluate import evaluate
 from latentlab.loop import Run, batch_indices, progress_bar, set_learning_rate, update
 from latentlab.loss import grpo_loss, loss_denominator
 from latentlab.masks import rollout_seeds
+from latentlab.micro_batch import Splitter
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
 from latentlab.reward import exact_answer
@@ -202,23 +204,25 @@ def policy_gradient(
     g, k = config.grpo, out.num_generations
     if denominator is None:
         denominator = loss_denominator(out.token_mask, g.loss_type, model.max_new_tokens)
-    size = g.micro_batch or len(out.problems)
-    shares = []
-    for start in range(0, len(out.problems), size):
-        part = out.take(slice(start, start + size))
-        logp = model.score(part, masks=part.masks)  # [R', A]: the masks are replayed
+    splitter = Splitter(model, out, micro_batch=g.micro_batch, memory_gib=g.memory_gib)
+    advantages, shares = advantages.view(-1, k), []
+    for places in splitter:
+        part = out.take(places)
+        with splitter.measured():
+            logp = model.score(part, masks=part.masks)  # [R', A]: the masks are replayed
         ref_logp = None
         if g.beta:
             with torch.no_grad():
                 ref_logp = reference.score(part, masks=part.masks)
         loss, stats = grpo_loss(
-            logp, part.logp, advantages[start * k : (start + size) * k], part.token_mask, epsilon=g.epsilon,
+            logp, part.logp, advantages[places].flatten(), part.token_mask, epsilon=g.epsilon,
             epsilon_high=g.epsilon_high, beta=g.beta, ref_logp=ref_logp, loss_type=g.loss_type, denominator=denominator,
         )  # fmt: skip
         loss.backward()
-        shares.append(
-            (int(part.token_mask.sum()), {"loss": loss.item(), "replay_gap": replay_gap(logp, part), **stats})
-        )
+        tokens = int(part.token_mask.sum())
+        if part.entropy is not None:
+            stats["entropy"] = part.entropy.sum().item() / tokens
+        shares.append((tokens, {"loss": loss.item(), "replay_gap": replay_gap(logp, part), **stats}))
     return merge_stats(shares)
 
 

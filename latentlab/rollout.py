@@ -23,8 +23,8 @@ class Rollouts:
 
     prompt_ids, prompt_valid: [B, Q] left-padded questions, <start> last; tokens: [R, A] answers, eos included, padded
     with eos; token_mask: [R, A] True for answer tokens; logp: [R, A] as sampled (greedy: at temperature 1), 0 after the
-    end; thoughts: [R, L, D]; seeds: [R]; text: R decoded answers; masks: what the rollouts wore; entropy: [R, A] nats, of
-    the distribution each token was sampled from, 0 after the end (None: not recorded).
+    end; thoughts: [R, L, D]; seeds: [R]; text: R decoded answers; masks: what the rollouts wore; entropy: [R, A] nats,
+    of the distribution each token was sampled from, 0 after the end (None: not recorded).
     """
 
     problems: tuple[Problem, ...]
@@ -48,7 +48,7 @@ class Rollouts:
         return torch.tensor(values, dtype=torch.float64).view(-1, k)
 
     def take(self, problems: slice | Sequence[int]) -> Rollouts:
-        """The rollouts of some problems, named by a slice or by their places: whole groups, padded as far as they need."""
+        """The rollouts of some problems, named by a slice or by their places: whole groups, less shared padding."""
         k = self.num_generations
         places = list(range(len(self.problems))[problems]) if isinstance(problems, slice) else list(problems)
         rows = [b * k + i for b in places for i in range(k)]

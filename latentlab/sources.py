@@ -26,6 +26,7 @@ from latentlab.problems import (
     step_result,
 )  # fmt: skip
 from latentlab.word_problems import SPLITS, word_problems
+from latentlab.wording import skeleton
 
 BENCHMARKS = ("gsm8k", "gsm8k_perturbed", "svamp", "multiarith", "gsm_hard", "asdiv_a", "gsm_plus")
 
@@ -36,15 +37,20 @@ def load(data: DataConfig, split: str) -> list[Problem]:
     """The problems that a preset's `data` section asks for; `<split>_size` 0 takes all. Training rows have steps.
 
     With `copies`, the number-perturbed copies of the training problems follow them (perturb.py); they are drawn from
-    `data.seed` alone, so every run has the same ones. Validation and test never get copies.
+    `data.seed` alone, so every run has the same ones. Validation and test never get copies, and a training problem that
+    differs from one of them in names and numbers alone (GSM8K has one) gets none either.
     """
     _check_name("split", split, SPLITS)
     size = getattr(data, f"{split}_size")
     if data.name == "word_problems":
         return word_problems(split, size, seed=data.seed, steps=data.steps)
-    rows = gsm8k_aug(split) if data.name == "gsm8k_aug" else gsm8k(split, with_steps=split == "train")
+    read = gsm8k_aug if data.name == "gsm8k_aug" else gsm8k
+    rows = gsm8k("train", with_steps=True) if (read, split) == (gsm8k, "train") else read(split)
     rows = rows[: size or None]
-    return rows + perturbed(rows, data.copies, data.seed) if split == "train" else rows
+    if split != "train" or not data.copies:
+        return rows
+    held_out = {skeleton(problem.question) for other in ("validation", "test") for problem in read(other)}
+    return rows + perturbed([row for row in rows if skeleton(row.question) not in held_out], data.copies, data.seed)
 
 
 def gsm8k(split: str, *, data_dir: str | os.PathLike | None = None, with_steps: bool = False) -> list[Problem]:

@@ -288,7 +288,8 @@ def differences(whole, folder):
     files = ("metrics.jsonl", "config.json", "best/model.safetensors", "best/validation.json")
     found += [name for name in files if (folder / name).read_bytes() != (whole / name).read_bytes()]
     a, b = (torch.load(path / "state.pt", weights_only=True) for path in (whole, folder))
-    found += [f"state.pt {key}" for key in sorted(a.keys() | b.keys()) if not same(a.get(key), b.get(key))]
+    keys = sorted((a.keys() | b.keys()) - {"made_with"})  # a commit while this runs is no fault of a run
+    found += [f"state.pt {key}" for key in keys if not same(a.get(key), b.get(key))]
     if whole.with_suffix(".json").read_text() != folder.with_suffix(".json").read_text():
         found.append("summary")
     for line in (folder / "timing.jsonl").read_text().splitlines():
@@ -315,7 +316,7 @@ def run_nans(repeats, rng, scratch):
         whole, _ = whole_run(name, scratch / f"{name}-whole", 10.0)
         for kind in ("loss", "gradient", "weights", *(["reward"] if name == "grpo" else [])):
             rows = [one_nan(name, kind, whole, rng, scratch / f"{name}-{kind}-{i}") for i in range(repeats)]
-            result[f"{name}.{kind}"] = {key: sum(row[key] for row in rows) for key in rows[0]}
+            result.setdefault(name, {})[kind] = {key: sum(row[key] for row in rows) for key in rows[0]}
     return result
 
 

@@ -63,11 +63,23 @@ def test_the_default_is_the_clean_greedy_model(problems):
 
 
 def test_right_answers_are_counted(problems, monkeypatch):
-    texts = iter(["### 7", "### 8", "7", "### 7.0"])
+    texts = dict(zip([p.id for p in problems], ["### 7", "### 8", "7", "### 7.0"], strict=True))
     grade = module.exact_answer
-    monkeypatch.setattr(module, "exact_answer", lambda _, problem: grade(next(texts), problem))
+    monkeypatch.setattr(module, "exact_answer", lambda _, problem: grade(texts[problem.id], problem))
     fitting = [dataclasses.replace(problem, answer="7") for problem in problems]
     assert evaluate(tiny_gpt2(), fitting, batch_size=3).correct[:, 0].tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_results_come_in_the_order_of_the_problems_whatever_their_batches(problems):
+    model, settings = sharpen(tiny_gpt2()), {"batch_size": 3, "num_generations": 2, "temperature": 1.0}
+    mask = MaskSpec(rate=0.3)
+    forwards, backwards = (evaluate(model, p, mask=mask, **settings) for p in (problems, problems[::-1]))
+    assert len(set(forwards.text)) > 4 and forwards.problems == tuple(problems)
+    for i in range(4):
+        alone = evaluate(model, problems[i : i + 1], mask=mask, **settings)
+        assert alone.text == forwards.text[2 * i : 2 * i + 2] == backwards.text[6 - 2 * i : 8 - 2 * i]
+        assert (alone.correct == forwards.correct[i]).all()
+        assert abs(alone.thought_spread - forwards.thought_spread[i]).max() < 1e-5
 
 
 def test_a_summary_names_both_deployments(problems, config):

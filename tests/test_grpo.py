@@ -15,6 +15,7 @@ from latentlab.config import ARMS, arm_settings
 from latentlab.grpo import fit_grpo, policy_gradient
 from latentlab.loop import read_metrics
 from latentlab.masks import MaskSpec
+from latentlab.micro_batch import Splitter
 from latentlab.model import LatentReasoner
 from latentlab.reward import exact_answer
 from latentlab.rollout import rollout
@@ -142,6 +143,45 @@ def test_micro_batches_leave_gradient_and_stats_as_they_are(problems, config, lo
         assert stats == pytest.approx(results[0][0], abs=1e-12)
         for name, grad in grads.items():
             torch.testing.assert_close(grad, results[0][1][name], rtol=0, atol=1e-12)
+
+
+def test_a_memory_budget_splits_the_update_and_leaves_its_gradient_as_it_is(problems, config):
+    """The longest question goes first and alone, to be measured; the rest in as few parts as the budget allows."""
+    model, sizes = tiny_gpt2().double(), []
+    out = rollout(model, problems, num_generations=4, masks=MaskSpec(rate=0.3), temperature=1.0, run_seed=0, step=0)
+    advantages = group_advantages(out.rewards(graded)).flatten()
+    policy_gradient(model, out, advantages, config())
+    whole = gradients(model)
+    score = model.score
+    model.score = lambda part, masks: (
+        sizes.append([len(part.problems), part.prompt_ids.shape[1]]),
+        score(part, masks=masks),
+    )[1]
+    for gib in (1.0, 1e-9, 1.8e-3):
+        sizes.clear()
+        policy_gradient(model, out, advantages, config(grpo={"memory_gib": gib}))
+        for name, grad in gradients(model).items():
+            torch.testing.assert_close(grad, whole[name], rtol=0, atol=1e-12)
+        widths = sorted(out.prompt_valid.sum(1).tolist(), reverse=True)
+        expected = {1.0: [1, 3], 1e-9: [1, 1, 1, 1]}.get(gib, [1, 2, 1])
+        starts = [sum(expected[:i]) for i in range(len(expected))]
+        assert sizes == [[n, widths[at]] for n, at in zip(expected, starts, strict=True)]
+
+
+def test_what_is_counted_is_what_autograd_holds(problems):
+    """One linear map: its input is saved for the weight's gradient, the weight itself is not counted."""
+    model = tiny_gpt2()
+    out = rollout(model, problems[:1], num_generations=2, masks=None, temperature=1.0, run_seed=0, step=0)
+    splitter = Splitter(model, out, micro_batch=0, memory_gib=1.0)
+    splitter.logits = 0
+    x, weight = torch.zeros(2**20, 4, requires_grad=True), model.lm.transformer.wte.weight
+    with splitter.measured():
+        (x @ weight[:4, :4]).exp()  # saves x and its own result, 16 MiB each
+    assert splitter.size == 1 and splitter.most == 1
+    splitter.most, splitter.budget = 100, 2.0**30
+    with splitter.measured():
+        (x @ weight[:4, :4]).exp()
+    assert splitter.size == 32
 
 
 def test_the_gradient_is_the_weighted_score_function(problems, config):

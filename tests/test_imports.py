@@ -16,9 +16,10 @@ SHARED = {"problems", "config"}
 # Modules import only from their left; training evaluates on its validation problems, so `evaluate` comes before it.
 # A new module gets its place here.
 ORDER = (
-    "problems config parallel hub word_problems wording perturb sources statistics masks smollm2 published backbone"
-    " attention model rollout reward evaluate advantage loss report checkpoint loop curriculum inputs grpo collapse reference"
-    " enumeration theory proofs checks verify parts gsm8k_report reproduce tables study launch compare sweep bench cli"
+    "problems config parallel hub word_problems wording equations perturb sources statistics masks smollm2 published"
+    " backbone attention model rollout micro_batch reward evaluate advantage loss report copies_report checkpoint loop"
+    " curriculum inputs grpo collapse reference enumeration theory proofs checks verify parts gsm8k_report reproduce"
+    " tables study launch compare sweep timing baselines bench cli"
 ).split()
 HEAVY = {"torch", "transformers", "datasets", "tyro", "papermill"}
 

@@ -1,0 +1,97 @@
+"""The equations of a chain, "<<2*(3+4)=14>>": parsed without eval, computed exactly, written as they were written."""
+
+import ast
+import operator
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+Number = int | Fraction  # int where whole, which is four times as fast
+
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: Fraction}
+
+
+@dataclass(frozen=True)
+class Equation:
+    """One step: numbers, + - * / and parentheses on the left, one number on the right."""
+
+    left: str
+    literals: tuple[tuple[int, int], ...]  # (start, end) of each number on the left
+    program: tuple  # postfix: the index of a literal, or an operation
+    right: str
+
+    def compute(self, values: list[Number]) -> Number | None:
+        """The left side with these values in place of its literals; None for a division by zero."""
+        stack = []
+        for item in self.program:
+            if isinstance(item, int):
+                stack.append(values[item])
+            else:
+                right, left = stack.pop(), stack.pop()
+                if item is Fraction and not right:
+                    return None
+                stack.append(item(left, right))
+        return simplest(stack[0])
+
+    def holds(self) -> bool:
+        return self.compute([number(self.left[a:b]) for a, b in self.literals]) == number(self.right)
+
+
+def parse_step(step: str) -> Equation | None:
+    """The equation of a step; None for anything else, and for a left side without an operation."""
+    match = re.fullmatch(r"<<([-+*/(). 0-9]{1,200})=([0-9]{0,40}(?:\.[0-9]{1,40})?)>>", step)
+    if match is None or not match[2]:
+        return None
+    text = match[1]
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    shift = len(text) - len(text.lstrip())
+    literals, program = [], []
+
+    def visit(node: ast.expr) -> bool:
+        if isinstance(node, ast.Constant):
+            literals.append((shift + node.col_offset, shift + node.end_col_offset))
+            program.append(len(literals) - 1)
+            return re.fullmatch(r"[0-9]*\.?[0-9]+", text[slice(*literals[-1])]) is not None
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+            known = visit(node.left) and visit(node.right)
+            program.append(_OPERATIONS[type(node.op)])
+            return known
+        return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd) and visit(node.operand)
+
+    return Equation(text, tuple(literals), tuple(program), match[2]) if visit(tree) and len(program) > 1 else None
+
+
+def number(text: str) -> Number:
+    """The value of "12", ".5" or "1,000"."""
+    text = text.replace(",", "")
+    return int(text) if text.isdigit() else simplest(Fraction(text))
+
+
+def simplest(value: Number) -> Number:
+    """An int where the value is whole."""
+    return value.numerator if value.denominator == 1 else value
+
+
+def decimals(value: Number) -> int | None:
+    """The number of decimals of a value, None beyond six."""
+    return 0 if value.denominator == 1 else next((k for k in range(7) if 10**k % value.denominator == 0), None)
+
+
+def is_padded(literal: str) -> bool:
+    """Whether the decimals of a literal are filled up with zeros, as in "$2.50", "0.25" or "18.0"."""
+    part = literal.partition(".")[2]
+    return part[-1:] == "0" or len(part) == 2
+
+
+def write_like(value: Number, literal: str) -> str:
+    """A value with at most six decimals in the manner of a literal: its separators, zeros at the end and in front."""
+    k = decimals(value)
+    digits = str(value.numerator * 10**k // value.denominator).rjust(k + 1, "0")
+    whole, part = digits[: len(digits) - k], digits[len(digits) - k :]
+    old_whole, _, old_part = literal.partition(".")
+    whole = f"{int(whole):,}" if "," in literal else "" if not old_whole and whole == "0" else whole
+    part = part.ljust(len(old_part), "0") if is_padded(literal) else part
+    return f"{whole}.{part}" if part else whole or "0"
