@@ -12,16 +12,25 @@ import torch
 
 
 def measure(runs: dict[str, Callable], repeats: int, device: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds over interleaved rounds, and the peak memory (GiB) of each run in a first round of its own."""
-    memory = {name: peak_memory(run, device) for name, run in runs.items()}
+    """Median seconds over interleaved rounds, and the peak memory (GiB) of each run, read in the first round.
+
+    With one thread on a CPU these are seconds of CPU time, which other processes stretch least; else of the clock.
+    """
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            wait(device)
-            start = time.perf_counter()
-            run()
-            wait(device)
-            seconds[name].append(time.perf_counter() - start)
+
+    def timed(name: str) -> None:
+        wait(device)
+        start = clock()
+        runs[name]()
+        wait(device)
+        seconds[name].append(clock() - start)
+
+    memory = {name: peak_memory(lambda name=name: timed(name), device) for name in runs}
+    for _ in range(repeats - 1):
+        for name in runs:
+            timed(name)
     known = {name: gib for name, gib in memory.items() if gib is not None}
     return {name: statistics.median(values) for name, values in seconds.items()}, known
 
