@@ -53,7 +53,7 @@ def together(size, function, folder, **settings):
     if size == 1:
         return [function(**settings)]
     context = multiprocessing.get_context("forkserver")  # its server imports torch once and never runs it
-    context.set_forkserver_preload(["latentlab.grpo", "conftest"])
+    context.set_forkserver_preload(["latentlab.grpo", "pytest", "transformers.models.llama"])
     jobs = [context.Process(target=_member, args=(rank, size, function, folder, settings)) for rank in range(size)]
     for job in jobs:
         job.start()
