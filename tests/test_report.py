@@ -138,7 +138,10 @@ def test_the_report_is_generated_from_whatever_there_is(reports):
     write("aside", preset="zeta")
     (reports / "zeta" / "broken.json").write_text("{")
     (reports / "list.json").write_text("[]")
+    loose = json.loads((reports / "zeta" / "aside.json").read_text()) | {"name": "loose", "preset": ""}
+    (reports / "loose.json").write_text(json.dumps(loose))
     results = tables.build_report().read_text()
+    assert "## loose\n" in results and "`make loose` · " in results and "[all of it](loose.json)" in results
     text = readme.read_text()
     assert "| [01_toy](notebooks/01_toy.ipynb) | Why? | tiny | 61.25 | cpu | all &lt;b&gt;zero&lt;" in text
     assert "zero&lt;/b&gt; &#124; ok |" in text
