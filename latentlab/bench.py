@@ -2,8 +2,8 @@
 
 Random weights of the named shape; questions of exactly 48 tokens, 6 thoughts, answers of exactly 8 tokens, so that all
 variants do equal work; K = 16 rollouts of each of 4 problems. Everything runs in one process, interleaved, so that a
-busy machine slows all variants alike; a figure is a median of five rounds (timing.py: CPU time with one thread). Compare
-ratios of one run, never seconds of two. `official` and `definition` are timed on a few rollouts and scaled.
+busy machine slows all variants alike; a figure is a median of five rounds (timing.py: CPU time with one thread).
+Compare ratios of one run, never seconds of two. `official` and `definition` are timed on a few rollouts and scaled.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Micro-batches of an update: whole groups, questions of like length together, as many at once as memory allows.
 
 What a backward pass holds is measured, not modelled: the first micro-batch is the group with the longest question, by
-itself, and every tensor that autograd saves in it is counted. No other group takes more, so a budget of bytes says how
-many of them go together. The same rollouts are split in the same way in every run.
+itself, and every tensor that autograd saves in it is counted (autocast's copies of weights too, which errs on the safe
+side). No other group takes more, so a budget of bytes says how many of them go together. The same rollouts are split in
+the same way in every run.
 """
 
 from __future__ import annotations
