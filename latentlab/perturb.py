@@ -20,7 +20,7 @@ from latentlab.equations import Equation, Number, decimals, is_padded, number, p
 from latentlab.problems import Problem, canonical_answer
 
 _MISSES = 200  # draws in a row without a new variant, after which a problem is taken to have no more
-_FACTOR = 5  # a result stays within this factor of the old one
+_FACTOR = (2, 5)  # a result stays within 2/5 and 5/2 of the old one
 _ROUND = ((1000, 8000), (500, 4000), (100, 800), (50, 400), (10, 80), (5, 20))  # (step, smallest value that takes it)
 _CHANCE = 20  # numbers below it, all used by the chain, may add up to one another by chance
 
@@ -87,6 +87,7 @@ class Template:
     free: frozenset[int]  # the variables that may change
     steps: list[tuple[Equation, list[Origin]]]
     results: list[Number]  # in the original
+    limit: int | None  # what is at most this in the original stays there
     order: list[int]  # ranks of values + results, to be kept where the wording decides by comparison; else empty
 
     def recompute(self, values: tuple[Number, ...]) -> list[Number] | None:
@@ -94,7 +95,7 @@ class Template:
         results = []
         for (equation, origins), old in zip(self.steps, self.results, strict=True):
             new = equation.compute([origin.value(values, results) for origin in origins])
-            if new is None or not old <= new * _FACTOR or not new <= old * _FACTOR:
+            if new is None or old * _FACTOR[0] > new * _FACTOR[1] or new * _FACTOR[0] > old * _FACTOR[1]:
                 return None
             places = decimals(new)
             if places is None or places > decimals(old):
@@ -103,6 +104,8 @@ class Template:
         if sum([values[i] for i in self.percent]) > 100 >= sum([self.values[i] for i in self.percent]):
             return None
         old, new = [*self.values, *self.results], [*values, *results]
+        if self.limit and any(a <= self.limit < b for a, b in zip(old, new, strict=True)):
+            return None
         for i, j in itertools.pairwise(self.order):
             if new[i] > new[j] or (new[i] == new[j]) != (old[i] == old[j]):
                 return None
@@ -180,7 +183,8 @@ def trace(problem: Problem) -> Template | None:
     frozen |= idle | _given_twice(values, idle, constants, results, behind)
     everything = [*values, *results]
     order = sorted(range(len(everything)), key=everything.__getitem__) if wording.decides(question) else []
-    template = Template(problem, spans, values, percent, frozenset(set(used) - frozen), steps, results, order)
+    limit = 100 if wording.up_to_100(question) else None
+    template = Template(problem, spans, values, percent, frozenset(set(used) - frozen), steps, results, limit, order)
     as_it_was = template.write(values, results) == (question, problem.steps)
     return template if as_it_was and template.free else None
 
@@ -224,7 +228,7 @@ def _grid(template: Template, i: int) -> tuple[int, Sequence[int]]:
     ticks = int(old * scale)
     step = next((step for step, least in _ROUND if ticks % step == 0 and ticks >= least), 1)
     low, high = max(ticks * 3 // 5, 2 if scale == 1 else 1), max(ticks * 9 // 5, ticks + 3)
-    ceilings = [wording.ceiling(old, template.problem.question, after) for _, _, after in template.contexts(i)]
+    ceilings = [wording.ceiling(old, after) for _, _, after in template.contexts(i)]
     high = min([high, *[limit * scale for limit in ceilings if limit is not None]])
     grid = range(-(-low // step) * step, high + 1, step)
     for before, text, _ in template.contexts(i):

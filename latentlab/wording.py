@@ -115,16 +115,18 @@ _NAMES = (
     rf"{_MONTHS}|grade|size|level|chapter|page|route|channel|room|number|no\.|day|week|year|ages?|aged|door|house|model"
     "|type|version|phase|stage|step|at|since|ratio of"
 )
-_BODY = "legs?|wheels?|eyes?|arms?|fingers|toes|wings?|sides|tires|degrees?"
+_BODY = "legs?|wheels?|eyes?|arms?|fingers|toes|wings?|sides|tires|teeth|heads?|degrees?"
 _MONEY = "bills?|coins?|bank-?notes?|notes?|pieces?"
 _GLUED = r"(?:kg|km|cm|mm|ml|mg|g|m|l|lbs?|ft|oz|mph|gb|mb|in)\b"  # units that may touch their number
 _MEASURE = (
     r"inch(?:es)?|feet|foot|yards?|miles?|pounds?|ounces?|kilo\w+|kg|grams?|(?:centi|milli)?(?:meters?|liters?)|quarts?"
+    r"|[kmgt]b|\w+bytes?"
 )
 _NAME_BEFORE = _pattern(
     r"(?:^|\s)(?:these|those|all|the other|the remaining|equals?|equal to|equivalent to)\s\$?",  # counted elsewhere
     rf"\b(?:{_MONEY}) of\s\$?",
     rf"(?:\d|\b(?:{'|'.join(_ONES)}))\s\$",  # two $20 bills
+    rf"\b(?:{_MEASURE}|gallons?|pints?|cups?) (?:is|are|has|have|contains?)\s",  # 1 yard is 3 feet
     r"[/:#×–-]\s?",
     rf"\b(?:{_NAMES})\s",
     r"\d\s?(?:to|until|through)\s",
@@ -137,6 +139,7 @@ _NAME_AFTER = _pattern(
     r"\s(?:to|until|through|and)\s\d+[/:]|\sto\s\$?\d|\s\d+/\d",
     rf"\s(?:halves|thirds|fourths|fifths|(?:{_MONTHS}|{_DAYS})\b)",
     rf"\s(?:\w+\s)?(?:{_BODY})\b|\s?°",
+    r"(?-i:\s\w+(?:\s\w+)?\s?[,:;]\s(?:named\s)?[A-Z]\w+(?:,\s[A-Z]\w+)*,?\sand\s[A-Z])",  # 2 cats: Ann and Cy
     rf"[\s-]?(?:dollars?|cents?|[€£¢])?[\s-]?(?:{_MONEY})\b",
     rf"\s?(?:{_MEASURE}) (?:per|in an?|in one|in each|in every|to an?) (?:{_MEASURE}|gallons?|pints?|cups?)\b",
 )
@@ -155,7 +158,7 @@ _CEILINGS = [(_pattern(unit), ceilings) for unit, ceilings in (
 _WHOLES = [(_pattern(rf"[\s-]?(?:{unit})"), whole) for unit, whole in (
     ("%|percent|cents?", 100), ("minutes?|seconds?", 60), ("months?", 12), ("hours?", 24), ("days?", 7), ("weeks?", 52),
 )]  # fmt: skip
-_MARKS = _pattern(r"\b(?:test|quiz|exam|grade)")
+_UP_TO_100 = _pattern(r"\b(?:test|quiz|exam|grade|years? old|years? of age|ages?\b|how old|older|younger|what percent)")
 _DECISIONS = _pattern(
     r"\b(?:which|who|whichever|whoever|better|best|worst|most|least|max|maximum|minimum|limit|exceed\w*|first|above|below)\b",
     r"\b(?:slow|fast|cheap|larg|small|bigg|great|high|low|heavi|quick)(?:er|est)\b",
@@ -200,12 +203,15 @@ def is_name(before: str, number: str, after: str) -> bool:
     return bool(_NAME_BEFORE.search(before) or _NAME_AFTER.match(after))
 
 
-def ceiling(value: Fraction, question: str, after: str) -> int | None:
-    """The natural ceiling of a value by what follows it, such as 24 for hours, or 100 for a mark; None without one."""
-    if 50 < value <= 100 and _MARKS.search(question):
-        return 100
+def ceiling(value: Fraction, after: str) -> int | None:
+    """The natural ceiling of a value by the unit that follows it, such as 24 for hours; None without one."""
     limits = next((limits for pattern, limits in _CEILINGS if pattern.match(after)), ())
     return next((limit for limit in limits if value <= limit), None)
+
+
+def up_to_100(question: str) -> bool:
+    """Whether numbers and results up to 100 should stay there: marks, ages, a percentage that is asked for."""
+    return _UP_TO_100.search(question) is not None
 
 
 def whole(after: str) -> int | None:
