@@ -11,21 +11,15 @@ PACKAGE = Path(__file__).parent.parent / "latentlab"
 MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if not path.stem.startswith("__")}
 # One page each, understood alone: they may import nothing of the package but these two.
 LEAVES = {"problems", "config", "masks", "advantage", "loss", "statistics", "report", "reward"}
-    "LEAVES word_problems wording equations smollm2 hub parallel attention"
+LEAVES |= {"word_problems", "wording", "equations", "smollm2", "hub", "parallel", "attention"}
 SHARED = {"problems", "config"}
 # Modules import only from their left; training evaluates on its validation problems, so `evaluate` comes before it.
 # A new module gets its place here.
 ORDER = (
     "problems config parallel hub word_problems wording equations perturb sources statistics masks smollm2 published"
-<<<<<<< HEAD
     " backbone attention model rollout micro_batch reward evaluate advantage loss report copies_report checkpoint loop"
     " curriculum inputs grpo collapse reference enumeration theory proofs checks verify parts gsm8k_report reproduce"
     " tables study launch compare sweep timing baselines bench cli"
-=======
-    " backbone model rollout reward evaluate advantage loss report copies_report checkpoint loop curriculum inputs grpo"
-    " collapse reference enumeration theory proofs checks verify parts gsm8k_report reproduce tables study launch"
-    " compare sweep bench cli"
->>>>>>> perturb
 ).split()
 HEAVY = {"torch", "transformers", "datasets", "tyro", "papermill"}
 
