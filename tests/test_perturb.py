@@ -41,6 +41,9 @@ REST = problem("A coat of $1,400 is sold at 20% off. What does it cost?", "<<140
 WALK = problem("An 8-mile walk takes Bo 15 minutes a mile. How many hours is that?", "<<8*15=120>>", "<<120/60=2>>")
 
 
+BOXES = problem("A box holds 12 cakes. How many cakes are in 7 boxes?", "<<12*7=84>>")
+
+
 def free(problem):
     template = trace(problem)
     return set() if template is None else {float(template.values[i]) for i in template.free}
@@ -204,8 +207,9 @@ def test_a_leaf_with_two_origins_freezes_all_behind_it():
         ("Of 90 pupils 40 are boys and 50 girls; 30 boys sing.", ["<<40-30=10>>"], {30}),  # 90 = 40 + 50
         ("It is 90 degrees, 11 more than at night.", ["<<90-11=79>>"], {11}),  # a fact is left alone
         ("He pays with 3 $20 bills for 7 pens at $6.", ["<<3*20=60>>", "<<7*6=42>>", "<<60-42=18>>"], {3, 7, 6}),
-        ("20% like tea, 40% milk and 80 neither.", ["<<80/40=2>>", "<<2*100=200>>"], {80}),  # 40 is the rest as well
-        ("He walks 9 miles on May 6 and 14 on May 8.", ["<<9+14=23>>"], {9, 14}),
+        ("20% like tea, 40% milk and 80 neither.", ["<<80/40=2>>", "<<2*100=200>>"], set()),  # 40 and 80 are rests too
+        ("He walks 9 miles on May 6 and 23 on May 4.", ["<<9+23=32>>"], {9, 23}),
+        ("He walks 9 miles on May 6 and 14 on May 8.", ["<<9+14=23>>"], {9}),  # 14 = 6 + 8
         ("A cat has 15 toys; 3 cats: Ann, Bea and Cy.", ["<<15*3=45>>"], {15}),  # the names are counted
         ("A coin of 25 cents buys 9 nuts; he buys 18.", ["<<18/9=2>>", "<<2*.25=.50>>"], {9, 18}),
     ],
@@ -270,7 +274,7 @@ def folder(tmp_path, monkeypatch):
     """A data folder with PENS and SALE to train on; the test set has PENS with other names and numbers."""
     pencils = Problem("t", "A pen costs $3.50 and a ruler $5. How much are 8 pens and 9 rulers?", (), "73", "test")
     coat = Problem("q", *[getattr(SALE, k) for k in ("question", "steps", "answer", "source")])
-    rows = {"train": [PENS, coat], "valid": [WALK], "test": [pencils]}
+    rows = {"train": [PENS, coat], "valid": [BOXES], "test": [pencils]}
     for name, problems in rows.items():
         write_jsonl(problems, tmp_path / f"gsm8k_{name}.jsonl")
     (tmp_path / "gsm8k_flags.json").write_text('{"train": {"gsm8k_aug_valid_500": []}}')
@@ -305,7 +309,7 @@ def test_the_report_counts_what_it_says(folder, monkeypatch, capsys):
         copies_report.write(load_preset("tiny"), str(folder))
     copies_report.write(load_preset("smol"), str(folder / "out"))
     metrics = json.loads((folder / "out" / "perturb" / "perturb.json").read_text())["metrics"]
-    each = [len(perturb(original, 50, seed=0)) for original in (PENS, SALE, WALK)]
+    each = [len(perturb(original, 50, seed=0)) for original in (PENS, SALE, BOXES)]
     assert (metrics["all"]["problems"], metrics["all"]["perturbable"], metrics["all"]["copies"]) == (3, 3, sum(each))
     assert metrics["wrong_equations"] == metrics["wrong_answers"] == metrics["originals_not_restored"] == 0
     assert metrics["held_out_in_training"] == {"questions": 0, "but_for_numbers_and_names": 0}
