@@ -181,6 +181,10 @@ def trace(problem: Problem) -> Template | None:
         return None
     idle = {i for i in mentions if mentions.count(i) > used.count(i)}  # some mention explains nothing
     frozen |= idle | _given_twice(values, idle, constants, results, behind)
+    for n in (2, 3):  # 40 that may be the 40 % or what 20 % and 40 % leave of 100
+        for parts in itertools.combinations(sorted(set(percent)), n):
+            rest = 100 - sum([values[i] for i in parts])
+            frozen |= {values.index(rest), *parts} if rest in values else set()
     everything = [*values, *results]
     order = sorted(range(len(everything)), key=everything.__getitem__) if wording.decides(question) else []
     limit = 100 if wording.up_to_100(question) else None

@@ -152,6 +152,7 @@ _CEILINGS = [(_pattern(unit), ceilings) for unit, ceilings in (
     (r"[\s-](?:\w+[\s-])?months?\b", (12,)),
     (r"[\s-]years?(?:[\s-]?old| of age)", (12, 18, 25, 35, 50, 70, 100)),
     (r"\s(?:ft|feet|foot)\stall", (8,)),
+    (r"\s?(?:mph|miles (?:per|an) hour)", (12, 30, 80)),
     (r"\sinches\stall", (84,)),
     (r"\s?(?:cm|centimeters?)\b", (200,)),
 )]  # fmt: skip
