@@ -201,7 +201,7 @@ class Verify:
 
 @dataclass
 class Bench:
-    """Time the engine against other ways to make rollouts and against the floor; gpt2 takes a quarter of an hour."""
+    """Time the engine against other ways to make rollouts and against the floor; gpt2 takes twenty minutes."""
 
     shape: Literal["tiny", "gpt2", "smollm2"] = "gpt2"
     json: str = ""  # write the result here as well

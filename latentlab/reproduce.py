@@ -184,6 +184,8 @@ def _plan_grpo(model, data, config: Config, budget: Budget) -> tuple[int, int]:
     g, arms = config.grpo, len(config.sweep.arms)
     if not budget.minutes:
         return len(config.sweep.seeds), g.steps
+    if budget.left() <= 0:
+        return 1, 0
     problems = data["train"][: g.num_problems]
     mask, temperature = arm_settings(g, "shared")
 
