@@ -94,7 +94,7 @@ def read_reproduce(*presets: str) -> dict | None:
 def verdict_of(gain: dict, device: str) -> str:
     """The verdict of the comparison; on a CPU the budget is no budget, and the rule's word is given beside it."""
     if "skipped" in gain:
-        return gain["skipped"]
+        return gain["skipped"] if device == "cuda" else f"{NOT_ON_GPU}; {gain['skipped']}"
     word = verdict(gain["difference"], gain["low"], gain["high"], target=PUBLISHED["points"])
     if gain["low"] == gain["high"]:  # no problem was answered differently: an interval of width 0 resolves nothing
         word = "not resolved"

@@ -72,7 +72,8 @@ def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, mon
 def test_a_spent_budget_still_ends_in_a_report(toy, tmp_path):
     path = reproduce.reproduce(toy, out=str(tmp_path / "run"), budget_minutes=1e-4, device="cpu")
     metrics = json.loads(path.read_text())["metrics"]
-    assert "no time was left" in metrics["gain"]["skipped"] == metrics["verdict"]
+    assert "no time was left" in metrics["gain"]["skipped"]
+    assert metrics["verdict"] == f"not run on a GPU; {metrics['gain']['skipped']}"
 
 
 def test_another_plan_in_the_folder_is_refused(toy, tmp_path):
