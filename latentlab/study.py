@@ -32,8 +32,8 @@ PACKAGE = Path(__file__).parent
 
 NOTEBOOKS = "[0-9][0-9]_*.ipynb"
 SAFE_OUTPUTS = {"text/plain", "image/png"}
-# Log level 40: the kernel's "running over TCP without encryption" is harmless and not for users; errors still show.
-KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=40"]
+# Log level 50: "running over TCP without encryption" and an interrupt at shutdown are not for users; errors of cells show.
+KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=50"]
 
 
 class StudyError(RuntimeError):
