@@ -32,7 +32,7 @@ PACKAGE = Path(__file__).parent
 
 NOTEBOOKS = "[0-9][0-9]_*.ipynb"
 SAFE_OUTPUTS = {"text/plain", "image/png"}
-# Log level 50: "running over TCP without encryption" and an interrupt at shutdown are not for users; errors of cells show.
+# Log level 50: "running over TCP without encryption" and an interrupt at the end are not for users; errors show.
 KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=50"]
 
 
