@@ -120,6 +120,13 @@ class LatentReasoner(nn.Module):
         on = self.autocast_dtype is not None
         return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=on)
 
+    def cast_once(self):
+        """A context around several passes: each weight is cast once, not in every pass; the code inside is as it was.
+
+        Autocast keeps its casts until the outermost context ends, so no weight may change inside.
+        """
+        return torch.autocast(self.device.type, enabled=False)
+
     # -- one forward pass -------------------------------------------------------------------------------------------
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -267,7 +274,7 @@ class LatentReasoner(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [R, A, D] that predict answer tokens [R, A], and the thoughts [R, L, D], with gradient."""
         self.check_length(prompt_ids.shape[1], tokens.shape[1])
-        with self._autocast():  # one context for all passes, so that each weight is cast once
+        with self.cast_once():
             state = self.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
             thoughts = self.think(state)
             return self.answer(state, tokens[:, :-1]), thoughts

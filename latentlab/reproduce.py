@@ -34,6 +34,7 @@ from latentlab.curriculum import curriculum_gradient, fit_curriculum, set_stage
 from latentlab.evaluate import evaluate
 from latentlab.grpo import fit_grpo, policy_gradient
 from latentlab.gsm8k_report import write_report
+from latentlab.inputs import expect_together
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
 from latentlab.report import peak_memory_gib, read_json, write_atomically
@@ -44,7 +45,10 @@ TRANSFER = ("gsm8k_perturbed", "svamp", "multiarith", "gsm_hard")
 
 
 class Budget:
-    """A time budget that survives a restart: what was spent and what was planned lie in plan.json."""
+    """A time budget that survives a restart: what was spent and what was planned lie in plan.json.
+
+    A killed process spent the time until the last file that it wrote in `folder`: a training step writes one.
+    """
 
     def __init__(self, folder: Path, config: Config, minutes: float, weights: dict):
         self.path, self.minutes, self.start = folder / "plan.json", minutes, time.monotonic()
@@ -53,6 +57,8 @@ class Budget:
         if self.path.exists():
             self.data = read_json(self.path, "the plan of this study", "made_for", "spent", "plan")
             expect_same(self.data["made_for"], made_for, str(self.path))
+            last_sign = max(file.stat().st_mtime for file in folder.rglob("*") if file.is_file())
+            self.data["spent"] += max(0.0, last_sign - self.path.stat().st_mtime)
         self.before = self.data["spent"]
 
     def spent(self) -> float:
@@ -93,6 +99,10 @@ def reproduce(
     data = {split: sources.load(config.data, split) for split in ("train", "validation", "test")}
     folder.mkdir(parents=True, exist_ok=True)
     model = _load(config, folder, weights or init_from, trained=bool(init_from)).place(device, config.precision)
+    learned = [*data["train"], *data["validation"]]
+    expect_together(model, [*learned, *data["test"]], config)
+    if not init_from:
+        expect_together(model, learned, config, curriculum=True)
     _expect_memory(model)
     budget = Budget(folder, config, budget_minutes, model.provenance)
 

@@ -107,9 +107,10 @@ def rollout(
         seeds = rollout_seeds(run_seed, step, [p.id for p in problems], num_generations)
     if isinstance(masks, MaskSpec):
         masks = draw_masks(masks, model, seeds)
-    state = model.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
-    thoughts = model.think(state, edit=edit)
-    tokens, token_mask, logp, entropy = _answer(model, state, seeds.to(model.device), temperature)
+    with model.cast_once():
+        state = model.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
+        thoughts = model.think(state, edit=edit)
+        tokens, token_mask, logp, entropy = _answer(model, state, seeds.to(model.device), temperature)
     text = model.tokenizer.batch_decode(tokens, skip_special_tokens=True)  # the padding is eos: skipped
     return Rollouts(
         problems=tuple(problems),

@@ -1,6 +1,8 @@
 """reproduce.py: the budgeted study from end to end on a toy, interrupted and resumed; parts.py: weights in parts."""
 
 import json
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +76,23 @@ def test_a_spent_budget_still_ends_in_a_report(toy, tmp_path):
     metrics = json.loads(path.read_text())["metrics"]
     assert "no time was left" in metrics["gain"]["skipped"]
     assert metrics["verdict"] == f"not run on a GPU; {metrics['gain']['skipped']}"
+
+
+def test_the_time_of_a_killed_process_is_spent(config, tmp_path):
+    budget = reproduce.Budget(tmp_path, config(), 10, {})
+    budget.save()
+    written = (tmp_path / "plan.json").stat().st_mtime
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "timing.jsonl").touch()
+    os.utime(tmp_path / "run" / "timing.jsonl", (written + 120, written + 120))
+    assert 120 <= reproduce.Budget(tmp_path, config(), 10, {}).spent() < 180
+
+
+def test_a_model_that_cannot_hold_the_problems_is_refused_before_any_step(toy, tmp_path):
+    config = replace(toy, backbone=replace(toy.backbone, n_positions=8))
+    with pytest.raises(ValueError, match="expected at most 8"):
+        reproduce.reproduce(config, out=str(tmp_path / "run"), budget_minutes=0.01, device="cpu")
+    assert not any((tmp_path / "run").iterdir())
 
 
 def test_another_plan_in_the_folder_is_refused(toy, tmp_path):
