@@ -47,7 +47,7 @@ def write_report(
     packed = io.BytesIO()
     np.savez_compressed(packed, n=len(test), **{name: np.packbits(x.astype(bool)) for name, x in outcomes.items()})
     report.write_atomically(report.reports_folder() / preset / "reproduce_outcomes.npz", packed.getvalue())
-    samples = _flipped(folder, names, outcomes, test)
+    samples = _flipped(config, folder, names, outcomes, test, device)
     text = json.dumps(samples, indent=1, ensure_ascii=False) + "\n"
     report.write_atomically(report.reports_folder() / preset / "reproduce_samples.json", text.encode())
     gain, contrast = (_pooled(outcomes, names, *pair) for pair in (("shared", "coconut"), ("shared", "temperature")))
@@ -203,7 +203,9 @@ def _rollout_rate(run: Path) -> float:
     return round(done["rollouts"] / max(seconds_spent(run), 1e-9), 2)
 
 
-def _flipped(folder: Path, names: list[str], outcomes: dict, test: list[Problem]) -> list[dict]:
+def _flipped(
+    config: Config, folder: Path, names: list[str], outcomes: dict, test: list[Problem], device: str
+) -> list[dict]:
     """Problems that the baseline and arm `shared` (first seed) disagree on: answers and decoded thoughts of both."""
     arm = next((name for name in names if name.startswith("shared-s")), None)
     if arm is None:
@@ -212,26 +214,29 @@ def _flipped(folder: Path, names: list[str], outcomes: dict, test: list[Problem]
     rows = [*np.flatnonzero(after > before)[:FLIPPED], *np.flatnonzero(after < before)[:FLIPPED]]
     if not rows:
         return []
-    problems = [test[row] for row in rows]
-    seen = {name: _thoughts(folder / name / "best", problems) for name in ("coconut-s0", arm)}
+    problems, seen = [test[row] for row in rows], {}
+    for name in ("coconut-s0", arm):
+        said = _answers(folder, f"{name}.gsm8k")["text"]
+        model = LatentReasoner.from_pretrained(folder / name / "best").place(device, config.precision)
+        seen[name] = [
+            {"text": said[row], "thoughts": thoughts}
+            for row, thoughts in zip(rows, decoded_thoughts(model, problems), strict=True)
+        ]
     return [
         {
             "id": problem.id, "question": problem.question, "answer": problem.answer,
-            "became": "right" if after[row] else "wrong",
-            **{name: {"text": texts[i], "thoughts": thoughts[i]} for name, (texts, thoughts) in seen.items()},
+            "became": "right" if after[row] else "wrong", **{name: found[i] for name, found in seen.items()},
         }
         for i, (row, problem) in enumerate(zip(rows, problems, strict=True))
     ]  # fmt: skip
 
 
-def _thoughts(checkpoint: Path, problems: list[Problem], top: int = 5) -> tuple[tuple[str, ...], list]:
-    """Greedy answers, and for each thought the tokens that the head finds likeliest (logit lens)."""
-    model = LatentReasoner.from_pretrained(checkpoint)
+def decoded_thoughts(model: LatentReasoner, problems: list[Problem], top: int = 5) -> list[list[list[str]]]:
+    """For each problem and thought, the `top` tokens that the head finds likeliest (logit lens)."""
     out = rollout(model, problems, num_generations=1, masks=None, temperature=0.0, run_seed=0, step=0)
     with torch.no_grad():
         tokens = model.head(out.thoughts).topk(top, -1).indices  # [n, L, top]
-    decoded = [[[model.tokenizer.decode([t]) for t in thought] for thought in row] for row in tokens.tolist()]
-    return out.text, decoded
+    return [[[model.tokenizer.decode([t]) for t in thought] for thought in row] for row in tokens.tolist()]
 
 
 def _headline(outcomes: dict, names: list[str], metrics: dict) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import tiny_gpt2
 
-from latentlab import cli, parts, reproduce, sources
+from latentlab import cli, gsm8k_report, parts, reproduce, sources
 from latentlab.model import LatentReasoner
 from latentlab.word_problems import word_problems
 
@@ -67,6 +67,13 @@ def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, mon
     for arm in result["arms"]:
         right = np.unpackbits(packed[f"{arm['name']}-s{arm['seed']}"])[:6]
         assert right.sum() == arm["correct"]
+    recorded = json.loads((out / "answers" / "shared-s0.gsm8k.json").read_text())
+    right = {"coconut-s0": np.zeros(6), "shared-s0": np.eye(6)[2]}  # as if the third problem had flipped
+    test = sources.load(toy.data, "test")
+    (sample,) = gsm8k_report._flipped(toy, out, ["coconut-s0", "shared-s0"], right, test, "cpu")
+    assert sample["id"] == test[2].id == recorded["ids"][2] and sample["became"] == "right"
+    assert sample["shared-s0"]["text"] == recorded["text"][2]
+    assert [len(top) for top in sample["shared-s0"]["thoughts"]] == [5] * toy.num_thoughts
     again = reproduce.reproduce(toy, out=str(out), budget_minutes=0.01, device="cpu")  # finished: nothing is done twice
     assert json.loads(again.read_text())["arms"] == result["arms"]
 

@@ -1,10 +1,13 @@
 """rollout.py: replay to rounding, answers independent of batch mates, answers that end early, late or at once."""
 
+import copy
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
 from conftest import tiny_gpt2
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
 from latentlab.model import LatentReasoner, policy
@@ -277,3 +280,50 @@ def test_masks_of_another_number_of_rollouts_are_one_line(gpt2, problems):
             ValueError, match=f"^masks: got {rows} rows for 4 x 3 rollouts, expected one mask per rollout"
         ):
             rollout(gpt2, problems, masks=masks, **SETTINGS)
+
+
+# -- mixed precision --------------------------------------------------------------------------------------------------
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each tensor is converted to another type, by its address."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.counts[args[0].data_ptr()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_bfloat16_products_leave_weights_log_probs_and_gradients_in_float32(model, problems):
+    model.place("cpu", "bfloat16")
+    out = rollout(model, problems, masks=MaskSpec(rate=0.3), **SETTINGS)
+    logp = model.score(out, masks=out.masks)
+    logp.sum().backward()
+    assert {x.dtype for x in (out.logp, out.entropy, logp)} == {torch.float32}
+    assert {x.dtype for weight in model.parameters() for x in (weight, weight.grad)} == {torch.float32}
+    assert replay_gap(logp, out) < 0.1
+    exact = rollout(model.place("cpu"), problems, masks=MaskSpec(rate=0.3), **SETTINGS)
+    assert 1e-4 < (exact.thoughts - out.thoughts).abs().max() < 0.5  # bfloat16 it was, and only rounding
+
+
+def test_bfloat16_casts_a_weight_once_per_rollout_and_never_keeps_the_cast(model, problems):
+    model.place("cpu", "bfloat16")
+    with Casts() as casts:
+        before = rollout(model, problems, masks=None, **SETTINGS)
+    head = model.lm.get_output_embeddings().weight
+    blocks = [w for w in model.lm.parameters() if w.dim() == 2 and casts.counts[w.data_ptr()]]
+    assert len(blocks) >= 4 and {casts.counts[w.data_ptr()] for w in blocks if w is not head} == {1}
+    assert before.tokens.shape[1] > 1, "one pass only: nothing shown"
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(-1.5)
+    after = rollout(model, problems, masks=None, **SETTINGS)
+    fresh = LatentReasoner(
+        copy.deepcopy(model.lm), model.tokenizer, num_thoughts=model.num_thoughts, max_new_tokens=model.max_new_tokens
+    ).place("cpu", "bfloat16")
+    assert torch.equal(after.logp, rollout(fresh, problems, masks=None, **SETTINGS).logp)
+    assert not torch.equal(after.thoughts, before.thoughts)
