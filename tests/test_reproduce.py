@@ -3,9 +3,11 @@
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_gpt2
 
 from latentlab import cli, gsm8k_report, parts, reproduce, sources
@@ -100,6 +102,19 @@ def test_a_model_that_cannot_hold_the_problems_is_refused_before_any_step(toy, t
     with pytest.raises(ValueError, match="expected at most 8"):
         reproduce.reproduce(config, out=str(tmp_path / "run"), budget_minutes=0.01, device="cpu")
     assert not any((tmp_path / "run").iterdir())
+
+
+def test_a_gpu_without_enough_memory_is_one_line(monkeypatch):
+    model = SimpleNamespace(device=torch.device("cuda"), parameters=lambda: [torch.empty(10**8, device="meta")])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**28)
+    for free, enough in ((4 * 2**30, True), (3 * 2**30, False)):  # 16 bytes a weight and 2 GiB: 3.5 GiB
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**34))
+        if enough:
+            reproduce._expect_memory(model)
+        else:
+            with pytest.raises(OSError, match=r"^GPU: got 3.0 GiB free, expected 3.5 .*; free some") as error:
+                reproduce._expect_memory(model)
+            assert "\n" not in str(error.value)
 
 
 def test_another_plan_in_the_folder_is_refused(toy, tmp_path):
