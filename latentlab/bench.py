@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from latentlab import report
 from latentlab.backbone import word_tokenizer
 from latentlab.baselines import VARIANTS, EarlyEnd, floor, official, plain
+from latentlab.figures import save_figure
 from latentlab.masks import MaskSpec, draw_masks
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
@@ -274,4 +275,4 @@ def draw(scaling: dict, name: str) -> None:
         axes.set_title(f"{1000 * found['slope']:.3g} ms each, R² {found['r2']:.3f}", fontsize=9)
         axes.set_ylim(bottom=0)
     figure.axes[0].set_ylabel("seconds, one problem")
-    report.save_figure(figure, name, "bench")
+    save_figure(figure, name, "bench")

@@ -18,18 +18,17 @@ Letters: B problems, K rollouts each, R = B * K rows, Q prompt tokens, L thought
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from latentlab import backbone
 from latentlab.attention import RolloutCache, rollout_attention
 from latentlab.backbone import END, LATENT, START
 from latentlab.config import Config
 from latentlab.masks import Masks
+from latentlab.sites import branch_outputs, scale_first, scaled
 
 FEEDBACKS = ("thought", "pause", "none")
 
@@ -101,11 +100,9 @@ class LatentReasoner(nn.Module):
         return 1 + self.num_thoughts + (self.max_new_tokens if scope == "all" else 0)
 
     def _branch_modules(self, sites: tuple[str, ...]) -> list[nn.Module]:
-        """The modules whose output is a residual branch's output, layer by layer, found by role (see below)."""
+        """The modules whose output is a residual branch's output, layer by layer (sites.py)."""
         if sites not in self._branches:  # the search walks over all modules: once is enough
-            self._branches[sites] = [
-                branch_output(layer, site) for layer in decoder_layers(self.lm) for site in sites if site != "embedding"
-            ]
+            self._branches[sites] = branch_outputs(self.lm, sites)
         return self._branches[sites]
 
     def place(self, device: str = "auto", precision: str = "float32") -> LatentReasoner:
@@ -147,11 +144,13 @@ class LatentReasoner(nn.Module):
         return self._pass(state, inputs, positions, slots)
 
     def _pass(self, state: State, inputs: torch.Tensor, positions: torch.Tensor, slots: list[int]) -> torch.Tensor:
-        factors = state.masks.factors(slots) if state.masks is not None and slots else None
-        lm, cache = self.lm.base_model, state.cache
-        with self._autocast(), self._masked(factors, state.masks, len(slots)), rollout_attention(lm.config):
-            if factors is not None and "embedding" in state.masks.spec.sites:
-                inputs = _scale_first(inputs, factors[:, :, -1], len(slots))
+        lm, cache, branches, factors = self.lm.base_model, state.cache, [], None
+        if state.masks is not None and slots:
+            factors, sites = state.masks.factors(slots), state.masks.spec.sites  # [R, 1 or len(slots), S, D]
+            branches = self._branch_modules(sites)
+            if "embedding" in sites:
+                inputs = scale_first(inputs, factors[:, :, -1], len(slots))
+        with self._autocast(), scaled(branches, factors, len(slots)), rollout_attention(lm.config):
             output = lm(
                 inputs_embeds=inputs,
                 attention_mask=cache.visible(inputs.shape[1]),
@@ -161,20 +160,6 @@ class LatentReasoner(nn.Module):
                 rollout_cache=cache,
             )
         return output.last_hidden_state
-
-    @contextmanager
-    def _masked(self, factors: torch.Tensor | None, masks: Masks | None, count: int):
-        """While inside, the first `count` positions of branch outputs are scaled by `factors` [R, 1 or count, S, D]."""
-        handles = []
-        if factors is not None:
-            for s, module in enumerate(self._branch_modules(masks.spec.sites)):
-                hook = lambda _, __, out, f=factors[:, :, s]: _scale_first(out, f, count)  # noqa: E731
-                handles.append(module.register_forward_hook(hook))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # -- prefix -> think -> answer ----------------------------------------------------------------------------------
 
@@ -347,37 +332,6 @@ def token_logps(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) 
 def policy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probs of all tokens [..., V] under logits [..., V] at `temperature` (greedy, 0, is scored at 1)."""
     return torch.log_softmax(logits if temperature in (0, 1) else logits / temperature, -1)
-
-
-def decoder_layers(lm: nn.Module) -> nn.ModuleList:
-    """The stack of decoder blocks: the first ModuleList whose members each have an attention and an MLP child."""
-    for module in lm.modules():
-        if isinstance(module, nn.ModuleList) and module and _children(module[0], "att") and _children(module[0], "mlp"):
-            return module
-    raise ValueError(
-        f"backbone: got {type(lm).__name__}, expected blocks with an attention and an mlp child (GPT-2, Llama)"
-    )
-
-
-def branch_output(layer: nn.Module, site: str) -> nn.Module:
-    """The last linear map of a block's attention or MLP branch: what is added to the residual stream."""
-    branch = _children(layer, "att" if site == "attention" else "mlp")[0]
-    return [m for m in branch.modules() if isinstance(m, (nn.Linear, Conv1D))][-1]
-
-
-def _children(layer: nn.Module, word: str) -> list[nn.Module]:
-    """Child modules named after a role that hold a linear map (`post_attention_layernorm` is none)."""
-    return [
-        child for name, child in layer.named_children()
-        if word in name and any(isinstance(m, (nn.Linear, Conv1D)) for m in child.modules())
-    ]  # fmt: skip
-
-
-def _scale_first(out: torch.Tensor, factors: torch.Tensor, count: int) -> torch.Tensor:
-    """Multiply the first `count` positions of out [R, T, D] by factors [R, 1 or count, D]."""
-    if count == out.shape[1]:
-        return out * factors
-    return torch.cat([out[:, :count] * factors, out[:, count:]], 1)
 
 
 def _single_token(tokenizer, text: str) -> int:

@@ -1,4 +1,4 @@
-"""Results: one JSON per notebook, and figures from dicts. The tables made from them: tables.py.
+"""Results: one JSON per notebook. Figures made from them: figures.py; tables: tables.py.
 
 A result is `<reports>/<preset>/<name>.json`:
 
@@ -28,11 +28,9 @@ import tempfile
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from itertools import cycle
 from pathlib import Path
 
 SCHEMA_VERSION = 1
-LINES = (("-", "o", "black"), ("--", "s", "0.35"), (":", "^", "black"), ("-.", "D", "0.35"), ("-", "v", "0.6"))
 
 
 # ---------------------------------------------------------------- where things lie
@@ -103,7 +101,8 @@ def read_json(path: Path, what: str, *keys: str) -> dict:
     return value
 
 
-def _path(name: str, preset: str, suffix: str, directory) -> Path:
+def result_path(name: str, preset: str, suffix: str, directory=None) -> Path:
+    """`<reports>/<preset>/<name><suffix>`; ValueError for a name or preset that is no plain word."""
     for label, text in (("name", name), ("preset", preset)):
         if not re.fullmatch(r"\w[\w-]*", str(text), re.ASCII):
             raise ValueError(f"{label}: got {text!r}, expected letters, digits, _ and -; it becomes a file name")
@@ -168,7 +167,7 @@ def write_result(
     `started` is `time.time()` or ISO text, `seconds` the duration; `headline` one sentence with the result's numbers,
     `question` what the notebook asks: both appear in the README. Raises ValueError on NaN, inf and bad names.
     """
-    path = _path(name, preset, ".json", directory)
+    path = result_path(name, preset, ".json", directory)
     if not isinstance(started, str):
         started = datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds")
     result = {
@@ -208,7 +207,7 @@ def read_result(name: str, preset: str, directory=None) -> dict:
     """
     folders = [directory] if directory else [reports_folder(), repository_root() / "reports"]
     for folder in folders:
-        path = _path(name, preset, ".json", folder)
+        path = result_path(name, preset, ".json", folder)
         if path.is_file():
             result = load_result(path)
             if result is None:
@@ -265,57 +264,3 @@ def leaves(value, where: str = ""):
             yield from leaves(inner, f"{where}.{key}" if where else str(key))
     else:
         yield where, value
-
-
-# ---------------------------------------------------------------- figures
-def save_figure(figure, name: str, preset: str, directory=None) -> Path:
-    """Save a matplotlib figure as `<reports>/<preset>/<name>.png`; equal figures give equal bytes."""
-    from io import BytesIO
-
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
-    return write_atomically(_path(name, preset, ".png", directory), picture.getvalue())
-
-
-def plot_arms(ax, arms: list[dict]) -> None:
-    """Horizontal 95 % intervals, one line per arm, one marker per seed; differences where there are any."""
-    value = "difference" if any(arm.get("difference") for arm in arms) else "accuracy"
-    drawn = [(arm, estimate(arm, value)) for arm in arms if estimate(arm, value)]
-    names = list(dict.fromkeys(arm["name"] for arm, _ in drawn))
-    seeds = list(dict.fromkeys(arm.get("seed") for arm, _ in drawn))
-    style = dict(zip(seeds, cycle(LINES), strict=False))
-    for arm, (middle, low, high) in drawn:
-        y = names.index(arm["name"]) + 0.5 * ((seeds.index(arm.get("seed")) + 0.5) / len(seeds) - 0.5)
-        _, marker, grey = style[arm.get("seed")]
-        ax.plot([low, high], [y, y], color=grey)
-        ax.plot(middle, y, marker, color=grey, label=f"seed {arm.get('seed')}")
-    if value == "difference":
-        ax.axvline(0, color="0.6", linewidth=0.8)
-    ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
-    what = "paired difference to the baseline (points)" if value == "difference" else "pass@1 (%)"
-    ax.set_xlabel(f"{what}, 95 % interval")
-    labels = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    if len(seeds) > 1:
-        ax.legend(labels.values(), labels.keys(), frameon=False)
-
-
-def plot_curves(ax, curves: dict, *, xlabel: str, ylabel: str) -> None:
-    """Lines from {label: (x, y)}, told apart by dash and marker, so that they survive greyscale."""
-    for (label, (x, y)), (line, marker, grey) in zip(curves.items(), cycle(LINES), strict=False):
-        ax.plot(x, y, line, marker=marker, markevery=max(1, len(x) // 8), color=grey, label=label)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.legend(frameon=False)
-
-
-def estimate(arm: dict, value: str) -> tuple[float, float, float] | None:
-    """(middle, low, high) in percentage points, or None where the arm does not have them; no interval: low = high."""
-    if value == "difference":
-        difference = arm.get("difference") or {}
-        middle, low, high = (difference.get(key) for key in ("points", "low", "high"))
-    else:
-        middle = arm.get("accuracy", arm["correct"] / arm["n"] if arm.get("n") and "correct" in arm else None)
-        bounds = arm.get("interval") or [None, None]
-        low, high = bounds.values() if isinstance(bounds, dict) else bounds
-        middle, low, high = (None if x is None else 100 * x for x in (middle, low, high))
-    return None if middle is None else (middle, middle if low is None else low, middle if high is None else high)

@@ -4,7 +4,8 @@ import html
 import re
 from pathlib import Path
 
-from latentlab.report import estimate, leaves, load_result, plot_arms, reports_folder, save_figure, write_atomically
+from latentlab.figures import estimate, plot_arms, save_figure
+from latentlab.report import leaves, load_result, reports_folder, write_atomically
 
 PRESET_ORDER = ("tiny", "smol-cpu", "smol", "paper")
 LEFT_OUT = ("smoke",)  # says only that everything runs: its numbers are no results

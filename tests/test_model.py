@@ -9,8 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
-from latentlab.model import LatentReasoner, branch_output, decoder_layers, token_logps
+from latentlab.model import LatentReasoner, token_logps
 from latentlab.rollout import encode_prompts
+from latentlab.sites import decoder_layers
 
 SITES = ("attention", "mlp", "embedding")
 SCOPES = ("latent", "prompt+latent", "all")
@@ -80,44 +81,6 @@ def test_what_stands_in_the_padding_is_never_seen(model, problems):
     prompt, valid = prompts(model, problems)
     other = torch.where(valid, prompt, torch.full_like(prompt, 7))
     assert torch.equal(model.teacher_forced(prompt, valid, tokens)[0], model.teacher_forced(other, valid, tokens)[0])
-
-
-# -- sites ----------------------------------------------------------------------------------------------------------
-
-
-def names_of(model, sites):
-    names = {id(module): name for name, module in model.lm.named_modules()}
-    return [names[id(module)] for module in model._branch_modules(sites)]
-
-
-def test_sites_are_found_by_role(make_model):
-    assert names_of(make_model("gpt2"), ("attention", "mlp")) == [
-        f"transformer.h.{i}.{site}" for i in (0, 1) for site in ("attn.c_proj", "mlp.c_proj")
-    ]
-    assert names_of(make_model("llama"), ("mlp", "attention")) == [
-        f"model.layers.{i}.{site}" for i in (0, 1) for site in ("mlp.down_proj", "self_attn.o_proj")
-    ]
-
-
-def test_a_site_is_the_last_linear_map_of_its_branch_and_as_wide_as_the_stream(model):
-    for layer in decoder_layers(model.lm):
-        for site, word in (("attention", "att"), ("mlp", "mlp")):
-            module = branch_output(layer, site)
-            branch = next(child for name, child in layer.named_children() if word in name and "norm" not in name)
-            seen = []
-            handles = [
-                m.register_forward_hook(lambda m, _, out, seen=seen: seen.append((m, out.shape[-1])))
-                for m in branch.modules() if isinstance(m, (nn.Linear, Conv1D))
-            ]  # fmt: skip
-            model.lm(torch.tensor([[1, 2]]))
-            for handle in handles:
-                handle.remove()
-            assert seen[-1] == (module, model.width)
-
-
-def test_a_backbone_without_blocks_is_refused_in_one_line():
-    with pytest.raises(ValueError, match="^backbone: got Sequential, expected blocks"):
-        decoder_layers(nn.Sequential(nn.Linear(2, 2)))
 
 
 # -- masks ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from latentlab import report, tables
+from latentlab import figures, report, tables
 
 FIXED = {"parameters": {"seed": 0}, "started": 0.0, "seconds": 61.25, "environment": {"device": "cpu"}}
 ARMS = [
@@ -104,21 +104,21 @@ def test_equal_figures_give_equal_bytes_and_leave_matplotlib_alone(reports):
     for _ in range(2):
         figure = Figure()
         left, right = figure.subplots(1, 2)
-        report.plot_arms(left, ARMS)
-        report.plot_curves(right, {"a": ([0, 1], [0, 1]), "b": ([0, 1], [1, 0])}, xlabel="iteration", ylabel="reward")
-        pictures.append(report.save_figure(figure, "01_toy", "tiny").read_bytes())
+        figures.plot_arms(left, ARMS)
+        figures.plot_curves(right, {"a": ([0, 1], [0, 1]), "b": ([0, 1], [1, 0])}, xlabel="iteration", ylabel="reward")
+        pictures.append(figures.save_figure(figure, "01_toy", "tiny").read_bytes())
     assert pictures[0] == pictures[1]
     assert matplotlib.get_backend(auto_select=False) == backend
 
 
 def test_arms_are_drawn_where_their_numbers_are():
     ax = Figure().subplots()
-    report.plot_arms(ax, ARMS)
+    figures.plot_arms(ax, ARMS)
     points = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 1]
     assert points == [arm["difference"]["points"] for arm in ARMS]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["shared", "temperature"]
     ax = Figure().subplots()
-    report.plot_arms(ax, [{"name": "a", "n": 4, "correct": 1}, {"name": "unmeasured"}])
+    figures.plot_arms(ax, [{"name": "a", "n": 4, "correct": 1}, {"name": "unmeasured"}])
     assert ax.lines[-1].get_xdata()[0] == 25.0
     assert "pass@1" in ax.get_xlabel()
 
