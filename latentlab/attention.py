@@ -51,7 +51,7 @@ class RolloutCache(Cache):
         self.problem = torch.arange(count, device=self.valid.device).repeat_interleave(num_generations)
         self.width, self.place = num_generations, None
         # contiguous: on strided keys BLAS may round the rows of a group differently, which then are not bit-equal
-        self.prefix = [(keys.contiguous(), values.contiguous()) for keys, values in self.prefix]
+        self.prefix = [(_wide(keys).contiguous(), _wide(values).contiguous()) for keys, values in self.prefix]
         self.suffix = [(Positions(self.capacity), Positions(self.capacity)) for _ in self.prefix]
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
@@ -59,7 +59,7 @@ class RolloutCache(Cache):
         if self.problem is None:
             self.prefix.append((keys, values))
             return keys, values
-        return tuple(part.append(new) for part, new in zip(self.suffix[layer_idx], (keys, values), strict=True))
+        return tuple(part.append(_wide(new)) for part, new in zip(self.suffix[layer_idx], (keys, values), strict=True))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Suffix positions so far."""
@@ -141,21 +141,33 @@ def attention(module, query, key, value, attention_mask, *, scaling: float, roll
     cache = rollout_cache
     if cache.problem is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    prefix = cache.prefix[module.layer_idx]
+    with torch.autocast(query.device.type, enabled=False):  # scores rounded to bfloat16 would move probs by percents
+        out = _suffix_attention(_wide(query) * scaling, key, value, attention_mask, cache, *prefix)
+    return out.to(query.dtype).transpose(1, 2), None
+
+
+def _suffix_attention(query, key, value, attention_mask, cache, prefix_keys, prefix_values) -> torch.Tensor:
+    """[R, H G, T, d]: one softmax over the scores of a row's question and of its own suffix."""
     rows, heads, new, width = query.shape
     shared = heads // key.shape[1]
-    query = (query * scaling).reshape(rows, key.shape[1], shared * new, width)  # a head of keys serves G of queries
-    prefix_keys, prefix_values = cache.prefix[module.layer_idx]
+    query = query.reshape(rows, key.shape[1], shared * new, width)  # a head of keys serves G of queries
     scores = cache.stack(query) @ prefix_keys.transpose(-1, -2)  # [B, H, width G T, Q]
     left = cache.unstack(scores.masked_fill(~cache.valid[:, None, None], -torch.inf))  # [R, H, G T, Q]
     right = query @ key.transpose(-1, -2)  # [R, H, G T, S]
     if attention_mask is not None:
         right = right.masked_fill(~attention_mask.repeat(1, 1, shared, 1), -torch.inf)
-    probs = torch.cat([left, right], -1).softmax(-1).to(value.dtype)
+    probs = torch.cat([left, right], -1).softmax(-1)
     left, right = probs.split([left.shape[-1], right.shape[-1]], -1)
     single = right.shape[2] == 1  # one row times a small matrix: faster as elementwise product and sum
     right = (right.transpose(-1, -2) * value).sum(2, keepdim=True) if single else right @ value
     out = cache.unstack(cache.stack(left) @ prefix_values) + right
-    return out.reshape(rows, heads, new, width).transpose(1, 2), None
+    return out.reshape(rows, heads, new, width)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Float32 instead of a half-precision type: keys and values are kept so, since every pass multiplies by them."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 @contextmanager

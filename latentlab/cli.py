@@ -108,7 +108,9 @@ class Evaluate(Shared):
     """Accuracy of a checkpoint: greedy pass@1, and pass@k and the majority over masks."""
 
     checkpoint: str = ""  # folder or Hub id; default the one shipped for the preset
-    benchmark: str = ""  # gsm8k | gsm8k_perturbed | svamp | multiarith | gsm_hard; default the preset's own test split
+    benchmark: str = (
+        ""  # gsm8k | gsm8k_perturb(able|ed) | svamp | multiarith | gsm_hard; default the preset's own test split
+    )
     limit: int = 0  # problems; 0 takes all
     json: str = ""  # write the result here as well
     device: str = "auto"

@@ -157,6 +157,21 @@ class Config:
         return self.latent_stages * self.curriculum.c_thought
 
 
+def check_arms(sweep: SweepConfig) -> None:
+    """What a table of arms will need: ValueError unless the main contrast is in it and nothing is there twice."""
+    for arm in ("shared", "temperature"):
+        if arm not in sweep.arms:
+            raise ValueError(
+                f"sweep.arms: got no {arm}, expected shared and temperature, whose difference is reported; add it"
+            )
+    for name in ("seeds", "arms", "controls"):
+        values = getattr(sweep, name)
+        if len(set(values)) < len(values):
+            raise ValueError(
+                f"sweep.{name}: got {values}, expected different ones: each is a run folder; drop the repeated"
+            )
+
+
 def load_preset(name: str) -> Config:
     """The preset `name` as a checked Config. Raises ValueError with one line for a bad name, key, type or value."""
     names = sorted(path.stem for path in PRESETS.glob("*.yaml"))

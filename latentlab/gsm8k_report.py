@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from latentlab.statistics import (
 PUBLISHED = {"baseline": 27.29, "after": 29.01, "points": 1.72}  # arXiv 2606.10184, GPT-2, GSM8K test
 FLIPPED = 10  # problems of each kind whose answers and thoughts are kept
 CURVES = ("reward", "frac_reward_zero_std", "replay_gap", "kl", "validation_accuracy")
+FEW_SEEDS = 3  # with fewer the interval is over problems (and the seeds at hand), and the verdict says so
 NOT_ON_GPU = "not run on a GPU"
 
 
@@ -58,7 +60,7 @@ def write_report(
         "stages_validation": json.loads((folder / names[0] / "done.json").read_text())["stages"],
         "gain": gain,
         "main_contrast": contrast,
-        "verdict": verdict_of(gain, device),
+        "verdict": verdict_of(gain, device, config.data.name),
         "sampled": {name: _sampled(folder, name) for name in names if _exists(folder, f"{name}.sampled")},
         "transfer": _transfer(folder, names, plan),
         "curves": {name: _curves(folder / name) for name in names if (folder / name / "metrics.jsonl").exists()},
@@ -73,7 +75,8 @@ def write_report(
     return report.write_result(
         "reproduce", preset=preset, parameters=to_dict(config), metrics=metrics,
         arms=[_arm(name, outcomes, folder, test) for name in names], started=started, seconds=60 * minutes,
-        environment=report.environment(weights), question="Does the mask lift latent reasoning on GSM8K?",
+        environment=report.environment(weights, device=device),
+        question="Does the mask lift latent reasoning on GSM8K?",
         headline=_headline(outcomes, names, metrics),
     )  # fmt: skip
 
@@ -91,14 +94,20 @@ def read_reproduce(*presets: str) -> dict | None:
     return None
 
 
-def verdict_of(gain: dict, device: str) -> str:
-    """The verdict of the comparison; on a CPU the budget is no budget, and the rule's word is given beside it."""
+def verdict_of(gain: dict, device: str, data: str = "gsm8k") -> str:
+    """The verdict of the comparison, and what it does not cover: other seeds, where there are fewer than three.
+
+    Synthetic problems, and a CPU, whose budget is no budget, get the rule's word beside it.
+    """
     if "skipped" in gain:
         return gain["skipped"] if device == "cuda" else f"{NOT_ON_GPU}; {gain['skipped']}"
     word = verdict(gain["difference"], gain["low"], gain["high"], target=PUBLISHED["points"])
     if gain["low"] == gain["high"]:  # no problem was answered differently: an interval of width 0 resolves nothing
         word = "not resolved"
-    return word if device == "cuda" else f"{NOT_ON_GPU} (the rule's word for these numbers: {word})"
+    if (seeds := gain.get("seeds", 1)) < FEW_SEEDS:
+        word += f", over problems alone, with {seeds} seed{'s' if seeds > 1 else ''}"
+    why = NOT_ON_GPU if device != "cuda" else "no GSM8K" if data == "word_problems" else ""
+    return f"{why} (the rule's word for these numbers: {word})" if why else word
 
 
 def _exists(folder: Path, name: str) -> bool:
@@ -147,13 +156,14 @@ def _pooled(outcomes: dict, names: list[str], arm: str, other: str) -> dict:
     theirs = np.stack([outcomes[f"{other}-s{'0' if other == 'coconut' else seed}"] for seed in seeds])
     pair = paired_comparison(ours[0], theirs[0], seed=0)
     pooled = seed_comparison(ours, theirs, seed=0) if len(seeds) > 1 else dict(pair)
-    pooled["low"] = min(pooled["low"], pooled.get("t_low", pooled["low"]))
-    pooled["high"] = max(pooled["high"], pooled.get("t_high", pooled["high"]))
+    if len(seeds) >= FEW_SEEDS:  # of two, Student's interval is 12.7 standard errors wide and decides nothing
+        pooled |= {"low": min(pooled["low"], pooled["t_low"]), "high": max(pooled["high"], pooled["t_high"])}
     pooled |= {"arms": f"{arm} - {other}", "before": float(theirs.mean()), "after": float(ours.mean())}
-    if 0 < PUBLISHED["points"] <= 100 * pair["discordance"]:
-        n, share = ours.shape[1], pair["discordance"]
+    n, share = ours.shape[1], pair["discordance"]
+    if PUBLISHED["points"] <= 100 * share:
         pooled["power_at_published_gain"] = power_at(PUBLISHED["points"], n, share)
-        pooled["detectable_points"] = detectable_difference(n, share)
+        with suppress(ValueError):  # too few problems to detect any difference
+            pooled["detectable_points"] = detectable_difference(n, share)
     return pooled
 
 

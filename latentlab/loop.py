@@ -2,7 +2,7 @@
 
     runs/NAME/config.json      the whole configuration
     runs/NAME/metrics.jsonl    one JSON object per line, written as it happens; the same whether a run was killed or not
-    runs/NAME/timing.jsonl     step and seconds since its process began, of every process that worked on the run
+    runs/NAME/timing.jsonl     step and seconds since the run was opened, from 0 for every process that worked on it
     runs/NAME/state.pt         all that is needed to go on (Run.save): 12 bytes a weight in float32
     runs/NAME/best/            the weights with the best validation accuracy, as plain transformers loads them: 4 bytes
 
@@ -110,6 +110,7 @@ class Run:
         self.timing.touch()
         os.truncate(self.metrics, 0 if self.new else self.state["metrics_offset"])
         os.truncate(self.timing, self.timing.read_bytes().rfind(b"\n") + 1)
+        self._append(self.timing, {"step": self.progress.step - 1, "seconds": 0.0})  # here a process begins
 
     def restore(self, model, optimizer=None) -> None:
         """Give `model` and `optimizer` what state.pt holds, once; a new run's stay as they are."""
@@ -131,7 +132,7 @@ class Run:
         best = accuracy is not None and keep_best and accuracy > self.progress.best
         if best:
             self.progress.best, self.progress.best_step = accuracy, record["step"]
-        stop = "" if last else max(parallel.gather(self.stop_reason))  # of one process: of all, at the same step
+        stop = max(parallel.gather(lambda: self.stop_reason(last)))  # of one process: of all, at the same step
 
         def write() -> None:
             self.log(record)
@@ -147,21 +148,27 @@ class Run:
                 "command with --resume goes on"
             )
 
-    def stop_reason(self) -> str:
-        """What asked this run to stop: the name of a signal, or the time limit; "" if nothing did."""
-        over = self.max_minutes and time.monotonic() - self.started >= 60 * self.max_minutes
+    def stop_reason(self, last: bool = False) -> str:
+        """What asked this run to stop: the name of a signal, or the time limit; "" if nothing did.
+
+        After the last step a signal still counts: its sender means what would come next, too.
+        """
+        over = not last and self.max_minutes and time.monotonic() - self.started >= 60 * self.max_minutes
         return self.asked or (f"--max-minutes {self.max_minutes:g}" if over else "")
 
     def log(self, record: dict) -> None:
         """Append a line to metrics.jsonl, and its seconds to timing.jsonl. Raises FloatingPointError on a NaN."""
         expect_finite(record, record["step"])
         timing = {"step": record["step"], "seconds": round(time.monotonic() - self.started, 3)}
-        for path, line in ((self.metrics, record), (self.timing, timing)):
-            try:
-                with open(path, "ab") as lines:
-                    lines.write((json.dumps(line) + "\n").encode())
-            except OSError as error:
-                raise OSError(checkpoint.not_written(path, error)) from error
+        self._append(self.metrics, record)
+        self._append(self.timing, timing)
+
+    def _append(self, path: Path, line: dict) -> None:
+        try:
+            with open(path, "ab") as lines:
+                lines.write((json.dumps(line) + "\n").encode())
+        except OSError as error:
+            raise OSError(checkpoint.not_written(path, error)) from error
 
     def save(self, model, optimizer) -> None:
         """Write state.pt: weights, optimizer, progress, and what the run is, to be compared when it goes on."""

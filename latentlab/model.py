@@ -108,21 +108,27 @@ class LatentReasoner(nn.Module):
     def place(self, device: str = "auto", precision: str = "float32") -> LatentReasoner:
         """Move to `device` ("auto": CUDA if there is one), matrix products in `precision`: float32 or bfloat16.
 
-        Weights, optimizer, log-probs and loss stay float32 (autocast). Raises ValueError for a missing device.
+        Autocast: weights, optimizer, attention's softmax (attention.py), the head, log-probs and loss stay float32.
+        Raises ValueError for a missing device.
         """
         self.autocast_dtype = torch.bfloat16 if precision == "bfloat16" else None
-        return self.to(torch_device(device))
+        place = torch_device(device)
+        if place.type == "cuda":
+            torch.cuda.set_device(place)  # what is measured and waited for is this one
+        return self.to(place)
 
     def _autocast(self):
         on = self.autocast_dtype is not None
         return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=on)
 
     def cast_once(self):
-        """A context around several passes: each weight is cast once, not in every pass; the code inside is as it was.
+        """A context around several passes: each weight is cast once, not in every pass; nothing else changes inside.
 
-        Autocast keeps its casts until the outermost context ends, so no weight may change inside.
+        Autocast keeps its casts until the outermost context ends. So no weight may change inside, and passes with and
+        without gradient do not share one context.
         """
-        return torch.autocast(self.device.type, enabled=False)
+        kind = self.device.type
+        return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
 
     # -- one forward pass -------------------------------------------------------------------------------------------
 
@@ -131,9 +137,13 @@ class LatentReasoner(nn.Module):
         return self.lm.get_input_embeddings()(token_ids)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., D] -> logits [..., V] in float32 or wider."""
-        with self._autocast():
-            logits = self.lm.get_output_embeddings()(hidden)
+        """Hidden states [..., D] -> logits [..., V] in float32 or wider; autocast is off.
+
+        Logits in bfloat16 lie 0.1 apart where they matter: ties, and log-probs that do not replay (arXiv 2506.13585).
+        """
+        head = self.lm.get_output_embeddings()
+        with torch.autocast(self.device.type, enabled=False):
+            logits = head(hidden.to(head.weight.dtype))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _forward(self, state: State, inputs: torch.Tensor, slots: list[int]) -> torch.Tensor:
@@ -221,7 +231,10 @@ class LatentReasoner(nn.Module):
         inputs = torch.cat([state.pending, self.embed(ids)], 1)  # [R, 2 + T, D]
         slots = ([state.slot] if state.masks is not None else []) + self._answer_slots(state, ids.shape[1])
         state.slot += ids.shape[1]
-        return self._forward(state, inputs, slots)[:, 1:]
+        hidden = self._forward(state, inputs, slots)[:, 1:]
+        if state.masks is not None and state.masks.spec.scope != "all":
+            state.masks = None  # worn for the last time: rows that leave need not carry them
+        return hidden
 
     def next_token(self, state: State, tokens: torch.Tensor) -> torch.Tensor:
         """Pass one more answer token [R]: -> hidden [R, D], which predicts the next."""

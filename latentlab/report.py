@@ -110,11 +110,14 @@ def result_path(name: str, preset: str, suffix: str, directory=None) -> Path:
 
 
 # ---------------------------------------------------------------- one result
-def environment(weights: dict | None = None) -> dict:
-    """Versions, device and threads of this process; `weights` = {"source": ..., "sha256": ...} of loaded weights."""
+def environment(weights: dict | None = None, *, device: str = "auto") -> dict:
+    """Versions, device and threads of this process; `weights` = {"source": ..., "sha256": ...} of loaded weights.
+
+    device: what was computed on, "cpu" or "cuda"; "auto" takes a GPU where there is one.
+    """
     import torch  # only here: reading and plotting results needs no torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    device = torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else "cpu"
     try:
         transformers = version("transformers")
     except PackageNotFoundError:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from latentlab.config import DataConfig
 from latentlab.hub import TIMEOUT, hub_answers
-from latentlab.perturb import perturbed
+from latentlab.perturb import perturb, perturbed
 from latentlab.problems import (
     Problem,
     canonical_answer,
@@ -28,7 +28,7 @@ from latentlab.problems import (
 from latentlab.word_problems import SPLITS, word_problems
 from latentlab.wording import skeleton
 
-BENCHMARKS = ("gsm8k", "gsm8k_perturbed", "svamp", "multiarith", "gsm_hard", "asdiv_a", "gsm_plus")
+BENCHMARKS = ("gsm8k", "gsm8k_perturbable", "gsm8k_perturbed", "svamp", "multiarith", "gsm_hard", "asdiv_a", "gsm_plus")
 
 _GSM8K_VALIDATION = 500  # problems taken out of GSM8K's training set, which has no validation split of its own
 
@@ -83,19 +83,20 @@ def gsm8k_aug(split: str) -> list[Problem]:
 
 
 def benchmark(name: str, *, data_dir: str | os.PathLike | None = None) -> list[Problem]:
-    """The evaluation problems of one data set: test only, never to choose a checkpoint with.
+    """The evaluation problems of one data set.
 
-    name: "gsm8k" (test split, folder or Hub) · "gsm8k_perturbed" (GSM8K's validation problems with fresh numbers, one
-    variant of each problem that can be perturbed: a model that reasons solves them as often as the validation problems
-    as they were written, one that recalls does not) · "svamp", "multiarith", "gsm_hard" (folder only) · "asdiv_a",
+    name: "gsm8k" (test split, folder or Hub) · "gsm8k_perturbable" and "gsm8k_perturbed" (GSM8K's validation problems
+    that can be perturbed, as they were written and with fresh numbers, one variant each: a model that reasons solves
+    both as often; checkpoints were chosen on the former) · "svamp", "multiarith", "gsm_hard" (folder only) · "asdiv_a",
     "gsm_plus" (Hub only; rows without one numeric answer, such as GSM-Plus's unanswerable questions, are
     left out). Raises ValueError for another name, otherwise as `gsm8k`.
     """
     _check_name("benchmark", name, BENCHMARKS)
     if name == "gsm8k":
         return gsm8k("test", data_dir=data_dir)
-    if name == "gsm8k_perturbed":
-        return perturbed(gsm8k("validation", data_dir=data_dir), 1, seed=0)
+    if name in ("gsm8k_perturbable", "gsm8k_perturbed"):
+        pairs = [(problem, perturb(problem, 1, seed=0)) for problem in gsm8k("validation", data_dir=data_dir)]
+        return [fresh[0] if name == "gsm8k_perturbed" else problem for problem, fresh in pairs if fresh]
     if name == "asdiv_a":
         return _from_hub(("MU-NLPC/Calc-asdiv_a",), "test", name, lambda row: (row["question"], (), row["result"]))
     if name == "gsm_plus":

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from latentlab.compare import write_compare
-from latentlab.config import Config, load_preset, to_dict
+from latentlab.config import Config, check_arms, load_preset, to_dict
 from latentlab.launch import LOCAL, Job, Launcher, read_done, run_jobs
 from latentlab.report import read_json, write_atomically
 
@@ -26,7 +26,7 @@ def run_sweep(name: str, config: Config, *, out: str, launcher: Launcher = LOCAL
     """Run the sweep `name` ("compare") in folder `out`; returns the path of its result file."""
     started = time.time()
     folder, seeds = Path(out), config.sweep.seeds
-    _check_plan(config)
+    check_arms(config.sweep)
     _same_settings(config, folder)
     overrides = _fields(config)
     run_jobs([_sft("coconut", seed) for seed in seeds], folder, config, overrides, launcher)
@@ -35,22 +35,6 @@ def run_sweep(name: str, config: Config, *, out: str, launcher: Launcher = LOCAL
     jobs += [_grpo(arm, seed, config, folder, chosen[_family(arm)]) for seed in seeds for arm in config.sweep.arms]
     run_jobs(jobs, folder, config, overrides, launcher)
     return write_compare(config, folder, chosen, started)
-
-
-def _check_plan(config: Config) -> None:
-    """What the table will need, before any run: ValueError otherwise."""
-    s = config.sweep
-    for arm in ("shared", "temperature"):
-        if arm not in s.arms:
-            raise ValueError(
-                f"sweep.arms: got no {arm}, expected shared and temperature, whose difference is reported; add it"
-            )
-    for name in ("seeds", "arms", "controls"):
-        values = getattr(s, name)
-        if len(set(values)) < len(values):
-            raise ValueError(
-                f"sweep.{name}: got {values}, expected different ones: each is a run folder; drop the repeated"
-            )
 
 
 def _same_settings(config: Config, folder: Path) -> None:

@@ -190,7 +190,7 @@ def _plan() -> str:
     rows = []
     for name, (weights, layers, width, keys, vocabulary) in backbones.items():
         state = 20 * weights / gb  # weights, gradient, two moments, all-reduce buffer: float32
-        cache = problems / gpus * (question + own) * layers * 2 * keys * 2 / gb  # bfloat16
+        cache = problems / gpus * (question + own) * layers * 2 * keys * 4 / gb  # float32
         update = ((question + own) * layers * width * 34 + k * answer * vocabulary * 12) / gb
         sent = 2 * (gpus - 1) / gpus * 4 * weights / gb
         times = [f"{1000 * sent / bandwidth:.0f}" for bandwidth in (300, 12.5)]

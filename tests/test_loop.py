@@ -89,14 +89,14 @@ def test_a_line_that_a_kill_cut_off_is_left_out_and_mended(tmp_path, start):
             lines.write('{"step": 1, "sec')
     assert read_metrics(tmp_path / "run") == [{"step": 0}] and seconds_spent(tmp_path / "run") > 0
     end(start(resume=True), 1)
-    for name in ("metrics", "timing"):
+    for name, steps in (("metrics", [0, 1]), ("timing", [-1, 0, 0, 1])):  # a line where a process begins
         lines = (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [0, 1]
+        assert [json.loads(line)["step"] for line in lines] == steps
 
 
 def test_seconds_of_all_processes_are_added(tmp_path, start):
     start()
-    clock = (10.0, 20.0, 5.0, 300.0)  # two processes, each from 0
+    clock = (0.0, 10.0, 20.0, 0.0, 25.0, 300.0)  # two processes, each from 0
     lines = [json.dumps({"step": i, "seconds": seconds}) + "\n" for i, seconds in enumerate(clock)]
     (tmp_path / "run" / "timing.jsonl").write_text("".join(lines))
     start(resume=True)  # no checkpoint: the metrics start again, the time is spent all the same
@@ -392,6 +392,26 @@ def test_a_signal_finishes_the_step_and_saves(fit, tmp_path, monkeypatch, capsys
     assert f"{number.name}: finishing the step, then saving" in capsys.readouterr().err
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     fit(loop, "run", resume=True)
+    expect_same_runs(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("loop", RUNS)
+def test_a_signal_in_the_last_step_counts_and_resuming_only_ends_the_run(fit, tmp_path, monkeypatch, loop):
+    """Its sender means what would come next as well: the next arm of a study, say."""
+    _, expected = fit(loop, "whole")
+    update, calls = grpo.update, [0]
+
+    def signalled(*args, **options):
+        calls[0] += 1
+        if calls[0] == 1 + RUNS[loop][2][-1]:
+            signal.raise_signal(signal.SIGTERM)
+        return update(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="^stopped by SIGTERM after step"):
+        patch.setattr(f"latentlab.{loop}.update", signalled)
+        fit(loop, "run")
+    _, summary = fit(loop, "run", resume=True)
+    assert summary == expected
     expect_same_runs(tmp_path / "whole", tmp_path / "run")
 
 

@@ -289,6 +289,7 @@ def test_load_appends_copies_to_train_alone_and_none_of_a_held_out_twin(folder):
     assert rows[2:] == perturb(rows[1], 4, seed=0)
     assert [len(sources.load(data, split)) for split in ("validation", "test")] == [1, 1]
     assert [p.id for p in sources.benchmark("gsm8k_perturbed")] == ["p~0"]
+    assert [p.id for p in sources.benchmark("gsm8k_perturbable")] == ["p"]
 
 
 def test_copies_of_word_problems_are_refused():

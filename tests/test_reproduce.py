@@ -2,7 +2,9 @@
 
 import json
 import os
+import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,12 +21,13 @@ ARMS = {"seeds": [0, 1], "arms": ["temperature", "shared"], "controls": []}
 
 @pytest.fixture
 def toy(config, monkeypatch, tmp_path):
-    """A config whose parts take a second, and benchmarks that are word problems (one of them out of reach)."""
+    """A config whose parts take a second, and benchmarks of word problems: one too long, one out of reach."""
 
     def benchmark(name):
         if name == "gsm_hard":
             raise FileNotFoundError("no folder")
-        return word_problems("test", 5, seed=1, steps=2)
+        problems = word_problems("test", 5, seed=1, steps=2)
+        return [replace(p, question=100 * p.question) for p in problems] if name == "svamp" else problems
 
     def seconds(model, run):  # a clock that no other process can slow down
         run()
@@ -51,7 +54,11 @@ def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         reproduce.reproduce(toy, out=str(out), budget_minutes=0.01, device="cpu")
     before = {path.name: path.read_bytes() for path in (out / "answers").iterdir()}
-    planned = json.loads((out / "plan.json").read_text())["plan"]
+    plan = json.loads((out / "plan.json").read_text())
+    planned = plan["plan"]
+    monkeypatch.setattr(
+        sources, "load", lambda data, split, load=sources.load: None if split == "train" else load(data, split)
+    )
     path = reproduce.reproduce(toy, out=str(out), budget_minutes=0.01, device="cpu")
     assert path == tmp_path / "reports" / "tiny-cpu" / "reproduce.json"
     assert all((out / "answers" / name).read_bytes() == content for name, content in before.items())
@@ -65,6 +72,9 @@ def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, mon
     assert len({arm["rollouts"] for arm in result["arms"][1:]}) == 1
     assert "not run on a GPU" in result["metrics"]["verdict"] and "rehearsal" in result["headline"]
     assert result["metrics"]["transfer"]["gsm_hard"]["skipped"] == "no folder"
+    assert "expected at most" in result["metrics"]["transfer"]["svamp"]["skipped"]
+    assert result["started"] == datetime.fromtimestamp(plan["started"], UTC).isoformat(timespec="seconds")
+    assert result["metrics"]["cost"]["peak_memory_gib"] >= round(plan["peak_memory_gib"], 2)
     packed = np.load(path.with_name("reproduce_outcomes.npz"))
     for arm in result["arms"]:
         right = np.unpackbits(packed[f"{arm['name']}-s{arm['seed']}"])[:6]
@@ -88,13 +98,19 @@ def test_a_spent_budget_still_ends_in_a_report(toy, tmp_path):
 
 
 def test_the_time_of_a_killed_process_is_spent(config, tmp_path):
-    budget = reproduce.Budget(tmp_path, config(), 10, {})
-    budget.save()
-    written = (tmp_path / "plan.json").stat().st_mtime
+    model = SimpleNamespace(device=torch.device("cpu"), provenance={})
+
+    def budget():
+        return reproduce.Budget(tmp_path, config(), 10, model, time.monotonic())
+
+    assert budget().spent() < 60
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "timing.jsonl").touch()
-    os.utime(tmp_path / "run" / "timing.jsonl", (written + 120, written + 120))
-    assert 120 <= reproduce.Budget(tmp_path, config(), 10, {}).spent() < 180
+    killed = time.time() - 8 * 3600
+    os.utime(tmp_path / "plan.json", (killed - 120, killed - 120))
+    os.utime(tmp_path / "run" / "timing.jsonl", (killed, killed))
+    assert 120 <= budget().spent() < 180
+    assert 120 <= budget().spent() < 180  # counted once
 
 
 def test_a_model_that_cannot_hold_the_problems_is_refused_before_any_step(toy, tmp_path):
@@ -117,6 +133,51 @@ def test_a_gpu_without_enough_memory_is_one_line(monkeypatch):
             assert "\n" not in str(error.value)
 
 
+def test_the_curriculum_pays_for_its_own_answers(toy, monkeypatch):
+    """Half of 60 s, less 6 answers after each of 3 stages and 6 test answers of two models at 0.5 s: 15 s."""
+    monkeypatch.setattr(reproduce, "_seconds", lambda model, run: 0.1)
+    monkeypatch.setattr(reproduce, "_answer_seconds", lambda model, problems, batch_size: 0.5)
+    budget = SimpleNamespace(minutes=1)
+    data = {split: sources.load(toy.data, split) for split in ("train", "validation", "test")}
+    assert [len(data[split]) for split in ("validation", "test")] == [6, 6]
+    steps = reproduce._plan_curriculum(LatentReasoner.from_config(toy), data, toy, budget)
+    left = 30 - 0.5 * (3 * 6 + 2 * 6)
+    assert steps == [int(left / (1.1 * 0.1 * 4) * share) for share in toy.curriculum.steps]
+    budget.minutes = 0
+    assert reproduce._plan_curriculum(None, data, toy, budget) == list(toy.curriculum.steps)
+
+
+def test_a_time_is_measured_without_start_up(monkeypatch):
+    times, model = iter([0.4, 0.1, 7.0]), SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(reproduce, "_timed", lambda model, run: next(times))
+    assert [reproduce._seconds(model, None), reproduce._seconds(model, None)] == [0.1, 7.0]
+
+
+def test_what_a_verdict_does_not_cover_is_said():
+    """Student's interval over two seeds decides nothing, so the problems' counts, and the verdict says so."""
+    rng = np.random.default_rng(0)
+    outcomes = {"coconut-s0": (rng.random(400) < 0.3).astype(float)}
+    for seed in range(3):
+        outcomes[f"shared-s{seed}"] = np.maximum(outcomes["coconut-s0"], rng.random(400) < 0.1 + 0.01 * seed)
+    names = list(outcomes)
+    for seeds, covers in (
+        (1, ", over problems alone, with 1 seed"),
+        (2, ", over problems alone, with 2 seeds"),
+        (3, ""),
+    ):
+        gain = gsm8k_report._pooled(outcomes, names[: 1 + seeds], "shared", "coconut")
+        assert gsm8k_report.verdict_of(gain, "cuda") == f"reproduced{covers}"
+        assert gsm8k_report.verdict_of(gain, "cuda", "word_problems").startswith("no GSM8K (the rule's word")
+        assert gsm8k_report.verdict_of(gain, "cpu").startswith("not run on a GPU (the rule's word")
+        wide = gain.get("t_low", 0), gain.get("t_high", 0)
+        assert seeds != 3 or (gain["low"] <= wide[0] and gain["high"] >= wide[1])
+        assert seeds != 2 or (gain["low"] > wide[0] and gain["high"] < wide[1])
+    few = {name: values[:20] for name, values in outcomes.items()}
+    few["shared-s0"] = few["coconut-s0"].copy()
+    few["shared-s0"][0] = 1 - few["shared-s0"][0]  # one discordant problem of twenty: nothing can be detected
+    assert "detectable_points" not in gsm8k_report._pooled(few, names[:2], "shared", "coconut")
+
+
 def test_another_plan_in_the_folder_is_refused(toy, tmp_path):
     reproduce.reproduce(toy, out=str(tmp_path / "run"), budget_minutes=1e-4, device="cpu")
     with pytest.raises(ValueError, match="budget_minutes=1, expected 0.0001"):
@@ -131,6 +192,7 @@ def test_wrong_use_is_one_line_before_any_compute(tmp_path, capsys, monkeypatch)
         (["--preset", "tiny", "--budget-minutes", "-1"], "expected at least 0"),
         (["--preset", "tiny", "--set", "grpo.nothing=3"], "expected a field of the preset"),
         (["--preset", "tiny", "--set", "grpo.steps=many"], "expected int"),
+        (["--preset", "tiny", "--set", "sweep.arms=[shared]"], "sweep.arms: got no temperature"),
         (["--preset", "tiny", "--weights", str(tmp_path / "none")], "which is no folder"),
     ):
         assert reproduce.main([*words, "--out", str(tmp_path / "run")]) == 2
