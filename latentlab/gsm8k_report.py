@@ -67,7 +67,7 @@ def write_report(
         "cost": {
             "budget_minutes": budget_minutes, "minutes": round(minutes, 1), "device": device,
             "peak_memory_gib": round(peak_memory_gib, 2),
-            "rollouts_per_second": {name: _rollout_rate(folder / name) for name in names[1:]},
+            "all_in_rollouts_per_second": {name: _rollout_rate(folder / name) for name in names[1:]},
         },
         "plan": plan,
         "weights": weights,
@@ -209,6 +209,7 @@ def _curves(run: Path) -> dict[str, dict]:
 
 
 def _rollout_rate(run: Path) -> float:
+    """Rollouts by seconds of training: updates, validations and checkpoints included."""
     done = json.loads((run / "done.json").read_text())
     return round(done["rollouts"] / max(seconds_spent(run), 1e-9), 2)
 
