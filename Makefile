@@ -1,6 +1,8 @@
-# make study [PRESET=smoke|tiny|smol|paper] · make test · make lab · make lint · make bench · make reliability · make notebooks
+# make study [PRESET=smoke|tiny] · make test · make lab · make lint · make bench · make reliability · make notebooks
 PRESET ?= tiny
 PYTHON ?= python3
+# such as LAB_ARGS="--no-browser --allow-root" in a container
+LAB_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -17,7 +19,7 @@ test: $(READY)
 	--nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
 
 lab: $(READY)
-	@$(BIN)/jupyter lab notebooks
+	@$(BIN)/jupyter lab $(LAB_ARGS) notebooks
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -110,6 +110,7 @@ def load(
 ) -> Backbone:
     """Load a folder or a Hub id. A folder written by `save` knows its number of thoughts; others must be told.
 
+    A run folder of `sft` or `grpo` stands for its best/.
     Published Coconut checkpoints (published.py) take their recipe's numbers; `base` is the base model of a
     `checkpoint_N` state dict, a folder or a Hub id.
     Raises FileNotFoundError (no such checkpoint, Hub out of reach) or ValueError, one line each.
@@ -118,6 +119,8 @@ def load(
     quantised = name == "smollm2"
     if quantised:
         name = str(smollm2_folder())
+    if all(os.path.exists(os.path.join(name, part)) for part in ("metrics.jsonl", "best")):
+        name = os.path.join(name, "best")
     state_dict = published.state_dict_file(name)
     if state_dict:
         _quiet()
@@ -251,7 +254,7 @@ def shipped_checkpoint(preset: str) -> Path:
     if not folder.exists():
         raise FileNotFoundError(
             f"checkpoint: got no {folder}, expected a trained model for preset {preset}; train one with `latentlab sft "
-            f"--preset {preset}` and pass its best/ folder"
+            f"--preset {preset}` and name its run folder (--init-from, evaluate --checkpoint)"
         )
     return folder
 

@@ -262,6 +262,9 @@ def main(shape: str, device: str, json_path: Path | None = None) -> int:
     return 0
 
 
+AXES = {"num_generations": "rollouts K", "question": "question tokens", "answer": "answer tokens"}
+
+
 def draw(scaling: dict, name: str) -> None:
     """One panel per axis: measured seconds and the fitted line."""
     from matplotlib.figure import Figure
@@ -271,7 +274,7 @@ def draw(scaling: dict, name: str) -> None:
         values = found["values"]
         axes.plot(values, found["seconds"], "o", color="black")
         axes.plot(values, [found["intercept"] + found["slope"] * v for v in values], "-", color="0.5")
-        axes.set_xlabel({"num_generations": "rollouts K", "question": "question tokens"}.get(axis, axis))
+        axes.set_xlabel(AXES.get(axis, axis))
         axes.set_title(f"{1000 * found['slope']:.3g} ms each, R² {found['r2']:.3f}", fontsize=9)
         axes.set_ylim(bottom=0)
     figure.axes[0].set_ylabel("seconds, one problem")

@@ -13,8 +13,10 @@
 
 Every field of a preset can be set: `latentlab grpo --preset tiny --grpo.learning-rate 1e-5`. A wrong use ends in one
 line on stderr and exit code 2; `--debug` shows the traceback. SIGTERM, SIGINT and --max-minutes end a training run
-after its step with exit code 75: the same command with --resume goes on. Heavy imports happen inside a verb.
+after its step with exit code 75: the same command with --resume goes on.
 """
+
+# Heavy imports happen inside a verb: --help and wrong uses answer at once.
 
 import contextlib
 import dataclasses
@@ -78,13 +80,13 @@ class Sft(Shared):
 class Grpo(Shared):
     """Train one GRPO arm from a checkpoint."""
 
-    init_from: str = ""  # checkpoint; default the one shipped for the preset in data/checkpoints
+    init_from: str = ""  # run folder, checkpoint or Hub id; default the one shipped in data/checkpoints
     out: str = ""  # run folder; default runs/<preset>/grpo-<arm>-s<seed>
     resume: bool = False
     max_minutes: float = 0.0  # stop after so many minutes, saved and ready for --resume; 0 is no limit
     checkpoint_minutes: float = 10.0  # at most so many minutes of work are lost by a kill
-    device: str = "auto"
-    threads: int = 0
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    threads: int = 0  # torch threads; 0 leaves torch's default
 
     def run(self, config: Config) -> dict:
         from latentlab import backbone, grpo, inputs, report, sources
@@ -107,14 +109,14 @@ class Grpo(Shared):
 class Evaluate(Shared):
     """Accuracy of a checkpoint: greedy pass@1, and pass@k and the majority over masks."""
 
-    checkpoint: str = ""  # folder or Hub id; default the one shipped for the preset
+    checkpoint: str = ""  # run folder, checkpoint or Hub id; default the one shipped for the preset
     benchmark: str = (
         ""  # gsm8k | gsm8k_perturb(able|ed) | svamp | multiarith | gsm_hard; default the preset's own test split
     )
     limit: int = 0  # problems; 0 takes all
     json: str = ""  # write the result here as well
-    device: str = "auto"
-    threads: int = 0
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    threads: int = 0  # torch threads; 0 leaves torch's default
 
     def run(self, config: Config) -> dict:
         from latentlab import backbone, evaluate, inputs, report, sources
@@ -156,7 +158,7 @@ class Study:
 class Sweep:
     """compare: arms x seeds as independent runs. reproduce: the GSM8K study in one process, inside a time budget."""
 
-    name: Literal["compare", "reproduce"] = "compare"
+    name: str = ""  # compare | reproduce
     out: str = ""  # folder of the runs; default runs/<preset>/<name>
     budget_minutes: float = 24.0  # reproduce: its parts are sized to fit; 0 takes the preset's own steps
     weights: str = ""  # reproduce: the backbone, a checkpoint or one in parts (latentlab.parts); default the preset's
@@ -170,6 +172,8 @@ class Sweep:
     def __call__(self, config: Config) -> None:
         from latentlab import launch, report, sweep
 
+        if self.name not in ("compare", "reproduce"):
+            raise ValueError(f"sweep: got the name {self.name!r}, expected compare or reproduce; `sweep compare`, say")
         out = self.out or f"runs/{config.preset}/{self.name}"
         report.expect_writable(Path(out))
         report.expect_writable(report.reports_folder() / config.preset)
@@ -208,7 +212,7 @@ class Bench:
     shape: Literal["tiny", "gpt2", "smollm2"] = "gpt2"
     json: str = ""  # write the result here as well
     device: str = "cpu"  # cpu | cuda
-    threads: int = 0
+    threads: int = 0  # torch threads; 0 leaves torch's default
 
     def __call__(self, config: Config) -> int:
         from latentlab import bench, model, report

@@ -94,7 +94,7 @@ class CurriculumConfig:
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    arm: str = "shared"  # see ARMS
+    arm: str = "shared"  # none | temperature | shared | per_step | shared_greedy | supervised
     steps: int = 10  # iterations: a batch of rollouts, then num_iterations updates; in all steps * B * K rollouts
     num_problems: int = 32  # B, problems per iteration
     num_generations: int = 16  # K, rollouts per problem

@@ -253,10 +253,11 @@ def decoded_thoughts(model: LatentReasoner, problems: list[Problem], top: int = 
 def _headline(outcomes: dict, names: list[str], metrics: dict) -> str:
     base, gain = outcomes["coconut-s0"], metrics["gain"]
     cot = "" if "skipped" in metrics["cot"] else f"chain of thought {_percent(metrics['cot'])}, "
-    text = f"GSM8K test, {len(base)} problems: {cot}latent baseline {100 * base.mean():.2f} %"
+    data = "rehearsal on synthetic word problems" if metrics["data"] == "word_problems" else "GSM8K test"
+    text = f"{data}, {len(base)} problems: {cot}latent baseline {100 * base.mean():.2f} %"
     if "skipped" not in gain:
         text += f" → {100 * gain['after']:.2f} %, {gain['difference']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
-    return f"{text}; {metrics['verdict']}" if metrics["data"] != "word_problems" else f"rehearsal, no GSM8K: {text}"
+    return text if metrics["data"] == "word_problems" else f"{text}; {metrics['verdict']}"
 
 
 def _percent(row: dict) -> str:

@@ -140,12 +140,12 @@ def _gsm8k_from_folder(split: str, folder: Path) -> list[Problem]:
         validation = set(json.loads(flags.read_text(encoding="utf-8"))["train"]["gsm8k_aug_valid_500"])
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"no file {flags}: expected the ids of the validation problems, fetch it again"
+            f"no file {flags}: expected the ids of the validation problems, see data/README.md"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{flags}: got {type(error).__name__}, expected JSON with a list of ids at train.gsm8k_aug_valid_500: "
-            "fetch it again"
+            "see data/README.md"
         ) from None
     return [problem for problem in problems if problem.id not in validation]
 

@@ -55,6 +55,8 @@ def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, repor
     chosen = [path for path in notebooks if path.stem.startswith(only or "")]
     if not chosen:
         raise StudyError(f"--only {only}: expected the beginning of one of {', '.join(p.stem for p in notebooks)}")
+    if preset in ("smol", "paper") and any(path.stem[:2] < "04" for path in chosen):
+        raise StudyError(f"preset {preset}: notebooks 00-03 need smoke or tiny; 04 reads a finished run: --only 04")
     folder = reports / preset
     report.expect_writable(folder, 64 * 2**20)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +64,8 @@ def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, repor
         _run_unless_finished(path, parameters[path.stem], folder, f"[{i}/{len(chosen)}] {path.stem}")
     index = _write_index(preset, notebooks, folder)
     tables.build_report(reports)
+    if preset not in tables.LEFT_OUT and (reports.parent / "README.md").is_file():
+        print(f"updated: README.md and {reports.name}/; `git checkout README.md {reports.name}` restores them")
     print(f"report: {index}")
     return index
 
@@ -167,9 +171,13 @@ def _imported(code: str) -> set[str]:
 
 def _reach(result: Path) -> str:
     """What a skipped section of a result may have waited for: can it be reached now? "" without such a section."""
-    metrics = (report.load_result(result) or {}).get("metrics", {})
-    skipped = any(path.split(".")[-1] == "skipped" for path, _ in report.leaves(metrics))
-    return f" Hub {hub_answers()}, package index {index_answers()}" if skipped else ""
+    return f" Hub {hub_answers()}, package index {index_answers()}" if _skipped(result) else ""
+
+
+def _skipped(result: Path) -> list[str]:
+    """The skipped sections of a result, each with its reason."""
+    leaves = report.leaves((report.load_result(result) or {}).get("metrics", {}))
+    return [f"{path.rpartition('.')[0]} ({why})" for path, why in leaves if path.split(".")[-1] == "skipped"]
 
 
 # ---------------------------------------------------------------- running
@@ -190,7 +198,8 @@ def _run_unless_finished(path: Path, parameters: dict, folder: Path, label: str)
     report.write_atomically(
         marker, (state + _reach(result)).encode()
     )  # last: whatever is killed before this line runs again
-    print(f"{label}: done in {time.monotonic() - start:.0f} s", flush=True)
+    skipped = "; skipped: ".join(["", *_skipped(result)])
+    print(f"{label}: done in {time.monotonic() - start:.0f} s{skipped}", flush=True)
 
 
 def _identity(path: Path) -> tuple | None:

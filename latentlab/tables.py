@@ -47,10 +47,16 @@ def _collect(folder: Path) -> tuple[list[dict], list[str]]:
         if own and all(re.fullmatch(r"\w[\w-]*|", result[key], re.ASCII) for key in ("name", "preset")):  # links
             results.append(result)
         else:
-            unknown.append(f"{preset}/{path.name}".lstrip("/"))
-    results = [result for result in results if result["preset"] not in LEFT_OUT]
+            if not path.stem.endswith("_samples"):  # problems and answers beside a result
+                unknown.append(f"{preset}/{path.name}".lstrip("/"))
+    results = [result for result in results if result["preset"] not in LEFT_OUT and not _is_rehearsal(result)]
     rank = {preset: i for i, preset in enumerate(PRESET_ORDER)}
     return sorted(results, key=lambda r: (rank.get(r["preset"], len(rank)), r["preset"], r["name"])), unknown
+
+
+def _is_rehearsal(result: dict) -> bool:
+    """The GSM8K study on synthetic problems: it shows that the command runs."""
+    return result["name"] == "reproduce" and result["metrics"].get("data") == "word_problems"
 
 
 def _draw_compare(result: dict, folder: Path) -> None:
@@ -66,7 +72,8 @@ def _notebook_table(results: list[dict]) -> str:
     for result in sorted(results, key=lambda r: r["name"]):  # stable: presets stay in their order
         if re.match(r"\d\d_", result["name"]):
             link = f"[{result['name']}](notebooks/{result['name']}.ipynb)"
-            row = [result.get("question"), result["preset"], result.get("seconds"), result["environment"].get("device")]
+            seconds = round(result["seconds"]) if "seconds" in result else None
+            row = [result.get("question"), result["preset"], seconds, result["environment"].get("device")]
             rows.append([link, *map(cell, row), cell(result.get("headline"))])
     head = ["Notebook", "Question", "Preset", "Seconds", "Device", "Last result"]
     return table(head, rows) if rows else "No results yet: run `make study`."
@@ -92,9 +99,24 @@ def _cost_table(results: list[dict]) -> str:
             cost, steps = result["metrics"]["cost"], result["metrics"]["plan"].get("curriculum_steps", [])
             examples = result["parameters"]["curriculum"]["batch_size"] * sum(steps)
             rollouts = sum(arm.get("rollouts", 0) for arm in result["arms"])
-            row = [result["preset"], result["environment"]["device"], examples, rollouts, cost["minutes"]]
+            row = [
+                result["preset"],
+                result["environment"]["device"],
+                examples,
+                rollouts,
+                cost["budget_minutes"],
+                cost["minutes"],
+            ]
             rows.append([*map(cell, row), cell(cost["peak_memory_gib"])])
-    head = ["Run (measured)", "Device", "Curriculum examples", "Rollouts", "Minutes, all in", "Peak memory, GiB"]
+    head = [
+        "Run (measured)",
+        "Device",
+        "Curriculum examples",
+        "Rollouts",
+        "Minutes, budget",
+        "Minutes, all in",
+        "Peak memory, GiB",
+    ]
     return table(head, rows) if rows else "No GSM8K run yet."
 
 
@@ -116,7 +138,10 @@ def _bench(results: list[dict], folder: str) -> str:
             m = result["metrics"]
             rollout, update = (m["tricks"][key] for key in ("rollout", "update"))
             rows = [
-                [text, *(f"{found[name]:.2f}" if name in found else "" for found in (rollout, update))]
+                [
+                    text.replace("|", "\\|"),
+                    *(f"{found[name]:.2f}" if name in found else "" for found in (rollout, update)),
+                ]
                 for name, text in TRICKS.items()
             ]
             figures = [

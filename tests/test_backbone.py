@@ -270,3 +270,10 @@ def test_no_pickle_is_read(saved, tmp_path):
 def test_build_needs_no_more_than_words():
     model = LatentReasoner.build(("1", "###"), n_layer=1, n_embd=8, n_head=1, n_positions=16, seed=0, **SIZE)
     assert len(model.tokenizer) == 7
+
+
+def test_a_run_folder_stands_for_its_best_checkpoint(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "run" / "best")
+    (tmp_path / "run" / "config.json").write_text("{}")  # the run's own
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    assert LatentReasoner.from_pretrained(tmp_path / "run").num_thoughts == 2

@@ -55,10 +55,8 @@ def refused(capfd):
         ("grpo --grpo.mask.rate -0.1", "mask rate: got -0.1, expected a number in [0, 1)"),
         ("sft --curriculum.mask.sites mlp heart", "expected a list of different names from attention, mlp"),
         ("grpo --grpo.arm dropout", "got 'dropout', expected one of none, temperature, shared"),
-        (
-            "sweep everything",
-            "invalid choice 'everything' for argument '--name'. Expected one of ('compare', 'reproduce')",
-        ),
+        ("sweep everything", "sweep: got the name 'everything', expected compare or reproduce"),
+        ("sweep", "sweep: got the name '', expected compare or reproduce"),
         ("sweep compare --sweep.arms shared", "sweep.arms: got no temperature, expected"),
         ("data --split dev", "invalid choice 'dev' for argument '--split'"),
         ("data --n -1", "--n: got -1, expected at least 0"),

@@ -136,6 +136,7 @@ def test_the_report_is_generated_from_whatever_there_is(reports):
     write("01_toy", preset="smoke", headline="smoke is no result")
     write("compare", arms=[*ARMS, {"name": "pause"}])
     write("aside", preset="zeta")
+    write("reproduce", preset="tiny-cpu", headline="a rehearsal is no result", metrics={"data": "word_problems"})
     (reports / "zeta" / "broken.json").write_text("{")
     (reports / "list.json").write_text("[]")
     loose = json.loads((reports / "zeta" / "aside.json").read_text()) | {"name": "loose", "preset": ""}
@@ -143,7 +144,7 @@ def test_the_report_is_generated_from_whatever_there_is(reports):
     results = tables.build_report().read_text()
     assert "## loose\n" in results and "`make loose` · " in results and "[all of it](loose.json)" in results
     text = readme.read_text()
-    assert "| [01_toy](notebooks/01_toy.ipynb) | Why? | tiny | 61.25 | cpu | all &lt;b&gt;zero&lt;" in text
+    assert "| [01_toy](notebooks/01_toy.ipynb) | Why? | tiny | 61 | cpu | all &lt;b&gt;zero&lt;" in text
     assert "zero&lt;/b&gt; &#124; ok |" in text
     assert "| temperature | 75.0, +4.00 [+1.00, +7.00] | 75.5, +3.00 [+0.00, +6.00] |  |" in text
     assert "![Arms of preset tiny](reports/tiny/compare.png)" in text
@@ -154,7 +155,7 @@ def test_the_report_is_generated_from_whatever_there_is(reports):
         and "`latentlab sweep compare --preset tiny`" in results
     )
     assert "- list.json" in results and "- zeta/broken.json" in results
-    assert "smoke is no result" not in results + text
+    assert "is no result" not in results + text
     assert text.startswith("# T\n") and "\nbetween\n" in text
 
     before = results, text

@@ -161,7 +161,9 @@ def test_a_pipeline_killed_in_notebook_03_resumes_there(tmp_path, record_propert
     record_property("pipeline", {"killed_in": "03", "resumed_at": resumed[0][:2], "finished_and_run_again": again})
 
 
-def test_a_skipped_section_is_tried_again_when_what_it_waited_for_comes_back(notebooks, monkeypatch, quick):
+def test_a_skipped_section_is_named_and_tried_again_when_what_it_waited_for_comes_back(
+    notebooks, monkeypatch, quick, capsys
+):
     reach = {"hub": False, "index": False}
     monkeypatch.setattr(study, "hub_answers", lambda: reach["hub"])
     monkeypatch.setattr(study, "index_answers", lambda: reach["index"])
@@ -171,6 +173,7 @@ def test_a_skipped_section_is_tried_again_when_what_it_waited_for_comes_back(not
         path.read_text().replace('metrics={\\"rate\\": rate}', 'metrics={\\"real\\": {\\"skipped\\": \\"no Hub\\"}}')
     )
     assert run(notebooks) == [FIRST, SECOND]
+    assert "skipped: real (no Hub)\n" in capsys.readouterr().out
     assert run(notebooks) == []
     for name in reach:
         reach[name] = True
@@ -248,6 +251,10 @@ def test_unknown_preset_unknown_notebook_and_no_notebooks(notebooks, tmp_path):
         run_study("huge", notebooks_dir=notebooks, reports_dir=tmp_path / "r")
     with pytest.raises(StudyError, match="--only 07: expected the beginning of one of 00_first, 01_second"):
         run(notebooks, only="07")
+    for preset in ("smol", "paper"):  # they ship no checkpoint
+        with pytest.raises(StudyError, match=f"^preset {preset}: notebooks 00-03 need smoke or tiny; .* --only 04"):
+            run_study(preset, reports_dir=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
     with pytest.raises(StudyError, match="no notebooks"):
         run_study("toy", notebooks_dir=tmp_path / "none", reports_dir=tmp_path / "r")
 
