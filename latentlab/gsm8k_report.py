@@ -2,7 +2,7 @@
 
 <reports>/<preset>[-cpu]/reproduce.json            arms, paired differences, verdict, cost, transfer, curves
 <reports>/<preset>[-cpu]/reproduce_outcomes.npz    right or wrong for every test problem and model
-<reports>/<preset>[-cpu]/reproduce_samples.json    problems that flipped, with the thoughts decoded by the head
+<reports>/<preset>[-cpu]/reproduce_samples.json    problems that flipped and some that did not, thoughts decoded
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from latentlab.statistics import (
 )
 
 PUBLISHED = {"baseline": 27.29, "after": 29.01, "points": 1.72}  # arXiv 2606.10184, GPT-2, GSM8K test
-FLIPPED = 10  # problems of each kind whose answers and thoughts are kept
+SAMPLES = 10  # problems of each kind (became right, became wrong, stayed right) whose answers and thoughts are kept
 CURVES = ("reward", "frac_reward_zero_std", "replay_gap", "kl", "validation_accuracy")
 FEW_SEEDS = 3  # with fewer the interval is over problems (and the seeds at hand), and the verdict says so
 NOT_ON_GPU = "not run on a GPU"
@@ -49,7 +49,7 @@ def write_report(
     packed = io.BytesIO()
     np.savez_compressed(packed, n=len(test), **{name: np.packbits(x.astype(bool)) for name, x in outcomes.items()})
     report.write_atomically(report.reports_folder() / preset / "reproduce_outcomes.npz", packed.getvalue())
-    samples = _flipped(config, folder, names, outcomes, test, device)
+    samples = _samples(config, folder, names, outcomes, test, device)
     text = json.dumps(samples, indent=1, ensure_ascii=False) + "\n"
     report.write_atomically(report.reports_folder() / preset / "reproduce_samples.json", text.encode())
     gain, contrast = (_pooled(outcomes, names, *pair) for pair in (("shared", "coconut"), ("shared", "temperature")))
@@ -214,15 +214,17 @@ def _rollout_rate(run: Path) -> float:
     return round(done["rollouts"] / max(seconds_spent(run), 1e-9), 2)
 
 
-def _flipped(
+def _samples(
     config: Config, folder: Path, names: list[str], outcomes: dict, test: list[Problem], device: str
 ) -> list[dict]:
-    """Problems that the baseline and arm `shared` (first seed) disagree on: answers and decoded thoughts of both."""
+    """Answers and decoded thoughts of the baseline and arm `shared`, first seed, where not both are wrong."""
     arm = next((name for name in names if name.startswith("shared-s")), None)
     if arm is None:
         return []
     before, after = outcomes["coconut-s0"], outcomes[arm]
-    rows = [*np.flatnonzero(after > before)[:FLIPPED], *np.flatnonzero(after < before)[:FLIPPED]]
+    kinds = {"became right": after > before, "became wrong": after < before, "stayed right": after * before > 0}
+    change = {row: kind for kind, found in kinds.items() for row in np.flatnonzero(found)[:SAMPLES].tolist()}
+    rows = list(change)
     if not rows:
         return []
     problems, seen = [test[row] for row in rows], {}
@@ -236,7 +238,7 @@ def _flipped(
     return [
         {
             "id": problem.id, "question": problem.question, "answer": problem.answer,
-            "became": "right" if after[row] else "wrong", **{name: found[i] for name, found in seen.items()},
+            "change": change[row], **{name: found[i] for name, found in seen.items()},
         }
         for i, (row, problem) in enumerate(zip(rows, problems, strict=True))
     ]  # fmt: skip

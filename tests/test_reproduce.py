@@ -82,8 +82,8 @@ def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, mon
     recorded = json.loads((out / "answers" / "shared-s0.gsm8k.json").read_text())
     right = {"coconut-s0": np.zeros(6), "shared-s0": np.eye(6)[2]}  # as if the third problem had flipped
     test = sources.load(toy.data, "test")
-    (sample,) = gsm8k_report._flipped(toy, out, ["coconut-s0", "shared-s0"], right, test, "cpu")
-    assert sample["id"] == test[2].id == recorded["ids"][2] and sample["became"] == "right"
+    (sample,) = gsm8k_report._samples(toy, out, ["coconut-s0", "shared-s0"], right, test, "cpu")
+    assert sample["id"] == test[2].id == recorded["ids"][2] and sample["change"] == "became right"
     assert sample["shared-s0"]["text"] == recorded["text"][2]
     assert [len(top) for top in sample["shared-s0"]["thoughts"]] == [5] * toy.num_thoughts
     again = reproduce.reproduce(toy, out=str(out), budget_minutes=0.01, device="cpu")  # finished: nothing is done twice
