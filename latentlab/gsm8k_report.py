@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def write_report(
         "data": config.data.name,
         "published": PUBLISHED,
         "cot": _row(folder, f"{cot}.gsm8k", test) if cot else {"skipped": "the baseline was trained elsewhere"},
+        "baseline": _row(folder, f"{names[0]}.gsm8k", test),
         "stages_validation": json.loads((folder / names[0] / "done.json").read_text())["stages"],
         "gain": gain,
         "main_contrast": contrast,
@@ -123,10 +125,15 @@ def _right(folder: Path, name: str) -> np.ndarray:
 
 
 def _row(folder: Path, name: str, problems: list[Problem]) -> dict:
-    """Greedy answers: right by both grading rules, interval, when and how long."""
+    """Greedy answers: right by both grading rules, interval, the commonest answer and its share, when and how long.
+
+    A model that says one number to many questions has learned the format, and is right by chance.
+    """
     found = _answers(folder, name)
     n, correct = len(found["ids"]), int(np.sum(found["correct"]))
     row = {"n": n, "correct": correct, "interval": list(wilson_interval(correct, n))}
+    commonest, times = Counter(extract_answer(text) for text in found["text"]).most_common(1)[0]
+    row |= {"commonest_answer": commonest, "commonest_share": times / n}
     answers = {problem.id: problem.answer for problem in problems}
     if answers:  # the problems are at hand
         pairs = zip(found["ids"], found["text"], strict=True)
@@ -257,6 +264,8 @@ def _headline(outcomes: dict, names: list[str], metrics: dict) -> str:
     cot = "" if "skipped" in metrics["cot"] else f"chain of thought {_percent(metrics['cot'])}, "
     data = "rehearsal on synthetic word problems" if metrics["data"] == "word_problems" else "GSM8K test"
     text = f"{data}, {len(base)} problems: {cot}latent baseline {100 * base.mean():.2f} %"
+    if (share := metrics["baseline"]["commonest_share"]) > 0.2:
+        text += f" (says {metrics['baseline']['commonest_answer']} to {share:.0%})"
     if "skipped" not in gain:
         text += f" → {100 * gain['after']:.2f} %, {gain['difference']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
     return text if metrics["data"] == "word_problems" else f"{text}; {metrics['verdict']}"
