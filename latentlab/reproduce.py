@@ -116,7 +116,7 @@ def reproduce(
     if not init_from:
         expect_together(model, learned, config, curriculum=True)
     _expect_memory(model)
-    budget = Budget(folder, config, budget_minutes, model, start)
+    budget, source = Budget(folder, config, budget_minutes, model, start), model.provenance
     if not kept.exists():
         write_jsonl(data["train"], kept)
 
@@ -152,7 +152,7 @@ def reproduce(
     budget.save()
     return write_report(
         config, folder, names, data["test"], cot=None if init_from else "cot-s0", device=budget.device,
-        weights=model.provenance, started=budget.data["started"], plan=budget.data["plan"],
+        weights=source, started=budget.data["started"], plan=budget.data["plan"],
         minutes=budget.spent() / 60, budget_minutes=budget_minutes, peak_memory_gib=budget.data["peak_memory_gib"],
     )  # fmt: skip
 

@@ -73,6 +73,7 @@ def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, mon
     assert "not run on a GPU" in result["metrics"]["verdict"] and "rehearsal" in result["headline"]
     assert result["metrics"]["transfer"]["gsm_hard"]["skipped"] == "no folder"
     assert "expected at most" in result["metrics"]["transfer"]["svamp"]["skipped"]
+    assert result["metrics"]["weights"] == LatentReasoner.from_config(toy).provenance  # where the study began
     assert result["started"] == datetime.fromtimestamp(plan["started"], UTC).isoformat(timespec="seconds")
     assert result["metrics"]["cost"]["peak_memory_gib"] >= round(plan["peak_memory_gib"], 2)
     packed = np.load(path.with_name("reproduce_outcomes.npz"))
