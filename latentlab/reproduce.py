@@ -9,10 +9,9 @@
     runs/smol/reproduce/answers/            every answer of every finished model; written once per model and benchmark
     reports/smol/reproduce.json …           the small files that remain (gsm8k_report.py); smol-cpu if made on a CPU
 
-Each part is sized by timing a step of its own on the machine at hand. The curriculum has its share first, its
-validations and tests included (`CURRICULUM_SHARE`); a reserve for the arms' own is kept; the arms share the rest at
-equal iterations; what is left over buys sampled answers and transfer. The same command goes on after an interruption.
-The test set decides nothing: each finished model answers it greedily once, the first seed's once more by sampling.
+Each part is sized to the budget (budget.py); what is left over buys sampled answers and transfer. The same command goes
+on after an interruption. The test set decides nothing: each finished model answers it greedily once, the first seed's
+once more by sampling.
 """
 
 from __future__ import annotations
@@ -21,72 +20,26 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from latentlab import parts, sources
-from latentlab.checkpoint import expect_same
+from latentlab.budget import Budget, affordable, answer_seconds, plan_curriculum, plan_grpo
 from latentlab.config import Config, arm_settings, check_arms, from_dict, load_preset, to_dict
-from latentlab.curriculum import curriculum_gradient, fit_curriculum, set_stage
+from latentlab.curriculum import fit_curriculum, set_stage
 from latentlab.evaluate import evaluate
-from latentlab.grpo import fit_grpo, policy_gradient
+from latentlab.grpo import fit_grpo
 from latentlab.gsm8k_report import write_report
 from latentlab.inputs import expect_together
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem, read_jsonl, write_jsonl
-from latentlab.report import peak_memory_gib, read_json, write_atomically
-from latentlab.rollout import rollout
+from latentlab.report import write_atomically
 
-CURRICULUM_SHARE = 0.5  # of the budget, for the curriculum, its validations and the tests of its two models
 TRANSFER = ("gsm8k_perturbable", "gsm8k_perturbed", "svamp", "multiarith", "gsm_hard")
 CHECKPOINT_MINUTES = 3.0  # what a kill may cost: the whole budget may be half an hour
-
-
-class Budget:
-    """A time budget that survives a restart: what was spent and what was planned lie in plan.json.
-
-    start: `time.monotonic()` when this process began. A killed process spent the time until the last file that it wrote
-    in `folder`: a training step writes one.
-    """
-
-    def __init__(self, folder: Path, config: Config, minutes: float, model: LatentReasoner, start: float):
-        self.path, self.minutes, self.start, self.device = folder / "plan.json", minutes, start, model.device.type
-        made_for = {
-            "config": to_dict(config), "budget_minutes": minutes, "weights": model.provenance.get("sha256", ""),
-            "device": self.device,
-        }  # fmt: skip
-        self.data = {"made_for": made_for, "started": time.time(), "spent": 0.0, "peak_memory_gib": 0.0, "plan": {}}
-        if self.path.exists():
-            self.data = read_json(self.path, "the plan of this study", *self.data)
-            expect_same(self.data["made_for"], made_for, str(self.path))
-            last_sign = max(file.stat().st_mtime for file in folder.rglob("*") if file.is_file())
-            self.data["spent"] += max(0.0, last_sign - self.path.stat().st_mtime)
-        self.before = self.data["spent"]
-        self.save()
-
-    def spent(self) -> float:
-        """Seconds, those of earlier processes included."""
-        return self.before + time.monotonic() - self.start
-
-    def left(self) -> float:
-        return 60 * self.minutes - self.spent()
-
-    def save(self) -> None:
-        memory = torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else peak_memory_gib()
-        self.data |= {"spent": self.spent(), "peak_memory_gib": max(memory, self.data["peak_memory_gib"])}
-        write_atomically(self.path, (json.dumps(self.data, indent=1) + "\n").encode())
-
-    def once(self, key: str, make: Callable[[], object]):
-        """The planned value of `key`; made at the first call, then read back, so that a resumed run keeps its plan."""
-        if key not in self.data["plan"]:
-            self.data["plan"][key] = make()
-            self.save()
-        return self.data["plan"][key]
 
 
 def reproduce(
@@ -124,7 +77,7 @@ def reproduce(
     if init_from:
         _keep_baseline(model, data["validation"], config, baseline)
     else:
-        steps = budget.once("curriculum_steps", lambda: _plan_curriculum(model, data, config, budget))
+        steps = budget.once("curriculum_steps", lambda: plan_curriculum(model, data, config, budget))
         warmup = min(config.curriculum.warmup_steps, max(1, min(steps) // 4))  # short stages are not all warm-up
         config = replace(config, curriculum=replace(config.curriculum, steps=tuple(steps), warmup_steps=warmup))
         _train_curriculum(model, data, config, baseline, folder, budget)
@@ -132,7 +85,7 @@ def reproduce(
     _greedy("coconut-s0", model, data["test"], config, folder)
     budget.save()
 
-    seeds, iterations = budget.once("seeds_and_iterations", lambda: _plan_grpo(model, data, config, budget))
+    seeds, iterations = budget.once("seeds_and_iterations", lambda: plan_grpo(model, data, config, budget))
     runs = [(arm, seed) for seed in config.sweep.seeds[:seeds] for arm in config.sweep.arms] if iterations else []
     grpo = replace(config.grpo, steps=max(1, iterations), eval_every=min(config.grpo.eval_every, max(1, iterations)))
     for arm, seed in runs:
@@ -184,88 +137,6 @@ def _expect_memory(model: LatentReasoner) -> None:
             f"GPU: got {free / 2**30:.1f} GiB free, expected {need / 2**30:.1f} for weights, gradients, optimizer "
             "and a micro-batch; free some, or use a larger GPU"
         )
-
-
-# ---------------------------------------------------------------- planning: time a step, then divide
-START_UP = 5.0  # seconds
-
-
-def _seconds(model: LatentReasoner, run: Callable[[], object]) -> float:
-    """Seconds that a call takes; a short one is made twice, since the first may be mostly start-up."""
-    seconds = _timed(model, run)
-    return seconds if seconds > START_UP else _timed(model, run)
-
-
-def _timed(model: LatentReasoner, run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _answer_seconds(model: LatentReasoner, problems: list[Problem], batch_size: int, **options) -> float:
-    """Seconds to answer one problem in batches of `batch_size`; where a few take long, batches save nothing."""
-    few = problems[: min(8, batch_size)]
-    seconds = _seconds(model, lambda: evaluate(model, few, batch_size=len(few), **options))
-    if seconds <= START_UP:
-        few = problems[:batch_size]
-        seconds = _seconds(model, lambda: evaluate(model, few, batch_size=len(few), **options))
-    return seconds / len(few)
-
-
-def _plan_curriculum(model, data, config: Config, budget: Budget) -> list[int]:
-    """The preset's steps of each stage, times one factor that fills the curriculum's share of the budget.
-
-    An untrained model's answers are as long as allowed, so its answering is timed at its slowest.
-    """
-    c, last, cost = config.curriculum, config.latent_stages, 0.0
-    if not budget.minutes:
-        return list(c.steps)
-    batch, share = data["train"][: c.batch_size], CURRICULUM_SHARE * 60 * budget.minutes
-    left = share
-    for stage, steps in enumerate(c.steps):
-        set_stage(model, config, stage, data["validation"])
-        step = partial(curriculum_gradient, model, batch, stage, config, step=0)
-        cost += 1.1 * steps * _seconds(model, step)  # and the optimizer
-        model.zero_grad(set_to_none=True)
-        answers = len(data["validation"]) + (len(data["test"]) if stage in (0, last) else 0)
-        left -= answers * _answer_seconds(model, data["validation"], config.evaluate.batch_size)
-    factor = max(left, share / 2) / cost
-    return [max(1, int(factor * steps)) for steps in c.steps]
-
-
-def _plan_grpo(model, data, config: Config, budget: Budget) -> tuple[int, int]:
-    """(seeds, iterations of each arm): what is left after a reserve for the test set and the report.
-
-    All seeds of the preset, if each arm then gets `eval_every` iterations, else fewer; (1, 0) if no time is left.
-    """
-    g = config.grpo
-    if not budget.minutes:
-        return len(config.sweep.seeds), g.steps
-    if budget.left() <= 0:
-        return 1, 0
-    problems = data["train"][: g.num_problems]
-    mask, temperature = arm_settings(g, "shared")
-
-    def iteration() -> None:
-        out = rollout(
-            model, problems, num_generations=g.num_generations, masks=mask, temperature=temperature, run_seed=0, step=0
-        )
-        policy_gradient(model, out, torch.ones_like(out.logp[:, 0]), config)
-        model.zero_grad(set_to_none=True)
-
-    answer = _answer_seconds(model, data["validation"], config.evaluate.batch_size)
-    validation = answer * len(data["validation"])
-    seconds = 1.1 * _seconds(model, iteration) + validation / g.eval_every
-    for seeds in range(len(config.sweep.seeds), 0, -1):
-        runs = len(config.sweep.arms) * seeds
-        reserve = 1.1 * runs * (answer * len(data["test"]) + 2 * validation)
-        reserve += 0.05 * 60 * budget.minutes  # loading, checkpoints, the report
-        iterations = int((budget.left() - reserve) / (runs * seconds))
-        if iterations >= g.eval_every:
-            break
-    return seeds, max(0, iterations)
 
 
 # ---------------------------------------------------------------- the parts
@@ -323,8 +194,8 @@ def _spend_the_rest(names: list[str], data: dict, config: Config, folder: Path, 
         return {"batch_size": size, "num_generations": k, "mask": mask, "temperature": temperature}
 
     def sampled_problems() -> int:
-        each = _answer_seconds(models[names[0]], data["validation"], **sampling(names[0])) if budget.minutes else 0.0
-        return _limit(budget, 0.4 / len(models), each, len(test))
+        each = answer_seconds(models[names[0]], data["validation"], **sampling(names[0])) if budget.minutes else 0.0
+        return affordable(budget, 0.4 / len(models), each, len(test))
 
     limit = budget.once("sampled_problems", sampled_problems)
     for name, model in models.items() if limit else ():
@@ -339,16 +210,10 @@ def _spend_the_rest(names: list[str], data: dict, config: Config, folder: Path, 
             budget.once(f"transfer_{benchmark}", lambda error=error: f"skipped: {error}")
             continue
         share = 0.9 / (len(TRANSFER) - i) / len(models)
-        limit = budget.once(f"transfer_{benchmark}", lambda s=share, p=problems: _limit(budget, s, rate, len(p)))
+        limit = budget.once(f"transfer_{benchmark}", lambda s=share, p=problems: affordable(budget, s, rate, len(p)))
         for name, model in models.items() if limit else ():
             _greedy(name, model, problems[:limit], config, folder, benchmark)
         budget.save()
-
-
-def _limit(budget: Budget, share: float, each: float, most: int) -> int:
-    """How many problems fit into `share` of what is left; below 50 the interval says nothing, so none."""
-    fit = min(most, int(share * budget.left() / each)) if budget.minutes else most
-    return fit if fit >= min(50, most) else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ ORDER = (
     "problems config parallel hub word_problems wording equations perturb sources statistics masks smollm2 published"
     " backbone attention sites model rollout micro_batch reward evaluate advantage loss report figures copies_report"
     " checkpoint loop curriculum inputs grpo collapse reference enumeration theory proofs checks verify parts"
-    " gsm8k_report reproduce tables study launch compare sweep timing baselines bench cli"
+    " gsm8k_report budget reproduce tables study launch compare sweep timing baselines bench cli"
 ).split()
 HEAVY = {"torch", "transformers", "datasets", "tyro", "papermill"}
 

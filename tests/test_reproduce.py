@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny_gpt2
 
-from latentlab import cli, gsm8k_report, parts, reproduce, sources
+from latentlab import budget, cli, gsm8k_report, parts, reproduce, sources
 from latentlab.model import LatentReasoner
 from latentlab.word_problems import word_problems
 
@@ -33,8 +33,8 @@ def toy(config, monkeypatch, tmp_path):
         run()
         return 0.01
 
-    monkeypatch.setattr(reproduce, "_seconds", seconds)
-    monkeypatch.setattr(reproduce.Budget, "left", lambda budget: 60 * budget.minutes)
+    monkeypatch.setattr(budget, "_seconds", seconds)
+    monkeypatch.setattr(budget.Budget, "left", lambda self: 60 * self.minutes)
     monkeypatch.setattr(sources, "benchmark", benchmark)
     monkeypatch.setenv("LATENTLAB_REPORTS", str(tmp_path / "reports"))
     return config(sweep=ARMS, curriculum={"steps": [2, 1, 1]}, grpo={"eval_every": 1}, evaluate={"num_generations": 2})
@@ -101,17 +101,17 @@ def test_a_spent_budget_still_ends_in_a_report(toy, tmp_path):
 def test_the_time_of_a_killed_process_is_spent(config, tmp_path):
     model = SimpleNamespace(device=torch.device("cpu"), provenance={})
 
-    def budget():
-        return reproduce.Budget(tmp_path, config(), 10, model, time.monotonic())
+    def opened():
+        return budget.Budget(tmp_path, config(), 10, model, time.monotonic())
 
-    assert budget().spent() < 60
+    assert opened().spent() < 60
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "timing.jsonl").touch()
     killed = time.time() - 8 * 3600
     os.utime(tmp_path / "plan.json", (killed - 120, killed - 120))
     os.utime(tmp_path / "run" / "timing.jsonl", (killed, killed))
-    assert 120 <= budget().spent() < 180
-    assert 120 <= budget().spent() < 180  # counted once
+    assert 120 <= opened().spent() < 180
+    assert 120 <= opened().spent() < 180  # counted once
 
 
 def test_a_model_that_cannot_hold_the_problems_is_refused_before_any_step(toy, tmp_path):
@@ -136,22 +136,22 @@ def test_a_gpu_without_enough_memory_is_one_line(monkeypatch):
 
 def test_the_curriculum_pays_for_its_own_answers(toy, monkeypatch):
     """Half of 60 s, less 6 answers after each of 3 stages and 6 test answers of two models at 0.5 s: 15 s."""
-    monkeypatch.setattr(reproduce, "_seconds", lambda model, run: 0.1)
-    monkeypatch.setattr(reproduce, "_answer_seconds", lambda model, problems, batch_size: 0.5)
-    budget = SimpleNamespace(minutes=1)
+    monkeypatch.setattr(budget, "_seconds", lambda model, run: 0.1)
+    monkeypatch.setattr(budget, "answer_seconds", lambda model, problems, batch_size: 0.5)
+    spending = SimpleNamespace(minutes=1)
     data = {split: sources.load(toy.data, split) for split in ("train", "validation", "test")}
     assert [len(data[split]) for split in ("validation", "test")] == [6, 6]
-    steps = reproduce._plan_curriculum(LatentReasoner.from_config(toy), data, toy, budget)
+    steps = budget.plan_curriculum(LatentReasoner.from_config(toy), data, toy, spending)
     left = 30 - 0.5 * (3 * 6 + 2 * 6)
     assert steps == [int(left / (1.1 * 0.1 * 4) * share) for share in toy.curriculum.steps]
-    budget.minutes = 0
-    assert reproduce._plan_curriculum(None, data, toy, budget) == list(toy.curriculum.steps)
+    spending.minutes = 0
+    assert budget.plan_curriculum(None, data, toy, spending) == list(toy.curriculum.steps)
 
 
 def test_a_time_is_measured_without_start_up(monkeypatch):
     times, model = iter([0.4, 0.1, 7.0]), SimpleNamespace(device=torch.device("cpu"))
-    monkeypatch.setattr(reproduce, "_timed", lambda model, run: next(times))
-    assert [reproduce._seconds(model, None), reproduce._seconds(model, None)] == [0.1, 7.0]
+    monkeypatch.setattr(budget, "_timed", lambda model, run: next(times))
+    assert [budget._seconds(model, None), budget._seconds(model, None)] == [0.1, 7.0]
 
 
 def test_what_a_verdict_does_not_cover_is_said():
