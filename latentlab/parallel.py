@@ -53,6 +53,9 @@ def _start(device: str) -> None:
         return
     if ":" in device:
         raise ValueError(f"--device: got {device} for {env['WORLD_SIZE']} processes, expected auto, cpu or cuda")
+    # Before there is a process group: imported later (as transformers does), this module's default arguments would hold
+    # the group beyond its end, with gloo's threads, which abort a process when they free a tensor while Python exits.
+    import torch.distributed.nn.functional
     from accelerate import PartialState
 
     if device == "cpu" or not torch.cuda.is_available():

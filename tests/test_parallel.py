@@ -216,12 +216,23 @@ def test_a_launch_that_cannot_work_is_one_line(monkeypatch, capsys):
 # -- as users start it ----------------------------------------------------------------------------------------------
 
 
+ENDING = """
+import sys
+from pathlib import Path
+from latentlab import cli
+code = cli.main(sys.argv[1:])
+threads = [name.read_text() for name in Path("/proc/self/task").glob("*/comm")]
+sys.exit(code or next(("left at the end: " + name for name in threads if "gloo" in name), 0))
+"""
+
+
 @pytest.mark.slow
-def test_accelerate_launch_makes_the_run_of_one_process(tmp_path, capsys):
+def test_accelerate_launch_makes_the_run_of_one_process_and_ends_its_threads(tmp_path, capsys):
+    (tmp_path / "ending.py").write_text(ENDING)
     words = ["grpo", "--preset", "smoke", "--grpo.steps", "2", "--grpo.max-candidates", "8", "--device", "cpu"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launch += ["-m", "latentlab.cli", *words, "--out", str(tmp_path / "two")]
+    launch += [str(tmp_path / "ending.py"), *words, "--out", str(tmp_path / "two")]
     done = subprocess.run(launch, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert cli.main([*words, "--out", str(tmp_path / "one")]) == 0
