@@ -9,6 +9,10 @@ over the scores of both parts:
 The products with the prefix are one per problem, the queries of its rows stacked. Nothing is repeated K times, neither
 forward nor backward, where the same products sum a prefix's gradient over its rows.
 
+Suffix attention is computed one precision wider than the model's other products (float64 in a float32 model, float32
+under bfloat16): its sums depend on how many positions are passed at once, one when sampling, all when scoring, and
+rounded to float32 afterwards they agree. So on a CPU a float32 replay is mostly exact to the last bit.
+
 transformers runs it: `attention` is registered as the attention function "latentlab", and a `RolloutCache` is passed
 as `past_key_values` and, for the attention function to see it, as the keyword `rollout_cache`.
 
@@ -51,7 +55,7 @@ class RolloutCache(Cache):
         self.problem = torch.arange(count, device=self.valid.device).repeat_interleave(num_generations)
         self.width, self.place = num_generations, None
         # contiguous: on strided keys BLAS may round the rows of a group differently, which then are not bit-equal
-        self.prefix = [(_wide(keys).contiguous(), _wide(values).contiguous()) for keys, values in self.prefix]
+        self.prefix = [tuple(part.contiguous() for part in _wide(*layer)) for layer in self.prefix]
         self.suffix = [(Positions(self.capacity), Positions(self.capacity)) for _ in self.prefix]
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
@@ -59,7 +63,8 @@ class RolloutCache(Cache):
         if self.problem is None:
             self.prefix.append((keys, values))
             return keys, values
-        return tuple(part.append(_wide(new)) for part, new in zip(self.suffix[layer_idx], (keys, values), strict=True))
+        new = _wide(keys, values)
+        return tuple(part.append(x) for part, x in zip(self.suffix[layer_idx], new, strict=True))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Suffix positions so far."""
@@ -143,7 +148,7 @@ def attention(module, query, key, value, attention_mask, *, scaling: float, roll
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     prefix = cache.prefix[module.layer_idx]
     with torch.autocast(query.device.type, enabled=False):  # scores rounded to bfloat16 would move probs by percents
-        out = _suffix_attention(_wide(query) * scaling, key, value, attention_mask, cache, *prefix)
+        out = _suffix_attention(query.to(key.dtype) * scaling, key, value, attention_mask, cache, *prefix)
     return out.to(query.dtype).transpose(1, 2), None
 
 
@@ -165,9 +170,10 @@ def _suffix_attention(query, key, value, attention_mask, cache, prefix_keys, pre
     return out.reshape(rows, heads, new, width)
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """Float32 instead of a half-precision type: keys and values are kept so, since every pass multiplies by them."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+def _wide(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both one precision wider than the values' products: float32 for half precision, else float64."""
+    dtype = torch.float32 if values.dtype in (torch.bfloat16, torch.float16) else torch.float64
+    return keys.to(dtype), values.to(dtype)
 
 
 @contextmanager

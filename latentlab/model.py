@@ -108,7 +108,7 @@ class LatentReasoner(nn.Module):
     def place(self, device: str = "auto", precision: str = "float32") -> LatentReasoner:
         """Move to `device` ("auto": CUDA if there is one), matrix products in `precision`: float32 or bfloat16.
 
-        Autocast: weights, optimizer, attention's softmax (attention.py), the head, log-probs and loss stay float32.
+        Autocast: weights, optimizer, suffix attention (attention.py), the head, log-probs and loss stay float32.
         Raises ValueError for a missing device.
         """
         self.autocast_dtype = torch.bfloat16 if precision == "bfloat16" else None

@@ -68,6 +68,15 @@ def test_replay_reproduces_the_sampled_log_probs(model, problems, scheme, scope,
         assert gap(model, out, None) > 1e-3
 
 
+def test_sharp_attention_replays_too(make_model, problems):
+    llama = make_model("llama")
+    for name, weight in llama.lm.named_parameters():
+        if "q_proj" in name:
+            weight.data *= 4096  # scores so large that float32 would round them, and the log-probs, by 1e-4
+    out = rollout(llama, problems, masks=MaskSpec(rate=0.2), **{**SETTINGS, "num_generations": 8})
+    assert gap(llama, out, out.masks) < 1e-5
+
+
 def test_a_micro_batch_replays_its_part(model, problems):
     out = rollout(model, problems, masks=MaskSpec(rate=0.3), **SETTINGS)
     part = out.take(slice(1, 3))
