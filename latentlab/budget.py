@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from latentlab.advantage import is_collapsed
 from latentlab.checkpoint import expect_same
 from latentlab.config import Config, arm_settings, to_dict
 from latentlab.curriculum import curriculum_gradient, set_stage
@@ -21,15 +22,17 @@ from latentlab.evaluate import evaluate
 from latentlab.grpo import policy_gradient
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
-from latentlab.report import peak_memory_gib, read_json, write_atomically
+from latentlab.report import commit, peak_memory_gib, read_json, write_atomically
+from latentlab.reward import exact_answer
 from latentlab.rollout import rollout
+from latentlab.statistics import wilson_interval
 
 CURRICULUM_SHARE = 0.5  # of the budget, for the curriculum, its validations and the tests of its two models
 START_UP = 5.0  # seconds: a call shorter than this may have been mostly start-up
 
 
 class Budget:
-    """A time budget that survives a restart: what was spent and what was planned lie in plan.json.
+    """A time budget that survives a restart: what was spent, what was planned and by which commits lie in plan.json.
 
     start: `time.monotonic()` when this process began. A killed process spent the time until the last file that it wrote
     in `folder`: a training step writes one.
@@ -48,6 +51,7 @@ class Budget:
             last_sign = max(file.stat().st_mtime for file in folder.rglob("*") if file.is_file())
             self.data["spent"] += max(0.0, last_sign - self.path.stat().st_mtime)
         self.before = self.data["spent"]
+        self.data["commits"] = list(dict.fromkeys([*self.data.get("commits", []), commit()]))
         self.save()
 
     def spent(self) -> float:
@@ -127,17 +131,27 @@ def plan_grpo(model, data, config: Config, budget: Budget) -> tuple[int, int]:
         return 1, 0
     problems = data["train"][: g.num_problems]
     mask, temperature = arm_settings(g, "shared")
+    rolled = []
 
-    def iteration() -> None:
-        out = rollout(
+    def roll() -> None:
+        rolled[:] = [rollout(
             model, problems, num_generations=g.num_generations, masks=mask, temperature=temperature, run_seed=0, step=0
-        )
-        policy_gradient(model, out, torch.ones_like(out.logp[:, 0]), config)
+        )]  # fmt: skip
+
+    rolling = _seconds(model, roll)
+    (out,), share = rolled, 1.0
+    if g.max_candidates:  # only mixed groups are updated on; training mixes more of them, so the upper bound
+        mixed = int((~is_collapsed(out.rewards(exact_answer))).sum())
+        share = wilson_interval(mixed, len(problems))[1]
+
+    def update() -> None:
+        policy_gradient(model, out, torch.ones_like(out.logp[:, 0]), config, reference=model if g.beta else None)
         model.zero_grad(set_to_none=True)
 
     answer = answer_seconds(model, data["validation"], config.evaluate.batch_size)
     validation = answer * len(data["validation"])
-    seconds = 1.1 * _seconds(model, iteration) + validation / g.eval_every
+    updates = share * g.num_iterations * _seconds(model, update)
+    seconds = 1.1 * (rolling + updates) + validation / g.eval_every
     for seeds in range(len(config.sweep.seeds), 0, -1):
         runs = len(config.sweep.arms) * seeds
         reserve = 1.1 * runs * (answer * len(data["test"]) + 2 * validation)

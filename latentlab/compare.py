@@ -1,6 +1,7 @@
 """What the runs of `sweep compare` say on the test set: paired differences, the main contrast, thought swapping.
 
-Each run's checkpoint was chosen on validation; here it meets the test problems once, greedily and without masks.
+Each run's checkpoint was chosen on validation; here it meets the test problems, greedily and without masks, and where
+`deployments` and swapped thoughts are asked for some of them again. Nothing is chosen here.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from latentlab.loop import read_metrics
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
 from latentlab.rollout import rollout
-from latentlab.statistics import paired_comparison, seed_comparison, wilson_interval
+from latentlab.statistics import arm_comparison, paired_comparison, wilson_interval
 
 
 def write_compare(config: Config, folder: Path, chosen: dict, started: float) -> Path:
@@ -49,7 +51,7 @@ def write_compare(config: Config, folder: Path, chosen: dict, started: float) ->
             for seed in s.seeds
             for name in ("coconut", "temperature", "shared")
         },
-        "main_contrast": _main_contrast(outcomes, s.seeds),
+        "main_contrast": contrast(outcomes, "shared", "temperature", s.seeds),
         "weights_unchanged": {f"none-s{seed}": _same_weights(folder, seed) for seed in s.seeds if "none" in s.arms},
         "swapped_thoughts": {
             f"coconut-s{seed}": swap_thoughts(
@@ -72,7 +74,7 @@ def write_compare(config: Config, folder: Path, chosen: dict, started: float) ->
         started=started,
         seconds=time.time() - started,
         question="Which arm helps, at equal rollouts?",
-        headline=_headline(metrics["main_contrast"]),
+        headline=in_words(metrics["main_contrast"]),
     )
 
 
@@ -129,26 +131,19 @@ def _curves(run: Path) -> dict[str, list]:
     }
 
 
-def _main_contrast(outcomes: dict, seeds: tuple[int, ...]) -> dict:
-    """shared - temperature over all seeds, and per seed."""
-    shared, temperature = (
-        np.stack([outcomes[f"{arm}-s{seed}"] for seed in seeds]) for arm in ("shared", "temperature")
-    )
-    by_seed = {
-        str(seed): paired_comparison(a, b, seed=0) for seed, a, b in zip(seeds, shared, temperature, strict=True)
-    }
-    pooled = seed_comparison(shared, temperature, seed=0) if len(seeds) > 1 else by_seed[str(seeds[0])]
-    wide = {  # with few seeds the bootstrap is too short: the wider of it and Student's interval over seeds
-        "wide_low": min(pooled["low"], pooled.get("t_low", pooled["low"])),
-        "wide_high": max(pooled["high"], pooled.get("t_high", pooled["high"])),
-    }
-    return {"arms": "shared - temperature", **pooled, **wide, "by_seed": by_seed}
+def contrast(outcomes: dict, arm: str, other: str, seeds: Sequence[int]) -> dict:
+    """The `arm_comparison` of two arms, by seed (`by_seed`); outcomes as `read_outcomes` gives them."""
+    ours, theirs = (np.stack([outcomes[f"{name}-s{seed}"] for seed in seeds]) for name in (arm, other))
+    pooled = arm_comparison(ours, theirs, seed=0)
+    by_seed = dict(zip(map(str, seeds), pooled.pop("per_seed"), strict=True))
+    return {"arms": f"{arm} - {other}", **pooled, "by_seed": by_seed}
 
 
-def _headline(contrast: dict) -> str:
+def in_words(found: dict) -> str:
+    """One line of a `contrast`."""
     return (
-        f"shared - temperature: {contrast['difference']:+.2f} points "
-        f"[{contrast['wide_low']:+.2f}, {contrast['wide_high']:+.2f}] over {contrast.get('seeds', 1)} seeds"
+        f"{found['arms']}: {found['difference']:+.2f} points "
+        f"[{found['wide_low']:+.2f}, {found['wide_high']:+.2f}] over {found['seeds']} seed{'s' * (found['seeds'] > 1)}"
     )
 
 

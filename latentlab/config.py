@@ -109,7 +109,7 @@ class GRPOConfig:
     temperature: float = 1.0  # of sampled answers; greedy arms take 0
     mask: MaskSpec = field(default_factory=MaskSpec)  # rate, sites and scope of the masked arms
     baseline: str = "mean"  # mean | leave_one_out | none
-    scale_rewards: str = "none"  # none | std
+    scale_rewards: str = "none"  # none | std, TRL's "group"
     loss_type: str = "dr_grpo"  # dr_grpo | grpo | bnpo | dapo
     epsilon: float = 0.2
     epsilon_high: float | None = None
@@ -215,6 +215,23 @@ def to_dict(config: Config) -> dict:
     )
 
 
+def flat(values: dict, where: str = "") -> dict:
+    """Nested dicts as one, {"grpo.steps": 10}."""
+    found = {}
+    for key, value in values.items():
+        found |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
+    return found
+
+
+def changed_words(values: dict, *, but: tuple[str, ...] = ()) -> list[str]:
+    """What a config, as a dict, changes in its preset, as words for the command line; without fields like `but`…"""
+    base, words = flat(to_dict(load_preset(values["preset"]))), []
+    for key, value in flat(values).items():
+        if value != base.get(key) and not key.startswith(but):
+            words += [f"--{key.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
 def arm_settings(grpo: GRPOConfig, arm: str) -> tuple[MaskSpec | None, float]:
     """(mask, temperature) of an arm; `supervised` samples nothing and wears the curriculum's mask."""
     masked = {"shared": "shared", "shared_greedy": "shared", "per_step": "per_step"}
@@ -238,6 +255,11 @@ def check(config: Config) -> None:
     _among("grpo.baseline", g.baseline, ("mean", "leave_one_out", "none"))
     _among("grpo.scale_rewards", g.scale_rewards, ("none", "std"))
     _among("grpo.loss_type", g.loss_type, ("dr_grpo", "grpo", "bnpo", "dapo"))
+    if g.baseline == "none" and (g.scale_rewards != "none" or g.max_candidates):
+        raise ValueError(
+            "grpo.baseline: got none with scale_rewards or max_candidates, expected a baseline; without one groups of "
+            "equal rewards teach, and those two would divide them by 0 or drop them"
+        )
     for control in s.controls:
         _among("sweep.controls", control, ("pause", "direct"))  # coconut is the baseline of every sweep
     _at_least("grpo.num_generations", g.num_generations, 2, "a group needs two rollouts to compare")

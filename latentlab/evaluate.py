@@ -26,12 +26,11 @@ from latentlab.statistics import pass_at_k, wilson_interval
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Outcomes on n problems: correct [n, K] of 0/1, text (n * K answers), thought_spread [n], max |z_k - z_1|."""
+    """Outcomes on n problems: correct [n, K] of 0/1, text (n * K answers)."""
 
     problems: tuple[Problem, ...]
     correct: np.ndarray
     text: tuple[str, ...]
-    thought_spread: np.ndarray
 
     @property
     def accuracy(self) -> float:
@@ -73,7 +72,6 @@ def evaluate(
     mask: MaskSpec | None = None,
     temperature: float = 0.0,
     run_seed: int = 0,
-    edit=None,
 ) -> Evaluation:
     """Answer every problem `num_generations` times; the default is the clean greedy model.
 
@@ -81,34 +79,24 @@ def evaluate(
     """
     if not problems:
         raise ValueError("problems: got an empty list, expected at least one; check the data source and its filters")
-    order = list(range(len(problems)))
-    if edit is None:  # questions of like length together: little padding (an edit may look at the rows beside it)
-        order.sort(key=lambda i: len(problems[i].question))
+    order = sorted(range(len(problems)), key=lambda i: len(problems[i].question))  # like lengths: little padding
     places = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     batches = [[problems[i] for i in part] for part in places]
 
-    def answer() -> list[tuple[torch.Tensor, tuple[str, ...], torch.Tensor]]:
+    def answer() -> list[tuple[torch.Tensor, tuple[str, ...]]]:
         results = []
         for batch in parallel.shard(batches):  # whole batches: the numbers are those of one process, bit for bit
             out = rollout(
                 model, batch, num_generations=num_generations, masks=mask, temperature=temperature,
-                run_seed=run_seed, step=0, edit=edit,
+                run_seed=run_seed, step=0,
             )  # fmt: skip
-            grouped = out.thoughts.unflatten(0, (-1, num_generations))  # [B, K, L, D]
-            spread = (
-                (grouped - grouped[:, :1]).abs().flatten(1).amax(1)
-                if grouped.numel()
-                else grouped.new_zeros(len(batch))
-            )
-            results.append((out.rewards(exact_answer), out.text, spread.float().cpu()))
+            results.append((out.rewards(exact_answer), out.text))
         return results
 
-    correct, text, spread = zip(*parallel.in_order(parallel.gather(answer)), strict=True)
+    correct, text = zip(*parallel.in_order(parallel.gather(answer)), strict=True)
     back = np.argsort(order)  # from the order of the batches to that of `problems`
     answers = np.array(list(chain.from_iterable(text)), dtype=object).reshape(len(problems), -1)[back]
-    return Evaluation(
-        tuple(problems), torch.cat(correct).numpy()[back], tuple(answers.flatten()), torch.cat(spread).numpy()[back]
-    )
+    return Evaluation(tuple(problems), torch.cat(correct).numpy()[back], tuple(answers.flatten()))
 
 
 def summary(

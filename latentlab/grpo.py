@@ -17,9 +17,9 @@ sample_groups) an iteration may take more of them, and the run has fewer iterati
     frac_reward_zero_std    share of candidates whose K rewards are equal: nothing to learn there
     replay_gap              max |re-scored - recorded| log-prob before the update, nats; 0 where there was none
     loss, grad_norm         of the first update of the iteration; the norm before clipping; 0 without any group
-    entropy                 mean entropy of the distributions the answers' tokens were sampled from, nats
+    entropy                 mean entropy of the distributions that the tokens of updated groups were sampled from, nats
     kl, clip_ratio/*        see loss.py
-    completions/mean_length answer tokens, eos included
+    completions/mean_length answer tokens of all candidates, eos included
     validation_accuracy     greedy pass@1 of the clean model on the validation set
 """
 
@@ -115,15 +115,13 @@ class Sampled:
     parts: list[tuple[Rollouts, list[int]]]
 
 
-def sample_groups(
-    model, train, config: Config, step: int, reward, *, limit: int | None = None, chunk: int = 0
-) -> Sampled:
+def sample_groups(model, train, config: Config, step: int, reward, *, limit: int | None = None) -> Sampled:
     """Roll out the problems of `step`, over all processes: num_problems of them, whatever their rewards.
 
     With `max_candidates` (DAPO's dynamic sampling) groups of equal rewards are passed over and further problems are
-    tried: candidates come in data order, `chunk` (default num_problems) at a time, until num_problems mixed groups are
-    found or max_candidates (or `limit`) were tried. Kept are the first mixed ones in that order, so neither the number
-    of processes nor the chunk matters to them. Mixed groups beyond are dropped, never kept for a later step, whose
+    tried: candidates come in data order, num_problems at a time, until num_problems mixed groups are found or
+    max_candidates (or `limit`) were tried. Kept are the first mixed ones in that order, so the number of processes does
+    not matter to them. Mixed groups beyond are dropped, never kept for a later step, whose
     policy is another: staleness 0. Fewer than num_problems, even none, is what there is.
     """
     g, k = config.grpo, config.grpo.num_generations
@@ -134,7 +132,7 @@ def sample_groups(
     parts: list[tuple[Rollouts, list[int]]] = []
 
     def roll() -> list[tuple[list[float], list[int]]]:
-        mine = list(parallel.shard(range(len(found), min(len(found) + (chunk or g.num_problems), len(candidates)))))
+        mine = list(parallel.shard(range(len(found), min(len(found) + g.num_problems, len(candidates)))))
         if not mine:  # fewer problems than processes
             return []
         out = rollout(

@@ -24,11 +24,12 @@ from latentlab.problems import Problem, answers_match, extract_answer
 from latentlab.reward import majority_vote
 from latentlab.rollout import rollout
 from latentlab.statistics import (
+    FEW_SEEDS,
+    arm_comparison,
     detectable_difference,
     paired_comparison,
     pass_at_k,
     power_at,
-    seed_comparison,
     verdict,
     wilson_interval,
 )
@@ -36,13 +37,12 @@ from latentlab.statistics import (
 PUBLISHED = {"baseline": 27.29, "after": 29.01, "points": 1.72}  # arXiv 2606.10184, GPT-2, GSM8K test
 SAMPLES = 10  # problems of each kind (became right, became wrong, stayed right) whose answers and thoughts are kept
 CURVES = ("reward", "frac_reward_zero_std", "replay_gap", "kl", "validation_accuracy")
-FEW_SEEDS = 3  # with fewer the interval is over problems (and the seeds at hand), and the verdict says so
 NOT_ON_GPU = "not run on a GPU"
 
 
 def write_report(
     config: Config, folder: Path, names: list[str], test: list[Problem], *, cot: str | None, device: str, weights: dict,
-    started: float, plan: dict, minutes: float, budget_minutes: float, peak_memory_gib: float,
+    started: float, plan: dict, minutes: float, budget_minutes: float, peak_memory_gib: float, commits: list[str],
 ) -> Path:  # fmt: skip
     """Write the three files from the answers in `folder`; `names`: the baseline, then "<arm>-s<seed>"."""
     preset = config.preset if device == "cuda" else f"{config.preset}-cpu"
@@ -72,6 +72,7 @@ def write_report(
             "all_in_rollouts_per_second": {name: _rollout_rate(folder / name) for name in names[1:]},
         },
         "plan": plan,
+        "commits": commits,  # of every process that took part; the result's own is that which wrote it
         "weights": weights,
     }  # fmt: skip
     return report.write_result(
@@ -96,18 +97,55 @@ def read_reproduce(*presets: str) -> dict | None:
     return None
 
 
+def overview(found: dict) -> str:
+    """What `read_reproduce` found, as text: cost, training problems, a line per model, the verdict.
+
+    kept: the iteration whose checkpoint validation chose; `start` is the baseline, whose answers are then repeated.
+    """
+    metrics, curriculum = found["metrics"], found["parameters"]["curriculum"]
+    cost, steps = metrics["cost"], metrics["plan"].get("curriculum_steps", curriculum["steps"])
+    cot, *latent = (curriculum["batch_size"] * count for count in steps)
+    stages = {stage: f"{accuracy:.1%}" for stage, accuracy in metrics["stages_validation"].items()}
+    lines = [
+        f"{found['preset']}, on a {cost['device']}: {cost['minutes']:.0f} minutes, {cost['peak_memory_gib']:.1f} GiB",
+        f"weights: {metrics['weights']['kind']}",
+        f"training problems: chain of thought {cot} · latent stages {latent}",
+        f"validation accuracy after each stage: {stages}",
+        "",
+        f"{'model':<19}{'right':>5}{'pass@1':>9}   {'95 % interval':<17}{'rollouts':>9}   {'says most':<11}{'kept':<7}"
+        "difference to coconut",
+    ]
+    for row in [{"name": "chain of thought", "seed": 0, **metrics["cot"]}, *found["arms"]]:
+        if "n" not in row:  # trained elsewhere
+            continue
+        name, (low, high), change = f"{row['name']} {row['seed']}", row["interval"], row.get("difference")
+        curve = metrics["curves"].get(f"{row['name']}-s{row['seed']}", {}).get("validation_accuracy")
+        kept = curve["step"][int(np.argmax(curve["value"]))] if change and curve else ""
+        interval, most = (
+            f"[{100 * low:.2f}, {100 * high:.2f}] %",
+            f"{row['commonest_answer'] or 'nothing'}: {row['commonest_share']:.0%}",
+        )
+        gain = f"{change['points']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]" if change else ""
+        lines.append(
+            f"{name:<19}{row['correct']:>5}{row['correct'] / row['n']:>9.2%}   {interval:<17}"
+            f"{row.get('rollouts', 0):>9}   {most:<11}{'start' if kept == -1 else kept:<7}{gain}"
+        )
+    return "\n".join([*lines, "", f"verdict on the published gain: {metrics['verdict']}"])
+
+
 def verdict_of(gain: dict, device: str, data: str = "gsm8k") -> str:
-    """The verdict of the comparison, and what it does not cover: other seeds, where there are fewer than three.
+    """The verdict of the comparison, and what it does not cover: other seeds, where there are few (FEW_SEEDS).
 
     Synthetic problems, and a CPU, whose budget is no budget, get the rule's word beside it.
     """
     if "skipped" in gain:
         return gain["skipped"] if device == "cuda" else f"{NOT_ON_GPU}; {gain['skipped']}"
-    word = verdict(gain["difference"], gain["low"], gain["high"], target=PUBLISHED["points"])
-    if gain["low"] == gain["high"]:  # no problem was answered differently: an interval of width 0 resolves nothing
+    low, high = gain["wide_low"], gain["wide_high"]
+    word = verdict(gain["difference"], low, high, target=PUBLISHED["points"])
+    if low == high:  # no problem was answered differently: an interval of width 0 resolves nothing
         word = "not resolved"
-    if (seeds := gain.get("seeds", 1)) < FEW_SEEDS:
-        word += f", over problems alone, with {seeds} seed{'s' if seeds > 1 else ''}"
+    if gain["seeds"] < FEW_SEEDS:
+        word += {1: ", over problems alone, with 1 seed", 2: ", over problems and no more than 2 seeds"}[gain["seeds"]]
     why = NOT_ON_GPU if device != "cuda" else "no GSM8K" if data == "word_problems" else ""
     return f"{why} (the rule's word for these numbers: {word})" if why else word
 
@@ -161,16 +199,13 @@ def _pooled(outcomes: dict, names: list[str], arm: str, other: str) -> dict:
         return {"skipped": f"arm {arm} was not trained: no time was left in the budget"}
     ours = np.stack([outcomes[f"{arm}-s{seed}"] for seed in seeds])
     theirs = np.stack([outcomes[f"{other}-s{'0' if other == 'coconut' else seed}"] for seed in seeds])
-    pair = paired_comparison(ours[0], theirs[0], seed=0)
-    pooled = seed_comparison(ours, theirs, seed=0) if len(seeds) > 1 else dict(pair)
-    if len(seeds) >= FEW_SEEDS:  # of two, Student's interval is 12.7 standard errors wide and decides nothing
-        pooled |= {"low": min(pooled["low"], pooled["t_low"]), "high": max(pooled["high"], pooled["t_high"])}
+    pooled = arm_comparison(ours, theirs, seed=0)
     pooled |= {"arms": f"{arm} - {other}", "before": float(theirs.mean()), "after": float(ours.mean())}
-    n, share = ours.shape[1], pair["discordance"]
-    if PUBLISHED["points"] <= 100 * share:
-        pooled["power_at_published_gain"] = power_at(PUBLISHED["points"], n, share)
-        with suppress(ValueError):  # too few problems to detect any difference
-            pooled["detectable_points"] = detectable_difference(n, share)
+    for row in pooled["per_seed"]:
+        if PUBLISHED["points"] <= 100 * row["discordance"]:
+            row["power_at_published_gain"] = power_at(PUBLISHED["points"], row["n"], row["discordance"])
+            with suppress(ValueError):  # too few problems to detect any difference
+                row["detectable_points"] = detectable_difference(row["n"], row["discordance"])
     return pooled
 
 
@@ -265,9 +300,10 @@ def _headline(outcomes: dict, names: list[str], metrics: dict) -> str:
     data = "rehearsal on synthetic word problems" if metrics["data"] == "word_problems" else "GSM8K test"
     text = f"{data}, {len(base)} problems: {cot}latent baseline {100 * base.mean():.2f} %"
     if (share := metrics["baseline"]["commonest_share"]) > 0.2:
-        text += f" (says {metrics['baseline']['commonest_answer']} to {share:.0%})"
+        text += f" (says {metrics['baseline']['commonest_answer'] or 'no number'} to {share:.0%})"
     if "skipped" not in gain:
-        text += f" → {100 * gain['after']:.2f} %, {gain['difference']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]"
+        interval = f"[{gain['wide_low']:+.2f}, {gain['wide_high']:+.2f}]"
+        text += f" → {100 * gain['after']:.2f} %, {gain['difference']:+.2f} {interval}"
     return text if metrics["data"] == "word_problems" else f"{text}; {metrics['verdict']}"
 
 

@@ -10,8 +10,8 @@
     reports/smol/reproduce.json …           the small files that remain (gsm8k_report.py); smol-cpu if made on a CPU
 
 Each part is sized to the budget (budget.py); what is left over buys sampled answers and transfer. The same command goes
-on after an interruption. The test set decides nothing: each finished model answers it greedily once, the first seed's
-once more by sampling.
+on after an interruption. The test set decides nothing: each finished model answers it greedily once, the baseline and
+the first seed's arms once more by sampling.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def reproduce(
         config, folder, names, data["test"], cot=None if init_from else "cot-s0", device=budget.device,
         weights=source, started=budget.data["started"], plan=budget.data["plan"],
         minutes=budget.spent() / 60, budget_minutes=budget_minutes, peak_memory_gib=budget.data["peak_memory_gib"],
+        commits=budget.data["commits"],
     )  # fmt: skip
 
 
@@ -186,10 +187,13 @@ def _answer(folder: Path, name: str, model, problems: list[Problem], **options) 
 def _spend_the_rest(names: list[str], data: dict, config: Config, folder: Path, device: str, budget: Budget) -> None:
     """Sampled answers under masks, then the other benchmarks, on as many problems as the remaining time allows."""
     test, k = data["test"], config.evaluate.num_generations
-    models = {name: _trained(folder / name, config, device) for name in names[:3]}  # the first seed
+    first = names[: 1 + len(config.sweep.arms)]  # the baseline, and the arms of the first seed
+    models = {name: _trained(folder / name, config, device) for name in first}
 
     def sampling(name: str) -> dict:
-        mask, temperature = arm_settings(config.grpo, "temperature" if name.startswith("temperature") else "shared")
+        """An arm's own noise, so far as it has any; the baseline's and a greedy arm's: the method's."""
+        arm = name.rpartition("-s")[0]
+        mask, temperature = arm_settings(config.grpo, arm if arm in ("temperature", "per_step") else "shared")
         size = max(1, 4 * config.evaluate.batch_size // k)  # rows are cheap beside the question that they share
         return {"batch_size": size, "num_generations": k, "mask": mask, "temperature": temperature}
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from latentlab.compare import write_compare
-from latentlab.config import Config, check_arms, load_preset, to_dict
+from latentlab.config import Config, changed_words, check_arms, flat, to_dict
 from latentlab.launch import LOCAL, Job, Launcher, read_done, run_jobs
 from latentlab.report import read_json, write_atomically
 
@@ -28,7 +28,7 @@ def run_sweep(name: str, config: Config, *, out: str, launcher: Launcher = LOCAL
     folder, seeds = Path(out), config.sweep.seeds
     check_arms(config.sweep)
     _same_settings(config, folder)
-    overrides = _fields(config)
+    overrides = changed_words(to_dict(config), but=("sweep.",))
     run_jobs([_sft("coconut", seed) for seed in seeds], folder, config, overrides, launcher)
     chosen = _tune(folder, config, overrides, launcher)
     jobs = [_sft(control, seed) for seed in seeds for control in config.sweep.controls]  # the longest first
@@ -41,12 +41,12 @@ def _same_settings(config: Config, folder: Path) -> None:
     """Make `folder`, or refuse one whose finished runs were made with other settings: they would not be redone."""
     # These change no run, or add some.
     free = ("sweep.workers", "sweep.seeds", "sweep.arms", "sweep.controls", "data.test_size", "evaluate.")
-    asked = {key: value for key, value in _flat(to_dict(config)).items() if not key.startswith(free)}
+    asked = {key: value for key, value in flat(to_dict(config)).items() if not key.startswith(free)}
     asked["sweep.seeds, the first"] = config.sweep.seeds[0]  # what the tuning started from
     stored = folder / "sweep.json"
     if stored.exists():
         # A field younger than the folder had its default: before there was a choice, that is what was done.
-        held = _flat(to_dict(Config())) | read_json(stored, "the settings of a sweep")
+        held = flat(to_dict(Config())) | read_json(stored, "the settings of a sweep")
         for key in sorted(asked):
             if held.get(key) != asked[key]:
                 raise ValueError(
@@ -95,19 +95,3 @@ def _tune(folder: Path, config: Config, overrides: list[str], launcher: Launcher
         folder / "tuning.json", (json.dumps({"chosen": chosen, "trials": table}, indent=1) + "\n").encode()
     )
     return chosen
-
-
-def _fields(config: Config) -> list[str]:
-    """The fields that differ from the preset, as command-line words, so that every run gets them."""
-    base, words = _flat(to_dict(load_preset(config.preset))), []
-    for key, value in _flat(to_dict(config)).items():
-        if value != base[key] and not key.startswith("sweep."):
-            words += [f"--{key.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return words
-
-
-def _flat(values: dict, where: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
-    return flat

@@ -4,6 +4,7 @@ import html
 import re
 from pathlib import Path
 
+from latentlab.config import changed_words
 from latentlab.figures import estimate, plot_arms, save_figure
 from latentlab.report import leaves, load_result, reports_folder, write_atomically
 
@@ -199,7 +200,11 @@ def _command(result: dict) -> str:
     words = f"latentlab {verb} --preset {preset.removesuffix('-cpu')}"
     if name == "reproduce":
         words += f" --budget-minutes {result['metrics']['cost']['budget_minutes']:g}"
-    return words + (" --device cpu" if preset.endswith("-cpu") else "")
+    if preset.endswith("-cpu"):
+        words += f" --device cpu --threads {result['environment']['threads']}"
+    planned = ("curriculum.steps", "curriculum.warmup_steps")  # by the budget
+    changed = changed_words(result["parameters"], but=planned) if "grpo" in result["parameters"] else []
+    return " ".join([words, *changed])
 
 
 def _plan() -> str:

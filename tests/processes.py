@@ -75,10 +75,10 @@ def _member(rank, size, function, folder, settings):
 
 
 # ---------------------------------------------------------------- what is compared
-def rollouts(max_candidates, chunk=0):
+def rollouts(max_candidates):
     """Tokens and seeds of every accepted group by its place in the data, with the rewards of all candidates."""
     config = replace(CONFIG, grpo=replace(CONFIG.grpo, max_candidates=max_candidates))
-    batch = sample_groups(sharpen(tiny_gpt2()).double(), TRAIN, config, 3, first_digit, chunk=chunk)
+    batch = sample_groups(sharpen(tiny_gpt2()).double(), TRAIN, config, 3, first_digit)
 
     def mine():
         k = config.grpo.num_generations

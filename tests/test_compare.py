@@ -19,6 +19,7 @@ from latentlab.evaluate import evaluate
 from latentlab.grpo import fit_grpo
 from latentlab.loop import read_metrics
 from latentlab.model import LatentReasoner
+from latentlab.rollout import rollout
 from latentlab.word_problems import word_problems
 
 RUNS = ["coconut", "pause", "direct", *ARMS]
@@ -40,9 +41,10 @@ def thinker():
 def test_swapped_thoughts_are_those_of_the_next_problem(thinker, questions):
     """The shares by hand, with the donor's thoughts recorded first and then fed in by index."""
     own = {}
-    clean = evaluate(thinker, questions, batch_size=12, edit=lambda i, z: own.setdefault(i, z)).text
+    greedy = {"num_generations": 1, "masks": None, "temperature": 0.0, "run_seed": 0, "step": 0}
+    clean = rollout(thinker, questions, **greedy, edit=lambda i, z: own.setdefault(i, z)).text
     order = [*range(1, 12), 0]
-    swapped = evaluate(thinker, questions, batch_size=12, edit=lambda i, z: own[i][order]).text
+    swapped = rollout(thinker, questions, **greedy, edit=lambda i, z: own[i][order]).text
     shares = swap_thoughts(thinker, questions)
     assert shares == {
         "n": 12,
@@ -220,6 +222,6 @@ def test_outcomes_survive_packing_at_any_length(written, tmp_path):
 
 def test_one_seed_needs_no_pooling(written):
     _, outcomes, _ = written
-    contrast = compare._main_contrast(outcomes, (1,))
+    contrast = compare.contrast(outcomes, "shared", "temperature", (1,))
     assert contrast["difference"] == contrast["by_seed"]["1"]["difference"]
-    assert compare._headline(contrast).endswith("over 1 seeds")
+    assert compare.in_words(contrast).endswith("over 1 seed")

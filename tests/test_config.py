@@ -55,6 +55,8 @@ def test_an_unknown_preset_names_the_known_ones():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"grpo": {"baseline": "none", "scale_rewards": "std"}}, "^grpo.baseline: got none with scale_rewards"),
+        ({"grpo": {"baseline": "none", "max_candidates": 64}}, "^grpo.baseline: got none with scale_rewards or max_"),
         ({"sead": 1}, "^config: got the unknown key 'sead'"),
         ({"grpo": {"learningrate": 1e-4}}, "^config.grpo: got the unknown key 'learningrate'"),
         ({"grpo": {"mask": {"p": 0.1}}}, "^config.grpo.mask: got the unknown key 'p'"),

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from conftest import sharpen, tiny_gpt2
 
 from latentlab import evaluate as module
@@ -19,7 +18,7 @@ def outcomes(texts, answers, k):
     correct = np.array(
         [[float(t == f"### {p.answer}") for t in texts[i * k : i * k + k]] for i, p in enumerate(problems)]
     )
-    return Evaluation(problems, correct, tuple(texts), np.zeros(len(problems)))
+    return Evaluation(problems, correct, tuple(texts))
 
 
 def test_accuracies_by_hand():
@@ -39,21 +38,7 @@ def test_results_do_not_depend_on_the_batch_size(problems, settings):
     results = [evaluate(model, problems, batch_size=size, **settings) for size in (1, 3, 100)]
     for result in results[1:]:
         assert result.text == results[0].text and np.array_equal(result.correct, results[0].correct)
-        np.testing.assert_allclose(result.thought_spread, results[0].thought_spread, atol=1e-5)
     assert results[0].correct.shape == (4, settings.get("num_generations", 1))
-
-
-def test_thoughts_spread_under_masks_and_only_there(problems):
-    model = sharpen(tiny_gpt2())
-    settings = {"batch_size": 2, "num_generations": 3, "temperature": 1.0}
-    assert (evaluate(model, problems, **settings).thought_spread == 0.0).all()
-    masked = evaluate(model, problems, mask=MaskSpec(rate=0.3), **settings).thought_spread
-    out = rollout(
-        model, problems, num_generations=3, masks=MaskSpec(rate=0.3), temperature=1.0, run_seed=0, step=0
-    ).thoughts.view(4, 3, -1)
-    expected = (out - out[:, :1]).abs().amax((1, 2))
-    np.testing.assert_allclose(masked, expected.numpy(), atol=1e-5)
-    assert (masked > 0.1).all()
 
 
 def test_the_default_is_the_clean_greedy_model(problems):
@@ -79,7 +64,6 @@ def test_results_come_in_the_order_of_the_problems_whatever_their_batches(proble
         alone = evaluate(model, problems[i : i + 1], mask=mask, **settings)
         assert alone.text == forwards.text[2 * i : 2 * i + 2] == backwards.text[6 - 2 * i : 8 - 2 * i]
         assert (alone.correct == forwards.correct[i]).all()
-        assert abs(alone.thought_spread - forwards.thought_spread[i]).max() < 1e-5
 
 
 def test_a_summary_names_both_deployments(problems, config):
@@ -94,10 +78,3 @@ def test_a_summary_names_both_deployments(problems, config):
 def test_no_problems_is_one_line():
     with pytest.raises(ValueError, match="^problems: got an empty list, expected at least one"):
         evaluate(tiny_gpt2(), [], batch_size=4)
-
-
-def test_an_edit_reaches_the_thoughts(problems):
-    model = sharpen(tiny_gpt2())
-    settings = {"batch_size": 4, "num_generations": 2, "mask": MaskSpec(rate=0.3)}
-    assert (evaluate(model, problems, **settings).thought_spread > 0).all()
-    assert (evaluate(model, problems, edit=lambda i, z: torch.zeros_like(z), **settings).thought_spread == 0).all()

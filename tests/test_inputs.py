@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from yaml import SafeLoader
 
 from latentlab import config as config_module
-from latentlab import inputs, report, sweep, tables
+from latentlab import inputs, report, tables
 from latentlab.cli import main
-from latentlab.config import from_dict, load_preset, to_dict
+from latentlab.config import changed_words, from_dict, load_preset, to_dict
 from latentlab.problems import Problem, write_jsonl
 from latentlab.word_problems import word_problems
 
@@ -673,5 +673,5 @@ def test_names_in_the_settings_of_a_sweep_are_words_of_a_list():
     """A hostile name goes to a run as one word, never through a shell."""
     values = to_dict(load_preset("smoke"))
     values["backbone"]["name_or_path"] = "x; touch payload $(touch payload)"
-    words = sweep._fields(from_dict(values))
+    words = changed_words(to_dict(from_dict(values)), but=("sweep.",))
     assert words == ["--backbone.name-or-path", "x; touch payload $(touch payload)"]

@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import tiny_gpt2
 
-from latentlab import budget, cli, gsm8k_report, parts, reproduce, sources
+from latentlab import budget, cli, gsm8k_report, parts, report, reproduce, sources, tables
 from latentlab.model import LatentReasoner
+from latentlab.statistics import wilson_interval
 from latentlab.word_problems import word_problems
 
 ARMS = {"seeds": [0, 1], "arms": ["temperature", "shared"], "controls": []}
@@ -69,6 +70,10 @@ def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, mon
     names = [(arm["name"], arm["seed"]) for arm in result["arms"]]
     assert names == [("coconut", 0)] + [(arm, seed) for seed in range(seeds) for arm in ARMS["arms"]]
     assert all(arm["n"] == 6 and arm["evaluated_at"] for arm in result["arms"])
+    assert result["metrics"]["commits"] == [report.commit()]
+    asked = cli.parse(tables._command(result).split()[1:])[1]  # the command that RESULTS.md prints makes this run again
+    planned_by_budget = {"steps": toy.curriculum.steps, "warmup_steps": toy.curriculum.warmup_steps}
+    assert replace(asked, curriculum=replace(asked.curriculum, **planned_by_budget)) == toy
     assert len({arm["rollouts"] for arm in result["arms"][1:]}) == 1
     assert "not run on a GPU" in result["metrics"]["verdict"] and "rehearsal" in result["headline"]
     assert result["metrics"]["transfer"]["gsm_hard"]["skipped"] == "no folder"
@@ -148,6 +153,30 @@ def test_the_curriculum_pays_for_its_own_answers(toy, monkeypatch):
     assert budget.plan_curriculum(None, data, toy, spending) == list(toy.curriculum.steps)
 
 
+@pytest.mark.parametrize("max_candidates", [0, 8])
+def test_an_iteration_is_priced_by_its_rollouts_and_the_updates_it_makes(toy, monkeypatch, max_candidates):
+    """A roll of 3 s and two updates of 1 s with a reference model, on mixed groups alone under dynamic sampling."""
+    grpo = replace(toy.grpo, beta=0.1, num_iterations=2, num_problems=4, max_candidates=max_candidates, eval_every=1)
+    calls = []
+
+    def seconds(model, run):
+        run()
+        calls.append(run.__name__)
+        return {"roll": 3.0, "update": 1.0}[run.__name__]
+
+    def rewards(self, reward):
+        return torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]])  # one of four groups is mixed
+
+    monkeypatch.setattr(budget, "_seconds", seconds)
+    monkeypatch.setattr(budget, "answer_seconds", lambda model, problems, batch_size: 0.0)
+    monkeypatch.setattr("latentlab.rollout.Rollouts.rewards", rewards)
+    data = {split: sources.load(toy.data, split) for split in ("train", "validation", "test")}
+    spending = SimpleNamespace(minutes=10, left=lambda: 1000.0)
+    planned = budget.plan_grpo(LatentReasoner.from_config(toy), data, replace(toy, grpo=grpo), spending)
+    share = wilson_interval(1, 4)[1] if max_candidates else 1.0
+    assert planned == (2, int((1000 - 0.05 * 600) / (4 * 1.1 * (3 + share * 2 * 1)))) and calls == ["roll", "update"]
+
+
 def test_a_time_is_measured_without_start_up(monkeypatch):
     times, model = iter([0.4, 0.1, 7.0]), SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.setattr(budget, "_timed", lambda model, run: next(times))
@@ -163,7 +192,7 @@ def test_what_a_verdict_does_not_cover_is_said():
     names = list(outcomes)
     for seeds, covers in (
         (1, ", over problems alone, with 1 seed"),
-        (2, ", over problems alone, with 2 seeds"),
+        (2, ", over problems and no more than 2 seeds"),
         (3, ""),
     ):
         gain = gsm8k_report._pooled(outcomes, names[: 1 + seeds], "shared", "coconut")
@@ -171,12 +200,15 @@ def test_what_a_verdict_does_not_cover_is_said():
         assert gsm8k_report.verdict_of(gain, "cuda", "word_problems").startswith("no GSM8K (the rule's word")
         assert gsm8k_report.verdict_of(gain, "cpu").startswith("not run on a GPU (the rule's word")
         wide = gain.get("t_low", 0), gain.get("t_high", 0)
-        assert seeds != 3 or (gain["low"] <= wide[0] and gain["high"] >= wide[1])
-        assert seeds != 2 or (gain["low"] > wide[0] and gain["high"] < wide[1])
+        assert seeds != 3 or (gain["wide_low"] <= wide[0] and gain["wide_high"] >= wide[1])
+        assert seeds != 2 or (gain["wide_low"] > wide[0] and gain["wide_high"] < wide[1])
+        by_seed = gain.get("seed_differences", [gain["difference"]])
+        assert [row["difference"] for row in gain["per_seed"]] == pytest.approx(by_seed)
+        assert all(0 < row["detectable_points"] < 10 for row in gain["per_seed"])
     few = {name: values[:20] for name, values in outcomes.items()}
     few["shared-s0"] = few["coconut-s0"].copy()
     few["shared-s0"][0] = 1 - few["shared-s0"][0]  # one discordant problem of twenty: nothing can be detected
-    assert "detectable_points" not in gsm8k_report._pooled(few, names[:2], "shared", "coconut")
+    assert "detectable_points" not in gsm8k_report._pooled(few, names[:2], "shared", "coconut")["per_seed"][0]
 
 
 def test_another_plan_in_the_folder_is_refused(toy, tmp_path):

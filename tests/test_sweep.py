@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from latentlab import config as config_module
 from latentlab import sweep
 from latentlab.cli import parse
-from latentlab.config import ARMS, from_dict, load_preset, to_dict
-from latentlab.sweep import _family, _fields, run_sweep
+from latentlab.config import ARMS, changed_words, from_dict, load_preset, to_dict
+from latentlab.sweep import _family, run_sweep
 
 
 def small(**fields):
@@ -32,18 +33,18 @@ def test_changed_fields_reach_every_run_as_they_are(verb, preset):
     values["grpo"] |= {"epsilon_high": 0.28, "arm": "per_step", "loss_type": "dapo"}
     values["grpo"]["mask"] |= {"sites": ["embedding", "attention"], "rate": 0.25}
     changed = from_dict(values)
-    words = _fields(changed)
+    words = changed_words(to_dict(changed), but=("sweep.",))
     assert parse([verb, "--preset", preset, *words])[1] == changed
     assert not any(word.startswith(("--backbone", "--evaluate", "--preset")) for word in words)  # not changed
-    assert _fields(load_preset(preset)) == []
+    assert changed_words(to_dict(load_preset(preset)), but=("sweep.",)) == []
 
 
 def test_none_and_booleans_are_words_that_parse_back(monkeypatch):
     """A preset that sets epsilon_high, and a sweep that takes it back."""
     values = to_dict(load_preset("smoke"))
     values["grpo"]["epsilon_high"] = 0.3
-    monkeypatch.setattr(sweep, "load_preset", lambda name: from_dict(values))
-    words = _fields(load_preset("smoke"))
+    monkeypatch.setattr(config_module, "load_preset", lambda name: from_dict(values))
+    words = changed_words(to_dict(load_preset("smoke")), but=("sweep.",))
     assert words == ["--grpo.epsilon-high", "None"]
     assert parse(["grpo", "--preset", "smoke", *words])[1].grpo.epsilon_high is None
     verb, _ = parse(["grpo", "--preset", "smoke", "--out", "x", "--threads", "1", "--resume"])
@@ -51,7 +52,7 @@ def test_none_and_booleans_are_words_that_parse_back(monkeypatch):
 
 
 def test_fields_of_the_sweep_itself_are_not_passed_on():
-    assert _fields(small(seeds=[3, 4], rates=[0.2])) == []
+    assert changed_words(to_dict(small(seeds=[3, 4], rates=[0.2])), but=("sweep.",)) == []
 
 
 # -- the whole plan -------------------------------------------------------------------------------------------------
