@@ -6,7 +6,6 @@ Each run's checkpoint was chosen on validation; here it meets the test problems,
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Sequence
@@ -60,11 +59,7 @@ def write_compare(config: Config, folder: Path, chosen: dict, started: float) ->
             for seed in s.seeds
         },
     }
-    packed = io.BytesIO()
-    np.savez_compressed(
-        packed, n=len(test), **{name: np.packbits(values.astype(bool)) for name, values in outcomes.items()}
-    )
-    report.write_atomically(report.reports_folder() / config.preset / "compare_outcomes.npz", packed.getvalue())
+    report.write_outcomes(report.reports_folder() / config.preset / "compare_outcomes.npz", outcomes)
     return report.write_result(
         "compare",
         preset=config.preset,
@@ -132,7 +127,7 @@ def _curves(run: Path) -> dict[str, list]:
 
 
 def contrast(outcomes: dict, arm: str, other: str, seeds: Sequence[int]) -> dict:
-    """The `arm_comparison` of two arms, by seed (`by_seed`); outcomes as `read_outcomes` gives them."""
+    """The `arm_comparison` of two arms, by seed (`by_seed`); outcomes as `report.read_outcomes` gives them."""
     ours, theirs = (np.stack([outcomes[f"{name}-s{seed}"] for seed in seeds]) for name in (arm, other))
     pooled = arm_comparison(ours, theirs, seed=0)
     by_seed = dict(zip(map(str, seeds), pooled.pop("per_seed"), strict=True))
@@ -172,10 +167,3 @@ def swap_thoughts(model: LatentReasoner, problems: list[Problem]) -> dict:
         "follows_donor": float(np.mean([b == c for _, b, c in pairs])),
         "same_by_chance": float(np.mean([a == c for a, _, c in pairs])),
     }
-
-
-def read_outcomes(path: Path) -> dict[str, np.ndarray]:
-    """{run name: [n] of 0/1} from a compare_outcomes.npz."""
-    with np.load(path) as packed:
-        n = int(packed["n"])
-        return {name: np.unpackbits(packed[name])[:n] for name in packed.files if name != "n"}

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from contextlib import suppress
@@ -47,9 +46,7 @@ def write_report(
     """Write the three files from the answers in `folder`; `names`: the baseline, then "<arm>-s<seed>"."""
     preset = config.preset if device == "cuda" else f"{config.preset}-cpu"
     outcomes = {name: _right(folder, f"{name}.gsm8k") for name in (*([cot] if cot else []), *names)}
-    packed = io.BytesIO()
-    np.savez_compressed(packed, n=len(test), **{name: np.packbits(x.astype(bool)) for name, x in outcomes.items()})
-    report.write_atomically(report.reports_folder() / preset / "reproduce_outcomes.npz", packed.getvalue())
+    report.write_outcomes(report.reports_folder() / preset / "reproduce_outcomes.npz", outcomes)
     samples = _samples(config, folder, names, outcomes, test, device)
     text = json.dumps(samples, indent=1, ensure_ascii=False) + "\n"
     report.write_atomically(report.reports_folder() / preset / "reproduce_samples.json", text.encode())
@@ -90,9 +87,7 @@ def read_reproduce(*presets: str) -> dict | None:
         found = report.find_result("reproduce", preset)
         if found:
             samples = json.loads((found["folder"] / "reproduce_samples.json").read_text())
-            with np.load(found["folder"] / "reproduce_outcomes.npz") as packed:
-                n = int(packed["n"])
-                outcomes = {name: np.unpackbits(packed[name])[:n] for name in packed.files if name != "n"}
+            outcomes = report.read_outcomes(found["folder"] / "reproduce_outcomes.npz")
             return {**found, "outcomes": outcomes, "samples": samples}
     return None
 

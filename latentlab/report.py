@@ -28,6 +28,7 @@ import tempfile
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
 from pathlib import Path
 
 SCHEMA_VERSION = 1
@@ -258,6 +259,24 @@ def _is_arm(arm) -> bool:
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def write_outcomes(path: Path, outcomes: dict) -> Path:
+    """Right or wrong on the same n problems, {run: [n] of 0/1}, as `path`, an .npz of packed bits."""
+    import numpy as np
+
+    packed, n = BytesIO(), len(next(iter(outcomes.values())))
+    np.savez_compressed(packed, n=n, **{name: np.packbits(x.astype(bool)) for name, x in outcomes.items()})
+    return write_atomically(path, packed.getvalue())
+
+
+def read_outcomes(path: Path) -> dict:
+    """What `write_outcomes` wrote."""
+    import numpy as np
+
+    with np.load(path) as packed:
+        n = int(packed["n"])
+        return {name: np.unpackbits(packed[name])[:n] for name in packed.files if name != "n"}
 
 
 def leaves(value, where: str = ""):

@@ -12,13 +12,14 @@ from conftest import sharpen, tiny_gpt2
 
 from latentlab import compare, launch, report, sources, sweep
 from latentlab.cli import parse
-from latentlab.compare import read_outcomes, swap_thoughts, write_compare
+from latentlab.compare import swap_thoughts, write_compare
 from latentlab.config import ARMS, to_dict
 from latentlab.curriculum import fit_curriculum
 from latentlab.evaluate import evaluate
 from latentlab.grpo import fit_grpo
 from latentlab.loop import read_metrics
 from latentlab.model import LatentReasoner
+from latentlab.report import read_outcomes, write_outcomes
 from latentlab.rollout import rollout
 from latentlab.word_problems import word_problems
 
@@ -216,7 +217,7 @@ def test_outcomes_survive_packing_at_any_length(written, tmp_path):
     assert set(outcomes) == {f"{name}-s{seed}" for seed in (0, 1) for name in RUNS}
     assert all(values.shape == (40,) and set(np.unique(values)) <= {0, 1} for values in outcomes.values())
     values = np.array([1, 0, 1, 1, 0, 0, 1, 0, 1, 1, 1])
-    np.savez_compressed(tmp_path / "o.npz", n=11, run=np.packbits(values.astype(bool)))
+    write_outcomes(tmp_path / "o.npz", {"run": values})
     assert read_outcomes(tmp_path / "o.npz")["run"].tolist() == values.tolist()
 
 
