@@ -145,7 +145,8 @@ class Run:
         if stop:
             where = f"after step {record['step']}" if record["step"] >= 0 else "before the first step"
             raise Stopped(
-                f"stopped by {stop} {where}, everything is saved in {self.folder}; the same command with --resume goes on"
+                f"stopped by {stop} {where}, everything is saved in {self.folder}; the same command with --resume "
+                "goes on"
             )
 
     def stop_reason(self, last: bool = False) -> str:

@@ -366,7 +366,8 @@ def test_a_run_of_one_step_a_process_equals_one_in_one_go(fit, tmp_path, loop):
         if step == RUNS[loop][2][-1]:
             resumed, summary = fit(loop, "run", resume=True, max_minutes=1e-9)  # the last step: the run is done
         else:
-            with pytest.raises(Stopped, match=f"^stopped by --max-minutes 1e-09 after step {step}, .*--resume goes on"):
+            where = "before the first step" if step < 0 else f"after step {step}"
+            with pytest.raises(Stopped, match=f"^stopped by --max-minutes 1e-09 {where}, .*--resume goes on"):
                 fit(loop, "run", resume=True, max_minutes=1e-9)
     assert summary == expected and same(model.lm.state_dict(), resumed.lm.state_dict())
     expect_same_runs(tmp_path / "whole", tmp_path / "run")
@@ -466,7 +467,7 @@ def test_the_command_line_ends_with_code_75_and_goes_on(tmp_path, capfd, monkeyp
     words = list(map(str, words))
     assert main([*words, "--max-minutes", "1e-9"]) == 75
     out, err = capfd.readouterr()
-    assert out == "" and err.startswith("latentlab: stopped by --max-minutes 1e-09 after step -1, everything is saved")
+    assert out == "" and err.startswith("latentlab: stopped by --max-minutes 1e-09 before the first step, ")
     assert err.count("\n") == 1 and main([*words, "--resume"]) == 0
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [-1, 0, 1]
     monkeypatch.setattr(grpo, "fit_grpo", lambda *a, **kw: signal.raise_signal(signal.SIGINT))
