@@ -1,7 +1,7 @@
 """What the runs of `sweep compare` say on the test set: paired differences, the main contrast, thought swapping.
 
-Each run's checkpoint was chosen on validation; here it meets the test problems, greedily and without masks, and where
-`deployments` and swapped thoughts are asked for some of them again. Nothing is chosen here.
+Each run's checkpoint was chosen on validation; here it meets the test problems, greedily and without masks, and the
+first thousand of them again for `deployments` and swapped thoughts. Nothing is chosen here.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ def flat(values: dict, where: str = "") -> dict:
 
 
 def changed_words(values: dict, *, but: tuple[str, ...] = ()) -> list[str]:
-    """What a config, as a dict, changes in its preset, as words for the command line; without fields like `but`…"""
+    """What a config, as a dict, changes in its preset, as command-line words; fields that start with `but`: none."""
     base, words = flat(to_dict(load_preset(values["preset"]))), []
     for key, value in flat(values).items():
         if value != base.get(key) and not key.startswith(but):

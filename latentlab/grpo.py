@@ -121,8 +121,8 @@ def sample_groups(model, train, config: Config, step: int, reward, *, limit: int
     With `max_candidates` (DAPO's dynamic sampling) groups of equal rewards are passed over and further problems are
     tried: candidates come in data order, num_problems at a time, until num_problems mixed groups are found or
     max_candidates (or `limit`) were tried. Kept are the first mixed ones in that order, so the number of processes does
-    not matter to them. Mixed groups beyond are dropped, never kept for a later step, whose
-    policy is another: staleness 0. Fewer than num_problems, even none, is what there is.
+    not matter to them. Mixed groups beyond are dropped, never kept for a later step, whose policy is another: staleness
+    0. Fewer than num_problems, even none, is what there is.
     """
     g, k = config.grpo, config.grpo.num_generations
     size = g.max_candidates or g.num_problems

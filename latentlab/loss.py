@@ -7,8 +7,8 @@
 that is not 1. Policy loss and KL share one normalisation, so beta means the same at every answer length.
 
     loss_type  normalisation of the sum over tokens                              what it optimises
-    dr_grpo    R * max_completion_length (constant, but for R where too few       the expected reward
-               groups are mixed under dynamic sampling)
+    dr_grpo    R * max_completion_length (constant; under dynamic sampling R      the expected reward
+               falls where too few groups are mixed)
     grpo       |y| per row, then the mean over rows                              weighs short answers up
     bnpo       the tokens in this batch                                          a ratio of sums
     dapo       the same sum over all micro-batches and ranks (`denominator`)     a ratio of sums
