@@ -35,9 +35,9 @@ bench: $(READY)
 
 # Kills, poisons, soaks and splits small runs (ten minutes): reports/reliability.json.
 reliability: $(READY)
-	@PYTHONPATH=. OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python tests/reliability.py
-	@PYTHONPATH=. $(BIN)/python tests/processes.py
-	@PYTHONPATH=.:tests $(BIN)/python tests/misuse.py
+	@OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m tests.reliability.kills
+	@$(BIN)/python -m tests.reliability.processes
+	@$(BIN)/python -m tests.reliability.misuse
 	@$(BIN)/latentlab report
 
 # The stamp is written last: an interrupted installation starts again.

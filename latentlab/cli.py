@@ -1,7 +1,7 @@
 """The command line: `latentlab VERB --preset NAME [options]`.
 
     study      run the notebooks in order, write the report           --only 02
-    sft        train the curriculum (a Coconut baseline or a control)  --out FOLDER
+    curriculum train the curriculum (a Coconut baseline or a control)  --out FOLDER
     grpo       train one GRPO arm                                      --out FOLDER --init-from CHECKPOINT
     evaluate   accuracy of a checkpoint on a benchmark                 CHECKPOINT --benchmark gsm8k
     sweep      arms x seeds: `latentlab sweep compare --preset tiny`
@@ -11,7 +11,7 @@
     data       print or write problems                                 --split test --n 5
     report     rebuild RESULTS.md and the README's tables from the result files
 
-Every field of a preset can be set: `latentlab grpo --preset tiny --grpo.learning-rate 1e-5`. A wrong use ends in one
+Every field of a preset can be set: `latentlab grpo --preset tiny --arms.learning-rate 1e-5`. A wrong use ends in one
 line on stderr and exit code 2; `--debug` shows the traceback. SIGTERM, SIGINT and --max-minutes end a training run
 after its step with exit code 75: the same command with --resume goes on.
 """
@@ -37,11 +37,11 @@ class Shared:
     """A verb whose work several processes may share: `accelerate launch ... -m latentlab.cli VERB`."""
 
     def __call__(self, config: Config) -> None:
-        from latentlab import parallel
+        from latentlab.runtime import distributed
 
-        with parallel.joined(self.device):
+        with distributed.joined(self.device):
             result = self.run(config)
-            if parallel.rank() == 0:
+            if distributed.rank() == 0:
                 self.report(result)
 
     def report(self, result: dict) -> None:
@@ -49,10 +49,10 @@ class Shared:
 
 
 @dataclass
-class Sft(Shared):
+class Curriculum(Shared):
     """Train the curriculum: stage 0 with explicit steps, then one latent stage after another."""
 
-    out: str = ""  # run folder; default runs/<preset>/sft-<control>-s<seed>
+    out: str = ""  # run folder; default runs/<preset>/curriculum-<control>-s<seed>
     init_from: str = ""  # a checkpoint to start from instead of the preset's backbone
     resume: bool = False
     max_minutes: float = 0.0  # stop after so many minutes, saved and ready for --resume; 0 is no limit
@@ -61,19 +61,22 @@ class Sft(Shared):
     threads: int = 0  # torch threads; 0 leaves torch's default
 
     def run(self, config: Config) -> dict:
-        from latentlab import curriculum, inputs, report, sources
-        from latentlab.model import LatentReasoner
+        from latentlab.data import datasets
+        from latentlab.runtime import environment, files
+        from latentlab.training import curriculum, preflight
 
-        out = self.out or f"runs/{config.preset}/sft-{config.curriculum.control}-s{config.seed}"
-        report.expect_writable(Path(out))
-        train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
-        model = LatentReasoner.from_config(config, init_from=self.init_from).place(self.device, config.precision)
-        inputs.expect_together(model, [*train, *validation], config, curriculum=True)
+        out = self.out or f"runs/{config.preset}/curriculum-{config.curriculum.control}-s{config.seed}"
+        files.expect_writable(Path(out))
+        train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))
+        from latentlab.pretrained.loading import model_from_config
+
+        model = model_from_config(config, init_from=self.init_from).place(self.device, config.precision)
+        preflight.expect_together(model, [*train, *validation], config, curriculum=True)
         summary = curriculum.fit_curriculum(
             model, train, validation, config, out=out, resume=self.resume, max_minutes=self.max_minutes,
             checkpoint_minutes=self.checkpoint_minutes,
         )  # fmt: skip
-        return {"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}
+        return {"out": out, **summary, "peak_memory_gib": environment.peak_memory_gib()}
 
 
 @dataclass
@@ -89,20 +92,24 @@ class Grpo(Shared):
     threads: int = 0  # torch threads; 0 leaves torch's default
 
     def run(self, config: Config) -> dict:
-        from latentlab import backbone, grpo, inputs, report, sources
-        from latentlab.model import LatentReasoner
+        from latentlab.data import datasets
+        from latentlab.pretrained import loading
+        from latentlab.runtime import environment, files
+        from latentlab.training import arms, preflight
 
         out = self.out or f"runs/{config.preset}/grpo-{config.grpo.arm}-s{config.seed}"
-        report.expect_writable(Path(out))
-        checkpoint = self.init_from or backbone.shipped_checkpoint(config.preset)
-        model = LatentReasoner.from_pretrained(checkpoint).place(self.device, config.precision)
-        train, validation = (sources.load(config.data, split) for split in ("train", "validation"))
-        inputs.expect_together(model, [*train, *validation], config)
-        summary = grpo.fit_grpo(
+        files.expect_writable(Path(out))
+        checkpoint = self.init_from or loading.shipped_checkpoint(config.preset)
+        from latentlab.pretrained.loading import load_model
+
+        model = load_model(checkpoint).place(self.device, config.precision)
+        train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))
+        preflight.expect_together(model, [*train, *validation], config)
+        summary = arms.fit_grpo(
             model, train, validation, config, out=out, resume=self.resume, max_minutes=self.max_minutes,
             checkpoint_minutes=self.checkpoint_minutes,
         )  # fmt: skip
-        return {"out": out, **summary, "peak_memory_gib": report.peak_memory_gib()}
+        return {"out": out, **summary, "peak_memory_gib": environment.peak_memory_gib()}
 
 
 @dataclass
@@ -119,23 +126,28 @@ class Evaluate(Shared):
     threads: int = 0  # torch threads; 0 leaves torch's default
 
     def run(self, config: Config) -> dict:
-        from latentlab import backbone, evaluate, inputs, report, sources
-        from latentlab.model import LatentReasoner
+        from latentlab.data import datasets
+        from latentlab.evaluation import accuracy
+        from latentlab.pretrained import loading
+        from latentlab.runtime import files
+        from latentlab.training import preflight
 
-        report.expect_file(self.json)
-        checkpoint = self.checkpoint or backbone.shipped_checkpoint(config.preset)
-        problems = sources.benchmark(self.benchmark) if self.benchmark else sources.load(config.data, "test")
-        model = LatentReasoner.from_pretrained(checkpoint).place(self.device, config.precision)
+        files.expect_file(self.json)
+        checkpoint = self.checkpoint or loading.shipped_checkpoint(config.preset)
+        problems = datasets.benchmark(self.benchmark) if self.benchmark else datasets.load(config.data, "test")
+        from latentlab.pretrained.loading import load_model
+
+        model = load_model(checkpoint).place(self.device, config.precision)
         g, problems = config.grpo, problems[: self.limit or None]
-        inputs.expect_together(model, problems, config)
-        return evaluate.summary(model, problems, config, mask=g.mask, temperature=g.temperature)
+        preflight.expect_together(model, problems, config)
+        return accuracy.summary(model, problems, config, mask=g.mask, temperature=g.temperature)
 
     def report(self, result: dict) -> None:
-        from latentlab import report
+        from latentlab.runtime import files
 
         print(json.dumps(result, indent=1))
         if self.json:
-            report.write_atomically(Path(self.json), (json.dumps(result, indent=1) + "\n").encode())
+            files.write_atomically(Path(self.json), (json.dumps(result, indent=1) + "\n").encode())
 
 
 @dataclass
@@ -145,13 +157,13 @@ class Study:
     only: str = ""  # number or name of one notebook, such as 02
 
     def __call__(self, config: Config) -> None:
-        from latentlab import study
+        from latentlab.study import notebooks
 
         if config != load_preset(config.preset):
             raise ValueError(
                 "study: got a changed field, expected a preset as it is; put the change into a preset file"
             )
-        study.run_study(config.preset, only=self.only or None)
+        notebooks.run_study(config.preset, only=self.only or None)
 
 
 @dataclass
@@ -161,7 +173,9 @@ class Sweep:
     name: str = ""  # compare | reproduce
     out: str = ""  # folder of the runs; default runs/<preset>/<name>
     budget_minutes: float = 24.0  # reproduce: its parts are sized to fit; 0 takes the preset's own steps
-    weights: str = ""  # reproduce: the backbone, a checkpoint or one in parts (latentlab.parts); default the preset's
+    weights: str = (
+        ""  # reproduce: the backbone, a checkpoint or one in parts (latentlab.study.parts); default the preset's
+    )
     init_from: str = ""  # reproduce: a trained Coconut checkpoint, straight into the arms
     device: str = "auto"  # reproduce
     threads: int = 0  # reproduce
@@ -170,15 +184,16 @@ class Sweep:
     retries: int = 1  # further tries of a failed run
 
     def __call__(self, config: Config) -> None:
-        from latentlab import launch, report, sweep
+        from latentlab.runtime import files
+        from latentlab.study import launch, results, sweep
 
         if self.name not in ("compare", "reproduce"):
             raise ValueError(f"sweep: got the name {self.name!r}, expected compare or reproduce; `sweep compare`, say")
         out = self.out or f"runs/{config.preset}/{self.name}"
-        report.expect_writable(Path(out))
-        report.expect_writable(report.reports_folder() / config.preset)
+        files.expect_writable(Path(out))
+        files.expect_writable(results.reports_folder() / config.preset)
         if self.name == "reproduce":
-            from latentlab.reproduce import reproduce
+            from latentlab.study.reproduce import reproduce
 
             path = reproduce(
                 config, out=out, budget_minutes=self.budget_minutes, device=self.device, weights=self.weights,
@@ -199,10 +214,12 @@ class Verify:
     json: str = ""  # write the table here as well
 
     def __call__(self, config: Config) -> int:
-        from latentlab import model, report, verify
+        from latentlab import model
+        from latentlab.runtime import files
+        from latentlab.verify import table
 
         device = str(model.torch_device(self.device))
-        return verify.main(device, self.dtype, report.expect_file(self.json))
+        return table.main(device, self.dtype, files.expect_file(self.json))
 
 
 @dataclass
@@ -215,11 +232,14 @@ class Bench:
     threads: int = 0  # torch threads; 0 leaves torch's default
 
     def __call__(self, config: Config) -> int:
-        from latentlab import bench, model, report
+        from latentlab import model
+        from latentlab.bench import engine
+        from latentlab.runtime import files
+        from latentlab.study import results
 
-        path = report.expect_file(self.json)
-        report.expect_writable(report.reports_folder() / "bench")
-        return bench.main(self.shape, str(model.torch_device(self.device)), path)
+        path = files.expect_file(self.json)
+        files.expect_writable(results.reports_folder() / "bench")
+        return engine.main(self.shape, str(model.torch_device(self.device)), path)
 
 
 @dataclass
@@ -232,16 +252,17 @@ class Data:
     copies_report: str = ""  # measure the copies of GSM8K (perturb.py); write perturb/perturb.json into this folder
 
     def __call__(self, config: Config) -> None:
-        from latentlab import problems, report, sources
+        from latentlab.data import datasets, jsonl
+        from latentlab.runtime import files
 
         if self.copies_report:
-            from latentlab import copies_report
+            from latentlab.study import copies_report
 
             return copies_report.write(config, self.copies_report)
-        report.expect_file(self.out)
-        rows = sources.load(dataclasses.replace(config.data, **{f"{self.split}_size": self.n}), self.split)
+        files.expect_file(self.out)
+        rows = datasets.load(dataclasses.replace(config.data, **{f"{self.split}_size": self.n}), self.split)
         if self.out:
-            problems.write_jsonl(rows, self.out)
+            jsonl.write_jsonl(rows, self.out)
         for row in [] if self.out else rows:
             print(json.dumps(dataclasses.asdict(row), ensure_ascii=False))
 
@@ -251,15 +272,16 @@ class Report:
     """Rebuild reports/RESULTS.md and the README's tables and figure from the result files."""
 
     def __call__(self, config: Config) -> None:
-        from latentlab import report, tables
+        from latentlab.runtime import files
+        from latentlab.study import results, tables
 
-        report.expect_writable(report.reports_folder())
+        files.expect_writable(results.reports_folder())
         print(tables.build_report())
 
 
 VERBS = {
     "study": Study,
-    "sft": Sft,
+    "curriculum": Curriculum,
     "grpo": Grpo,
     "evaluate": Evaluate,
     "sweep": Sweep,
@@ -283,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         verb, config = parse(argv)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not isinstance(verb, Shared):
             raise ValueError(
-                f"{argv[0]}: got {os.environ['WORLD_SIZE']} processes, expected one; only sft, grpo and "
+                f"{argv[0]}: got {os.environ['WORLD_SIZE']} processes, expected one; only curriculum, grpo and "
                 "evaluate can share their work"
             )
         if getattr(verb, "threads", 0):

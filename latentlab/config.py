@@ -15,40 +15,12 @@ from pathlib import Path
 
 import yaml
 
+from latentlab.masks import MaskSpec
+
 PRESETS = Path(__file__).parent / "presets"
 ARMS = ("none", "temperature", "shared", "per_step", "shared_greedy", "supervised")
-SCHEMES = ("shared", "per_step", "none")
-SITES = ("attention", "mlp", "embedding")
-SCOPES = ("latent", "prompt+latent", "all")
 LARGEST = 10_000_000  # of any whole number but a seed
 CONTROLS = {"coconut": "thought", "pause": "pause", "direct": "none"}  # curriculum variant -> what is fed back
-
-
-@dataclass(frozen=True)
-class MaskSpec:
-    """Which dropout mask a rollout wears.
-
-    scheme: "shared" (one mask for all latent steps: the method), "per_step" (a fresh one per slot) or "none".
-    rate:   p in [0, 1), the share of features set to zero.
-    sites:  "attention" / "mlp" (the output of that branch in every layer), "embedding" (the input vectors).
-    scope:  "latent" (`<|start-latent|>` to the last thought), "prompt+latent" or "all" (the answer too).
-    """
-
-    scheme: str = "shared"
-    rate: float = 0.1
-    sites: tuple[str, ...] = ("attention", "mlp")
-    scope: str = "latent"
-
-    def __post_init__(self):
-        for name, allowed in (("scheme", SCHEMES), ("scope", SCOPES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"mask {name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        if not isinstance(self.rate, (int, float)) or not 0 <= self.rate < 1:
-            raise ValueError(f"mask rate: got {self.rate!r}, expected a number in [0, 1); 0.1 drops one feature in ten")
-        sites = self.sites
-        if isinstance(sites, str) or not sites or set(sites) - set(SITES) or len(set(sites)) < len(sites):
-            raise ValueError(f"mask sites: got {sites!r}, expected a list of different names from {', '.join(SITES)}")
-        object.__setattr__(self, "sites", tuple(sites))
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,37 @@ from dataclasses import dataclass
 
 import torch
 
-from latentlab.config import MaskSpec
-
 MASK_STREAM, SAMPLE_STREAM = 1, 2  # independent streams of one rollout seed
+SCHEMES = ("shared", "per_step", "none")
+SITES = ("attention", "mlp", "embedding")
+SCOPES = ("latent", "prompt+latent", "all")
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Which dropout mask a rollout wears.
+
+    scheme: "shared" (one mask for all latent steps: the method), "per_step" (a fresh one per slot) or "none".
+    rate:   p in [0, 1), the share of features set to zero.
+    sites:  "attention" / "mlp" (the output of that branch in every layer), "embedding" (the input vectors).
+    scope:  "latent" (`<|start-latent|>` to the last thought), "prompt+latent" or "all" (the answer too).
+    """
+
+    scheme: str = "shared"
+    rate: float = 0.1
+    sites: tuple[str, ...] = ("attention", "mlp")
+    scope: str = "latent"
+
+    def __post_init__(self):
+        for name, allowed in (("scheme", SCHEMES), ("scope", SCOPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"mask {name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if not isinstance(self.rate, (int, float)) or not 0 <= self.rate < 1:
+            raise ValueError(f"mask rate: got {self.rate!r}, expected a number in [0, 1); 0.1 drops one feature in ten")
+        sites = self.sites
+        if isinstance(sites, str) or not sites or set(sites) - set(SITES) or len(set(sites)) < len(sites):
+            raise ValueError(f"mask sites: got {sites!r}, expected a list of different names from {', '.join(SITES)}")
+        object.__setattr__(self, "sites", tuple(sites))
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,17 @@ Letters: B problems, K rollouts each, R = B * K rows, Q prompt tokens, L thought
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from latentlab import backbone
 from latentlab.attention import RolloutCache, rollout_attention
-from latentlab.backbone import END, LATENT, START
-from latentlab.config import Config
 from latentlab.masks import Masks
-from latentlab.sites import branch_outputs, scale_first, scaled
 
+START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 FEEDBACKS = ("thought", "pause", "none")
 
 Edit = Callable[[int, torch.Tensor], torch.Tensor]
@@ -293,35 +292,6 @@ class LatentReasoner(nn.Module):
         logp = token_logps(self.head(hidden[said]), rollouts.tokens[said], rollouts.temperature)
         return logp.new_zeros(rollouts.tokens.shape).index_put(said, logp)
 
-    # -- where it comes from, how it is stored: backbone.py -----------------------------------------------------------
-
-    @classmethod
-    def from_backbone(cls, parts: backbone.Backbone) -> LatentReasoner:
-        """Put weights, tokenizer and settings to use."""
-        model = cls(parts.lm, parts.tokenizer, **parts.settings)
-        model.provenance = parts.provenance
-        return model
-
-    @classmethod
-    def from_pretrained(cls, name_or_path, **overrides) -> LatentReasoner:
-        """Load a folder, a Hub id, "smollm2" or a published Coconut checkpoint; see `backbone.load` for the options."""
-        return cls.from_backbone(backbone.load(name_or_path, **overrides))
-
-    @classmethod
-    def from_config(cls, config: Config, *, init_from: str | None = None) -> LatentReasoner:
-        """The untrained model of a preset, or the checkpoint `init_from`."""
-        return cls.from_backbone(backbone.from_config(config, init_from=init_from))
-
-    @classmethod
-    def build(cls, words: tuple[str, ...], **shape) -> LatentReasoner:
-        """A small GPT-2 with one token a word, weights from a seed; see `backbone.build` for the shape."""
-        return cls.from_backbone(backbone.build(words, **shape))
-
-    def save_pretrained(self, folder) -> None:
-        """Write safetensors, tokenizer, config and latentlab.json into `folder`."""
-        settings = {"num_thoughts": self.num_thoughts, "max_new_tokens": self.max_new_tokens, "feedback": self.feedback}
-        backbone.save(backbone.Backbone(self.lm, self.tokenizer, settings, self.provenance), folder)
-
 
 def torch_device(name: str) -> torch.device:
     """The device `name`: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1"; ValueError if it is missing."""
@@ -350,7 +320,61 @@ def policy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 def _single_token(tokenizer, text: str) -> int:
     ids = tokenizer.convert_tokens_to_ids([text])
     if ids[0] is None or ids[0] == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(ids) != [text]:
-        raise ValueError(
-            f"tokenizer: got no token {text}, expected the three latent tokens; load it through latentlab.backbone"
-        )
+        raise ValueError(f"tokenizer: got no token {text}, expected the three latent tokens; use load_model")
     return ids[0]
+
+
+# -- where masks act: the outputs of residual branches, found by their role ------------------------------------------
+
+
+def branch_outputs(lm: nn.Module, sites: tuple[str, ...]) -> list[nn.Module]:
+    """The modules that a mask on `sites` scales, layer by layer; site "embedding" is no module's output."""
+    return [branch_output(layer, site) for layer in decoder_layers(lm) for site in sites if site != "embedding"]
+
+
+@contextmanager
+def scaled(modules: list[nn.Module], factors: torch.Tensor | None, count: int):
+    """While inside, the first `count` positions of module s's output are scaled by factors[:, :, s].
+
+    factors: [R, 1 or count, S, D]; not looked at without modules.
+    """
+    handles = []
+    for s, module in enumerate(modules):
+        hook = lambda _, __, out, f=factors[:, :, s]: scale_first(out, f, count)  # noqa: E731
+        handles.append(module.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def scale_first(out: torch.Tensor, factors: torch.Tensor, count: int) -> torch.Tensor:
+    """Multiply the first `count` positions of out [R, T, D] by factors [R, 1 or count, D]."""
+    if count == out.shape[1]:
+        return out * factors
+    return torch.cat([out[:, :count] * factors, out[:, count:]], 1)
+
+
+def decoder_layers(lm: nn.Module) -> nn.ModuleList:
+    """The stack of decoder blocks: the first ModuleList whose members each have an attention and an MLP child."""
+    for module in lm.modules():
+        if isinstance(module, nn.ModuleList) and module and _children(module[0], "att") and _children(module[0], "mlp"):
+            return module
+    raise ValueError(
+        f"backbone: got {type(lm).__name__}, expected blocks with an attention and an mlp child (GPT-2, Llama)"
+    )
+
+
+def branch_output(layer: nn.Module, site: str) -> nn.Module:
+    """The last linear map of a block's attention or MLP branch: what is added to the residual stream."""
+    branch = _children(layer, "att" if site == "attention" else "mlp")[0]
+    return [m for m in branch.modules() if isinstance(m, (nn.Linear, Conv1D))][-1]
+
+
+def _children(layer: nn.Module, word: str) -> list[nn.Module]:
+    """Child modules named after a role that hold a linear map (`post_attention_layernorm` is none)."""
+    return [
+        child for name, child in layer.named_children()
+        if word in name and any(isinstance(m, (nn.Linear, Conv1D)) for m in child.modules())
+    ]  # fmt: skip

@@ -12,10 +12,11 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from latentlab import launch
 from latentlab.config import from_dict, load_preset, to_dict
-from latentlab.model import LatentReasoner
-from latentlab.word_problems import WORDS, word_problems
+from latentlab.data.word_problems import WORDS, word_problems
+from latentlab.pretrained.loading import load_model
+from latentlab.pretrained.scratch import build_model
+from latentlab.study import launch
 
 torch.set_num_threads(1)
 BACKBONES = ("gpt2", "llama")
@@ -41,7 +42,7 @@ def tiny_gpt2(**changes):
         "max_new_tokens": 5,
         "seed": 0,
     }
-    return LatentReasoner.build(WORDS, **{**shape, **changes})
+    return build_model(WORDS, **{**shape, **changes})
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +72,7 @@ def make_model(llama_folder):
     def make(name):
         if name == "gpt2":
             return sharpen(tiny_gpt2())
-        return sharpen(LatentReasoner.from_pretrained(llama_folder, num_thoughts=2, max_new_tokens=5))
+        return sharpen(load_model(llama_folder, num_thoughts=2, max_new_tokens=5))
 
     return make
 

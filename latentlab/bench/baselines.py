@@ -1,0 +1,144 @@
+"""What the engine is timed against: other ways to make the same rollouts, and how fast a rollout could be at all.
+
+    official        the official Coconut code's scheme: one rollout at a time, thoughts cached, the whole sequence
+                    passed anew for every answer token, logits at all positions
+    definition      nothing cached at all (reference.py)
+    plain           batched, with transformers' own cache and attention and nothing else: the question is run for every
+                    rollout, logits at all positions
+    floor           one dense pass over as many positions as the engine takes, [R, positions / R], the head at the
+                    answer's positions: thoughts follow one another, so no rollout can be one pass
+    VARIANTS        the engine with one trick switched off
+
+None of them wears masks but the variants: what masks cost is measured by itself.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import DynamicCache
+
+from latentlab.masks import Masks
+from latentlab.model import LatentReasoner, State, token_logps
+from latentlab.rollouts import choose
+
+
+@torch.no_grad()
+def official(model: LatentReasoner, prompt: torch.Tensor) -> list[int]:
+    """One greedy answer of max_new_tokens tokens (eos does not end it) to prompt [1, Q], by the official scheme."""
+    inputs = model.embed(prompt)
+    out = model.lm(inputs_embeds=inputs, use_cache=True, output_hidden_states=True)
+    for i in range(model.num_thoughts):
+        new = out.hidden_states[-1][:, -1:]  # thought i, the next input
+        if i + 1 == model.num_thoughts:
+            new = torch.cat([new, model.embed(prompt.new_tensor([[model.end_id]]))], 1)
+        inputs = torch.cat([inputs, new], 1)
+        out = model.lm(
+            inputs_embeds=new, past_key_values=out.past_key_values, use_cache=True, output_hidden_states=True
+        )
+    answer = [int(out.logits[0, -1].argmax())]
+    while len(answer) < model.max_new_tokens:
+        inputs = torch.cat([inputs, model.embed(prompt.new_tensor([answer[-1:]]))], 1)
+        answer.append(int(model.lm(inputs_embeds=inputs, use_cache=False).logits[0, -1].argmax()))
+    return answer
+
+
+def plain(model: LatentReasoner, prompts: torch.Tensor, seeds: torch.Tensor, tokens: torch.Tensor | None = None):
+    """Log-probs [R, A] of sampled answers, or of `tokens` [R, A] with gradient, for prompts [R, Q] without padding.
+
+    Unmasked, at temperature 1; eos does not end an answer.
+    """
+    cache = DynamicCache(config=model.lm.config)
+
+    def step(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with model._autocast():
+            out = model.lm(inputs_embeds=inputs, past_key_values=cache, use_cache=True, output_hidden_states=True)
+        return out.hidden_states[-1][:, -1:], out.logits if out.logits.dtype == torch.float64 else out.logits.float()
+
+    z = step(model.embed(prompts))[0]
+    for _ in range(model.num_thoughts):
+        z = step(z)[0]
+    said = torch.full((len(prompts), 1), model.end_id, device=prompts.device)
+    if tokens is not None:
+        return token_logps(step(model.embed(torch.cat([said, tokens[:, :-1]], 1)))[1], tokens, 1.0)
+    logps = []
+    for t in range(model.max_new_tokens):
+        policy = torch.log_softmax(step(model.embed(said))[1][:, -1], -1)
+        said = choose(policy, seeds, t)[:, None]
+        logps.append(policy.gather(-1, said))
+    return torch.cat(logps, 1)
+
+
+def floor(model: LatentReasoner, rows: int, positions: int, answer: int, *, update: bool) -> None:
+    """The dense pass, and its backward pass for an update: `positions` in all, the head at `answer` of each row."""
+    ids = torch.full((rows, round(positions / rows)), model.end_id, device=model.device)
+    with torch.set_grad_enabled(update), model._autocast():
+        hidden = model.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -answer:]
+    if not update:
+        with torch.no_grad():
+            model.head(hidden)
+        return
+    model.zero_grad(set_to_none=True)
+    token_logps(model.head(hidden), ids[:, -answer:], 1.0).sum().backward()
+
+
+# -- the engine with one trick switched off ---------------------------------------------------------------------------
+
+
+class PrefixRepeated(LatentReasoner):
+    """The question is run once per problem, then its keys and values are copied for each of its rows."""
+
+    def prefix(self, prompt_ids, prompt_valid, *, num_generations: int, masks: Masks | None) -> State:
+        state = super().prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
+        cache, k = state.cache, state.cache.width  # 1 where the mask covers the question: nothing is shared
+        cache.prefix = [tuple(x.repeat_interleave(k, 0) for x in layer) for layer in cache.prefix]
+        cache.valid, cache.width = cache.valid.repeat_interleave(k, 0), 1
+        cache.problem = torch.arange(len(cache.valid), device=cache.valid.device)
+        return state
+
+
+class CacheGrown(LatentReasoner):
+    """No keys and values are set aside: the cache is copied whenever it grows."""
+
+    def prefix(self, *args, **kwargs) -> State:
+        state = super().prefix(*args, **kwargs)
+        for part in (part for layer in state.cache.suffix for part in layer):
+            part.capacity = 0
+        return state
+
+
+class EndApart(LatentReasoner):
+    """The last thought has a pass of its own, before <end>."""
+
+    def answer(self, state: State, tokens: torch.Tensor) -> torch.Tensor:
+        self._forward(state, state.pending, [state.slot] if state.masks is not None else [])
+        state.pending = state.pending[:, :0]
+        ids = torch.cat([tokens.new_full((len(tokens), 1), self.end_id), tokens], 1)
+        slots = self._answer_slots(state, ids.shape[1])
+        state.slot += ids.shape[1]
+        return self._forward(state, self.embed(ids), slots)
+
+
+class EarlyEnd(LatentReasoner):
+    """No trick is off here: each token is eos with a chance of one in four, so that rows leave the batch."""
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = super().head(hidden)
+        logits[..., self.eos_id] = logits.logsumexp(-1) - math.log(3)
+        return logits
+
+
+class HeadEverywhere(LatentReasoner):
+    """Logits at all positions, wanted or not."""
+
+    def _pass(self, *args) -> torch.Tensor:
+        hidden = super()._pass(*args)
+        self.head(hidden)
+        return hidden
+
+
+VARIANTS = {
+    "prefix_repeated": PrefixRepeated, "cache_grown": CacheGrown, "end_apart": EndApart,
+    "head_everywhere": HeadEverywhere,
+}  # fmt: skip

@@ -1,0 +1,49 @@
+"""A small GPT-2 from scratch, with a tokenizer of one token a word."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from latentlab.model import END, LATENT, START, LatentReasoner
+
+
+def word_tokenizer(words: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word, whole number, mark and newline, in the order given."""
+    vocab = {text: i for i, text in enumerate(("<eos>", "<unk>", START, LATENT, END, *words))}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    pattern = Regex(r"\n|<<|>>|###|<\|[a-z-]+\|>|\d+|[A-Za-z]+|[^\sA-Za-z\d]")
+    core.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="removed", invert=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>")
+    tokenizer.add_special_tokens({"additional_special_tokens": [START, LATENT, END]})
+    return tokenizer
+
+
+def build_model(
+    words: tuple[str, ...],
+    *,
+    n_layer: int,
+    n_embd: int,
+    n_head: int,
+    n_positions: int,
+    num_thoughts: int,
+    max_new_tokens: int,
+    seed: int,
+    feedback: str = "thought",
+) -> LatentReasoner:
+    """A GPT-2 of the given shape with a word tokenizer, no native dropout, weights drawn from `seed` alone."""
+    tokenizer = word_tokenizer(words)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_positions=n_positions,
+        activation_function="gelu_pytorch_tanh",
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = GPT2LMHeadModel(config)
+    settings = {"num_thoughts": num_thoughts, "max_new_tokens": max_new_tokens, "feedback": feedback}
+    model = LatentReasoner(lm, tokenizer, **settings)
+    model.provenance = {"kind": "from scratch", "seed": seed}
+    return model

@@ -1,0 +1,63 @@
+"""Figures from result files: drawn from dicts, legible in greyscale, equal bytes for equal results."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from itertools import cycle
+from pathlib import Path
+
+from latentlab.runtime.files import write_atomically
+from latentlab.study.results import result_path
+
+LINES = (("-", "o", "black"), ("--", "s", "0.35"), (":", "^", "black"), ("-.", "D", "0.35"), ("-", "v", "0.6"))
+
+
+def save_figure(figure, name: str, preset: str, directory=None) -> Path:
+    """Save a matplotlib figure as `<reports>/<preset>/<name>.png`; equal figures give equal bytes."""
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    return write_atomically(result_path(name, preset, ".png", directory), picture.getvalue())
+
+
+def plot_arms(ax, arms: list[dict]) -> None:
+    """Horizontal 95 % intervals, one line per arm, one marker per seed; differences where there are any."""
+    value = "difference" if any(arm.get("difference") for arm in arms) else "accuracy"
+    drawn = [(arm, estimate(arm, value)) for arm in arms if estimate(arm, value)]
+    names = list(dict.fromkeys(arm["name"] for arm, _ in drawn))
+    seeds = list(dict.fromkeys(arm.get("seed") for arm, _ in drawn))
+    style = dict(zip(seeds, cycle(LINES), strict=False))
+    for arm, (middle, low, high) in drawn:
+        y = names.index(arm["name"]) + 0.5 * ((seeds.index(arm.get("seed")) + 0.5) / len(seeds) - 0.5)
+        _, marker, grey = style[arm.get("seed")]
+        ax.plot([low, high], [y, y], color=grey)
+        ax.plot(middle, y, marker, color=grey, label=f"seed {arm.get('seed')}")
+    if value == "difference":
+        ax.axvline(0, color="0.6", linewidth=0.8)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    what = "paired difference to the baseline (points)" if value == "difference" else "pass@1 (%)"
+    ax.set_xlabel(f"{what}, 95 % interval")
+    labels = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    if len(seeds) > 1:
+        ax.legend(labels.values(), labels.keys(), frameon=False)
+
+
+def plot_curves(ax, curves: dict, *, xlabel: str, ylabel: str) -> None:
+    """Lines from {label: (x, y)}, told apart by dash and marker, so that they survive greyscale."""
+    for (label, (x, y)), (line, marker, grey) in zip(curves.items(), cycle(LINES), strict=False):
+        ax.plot(x, y, line, marker=marker, markevery=max(1, len(x) // 8), color=grey, label=label)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(frameon=False)
+
+
+def estimate(arm: dict, value: str) -> tuple[float, float, float] | None:
+    """(middle, low, high) in percentage points, or None where the arm does not have them; no interval: low = high."""
+    if value == "difference":
+        difference = arm.get("difference") or {}
+        middle, low, high = (difference.get(key) for key in ("points", "low", "high"))
+    else:
+        middle = arm.get("accuracy", arm["correct"] / arm["n"] if arm.get("n") and "correct" in arm else None)
+        bounds = arm.get("interval") or [None, None]
+        low, high = bounds.values() if isinstance(bounds, dict) else bounds
+        middle, low, high = (None if x is None else 100 * x for x in (middle, low, high))
+    return None if middle is None else (middle, middle if low is None else low, middle if high is None else high)

@@ -1,0 +1,195 @@
+"""The Coconut curriculum: explicit steps become latent thoughts, one stage at a time.
+
+    stage 0      question  <start>             <end>  step 1 ... step n  ### answer      explicit chain of thought
+    stage k      question  <start> z_1 ... z_kc <end>  step k+1 ... step n  ### answer   c thoughts per replaced step
+    last stage   question  <start> z_1 ... z_Lc <end>  ### answer                        no explicit step is left
+
+Only the text after <end> carries loss; gradients flow through all thoughts. The optimizer is reset at each stage.
+Source: Coconut, arXiv 2412.06769. Deviations: (1) optional loss of decoding each thought to the result of the step that
+it replaces (SIM-CoT, arXiv 2509.20317), weight `decode_weight`; (2) shared masks may be worn during latent stages, so
+that the model tolerates them later; (3) the last stage stops at a validation accuracy; (4) a learning-rate cosine per
+stage.
+Controls: "pause" and "direct" take the same losses, steps and masks; only what is fed back differs.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from latentlab.config import CONTROLS, Config
+from latentlab.evaluation.accuracy import evaluate
+from latentlab.masks import draw_masks, rollout_seeds
+from latentlab.model import LatentReasoner
+from latentlab.problems import Problem, step_result
+from latentlab.rollouts import encode_prompts
+from latentlab.runtime import distributed
+from latentlab.training.run import Run, batch_indices, progress_bar, set_learning_rate, update, warmup_cosine
+
+IGNORE = -100  # a target without loss
+
+
+def stage_text(problem: Problem, stage: int, latent_stages: int) -> str:
+    """What the model must say after <end> at `stage`: the steps not yet latent, then the answer."""
+    steps = problem.steps[stage:] if stage < latent_stages else ()
+    return "\n".join([*steps, f"### {problem.answer}"])
+
+
+def encode_answers(tokenizer, texts: Sequence[str], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts plus eos, right-padded with eos: tokens [R, A] and which of them are real [R, A]."""
+    rows = [row + [tokenizer.eos_token_id] for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [tokenizer.eos_token_id] * (width - len(row)) for row in rows], device=device)
+    token_mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=device)
+    return tokens, token_mask
+
+
+def result_tokens(tokenizer, problems: Sequence[Problem], thoughts: int, c_thought: int, device) -> torch.Tensor:
+    """For each thought, the first token of the result of the step it completes, else IGNORE: [R, L]."""
+    targets = torch.full((len(problems), thoughts), IGNORE, dtype=torch.long)
+    for row, problem in enumerate(problems):
+        for i, step in enumerate(problem.steps[: thoughts // c_thought]):
+            first = tokenizer(step_result(step), add_special_tokens=False)["input_ids"][0]
+            targets[row, (i + 1) * c_thought - 1] = first
+    return targets.to(device)
+
+
+def curriculum_gradient(
+    model: LatentReasoner, problems: Sequence[Problem], stage: int, config: Config, *, step: int
+) -> dict[str, float]:
+    """Add the gradient of one batch's loss at `stage` to `.grad`; returns the losses, in nats.
+
+    loss/answer: cross-entropy per answer token; loss/decode: the same per decoded thought; loss: their weighted sum.
+    The batch runs in parts of `micro_batch` problems of like length, so that little is padding, and several processes
+    share it. Each part is divided by the token counts of the whole batch, so parts and shares add up to its loss.
+    """
+    c = config.curriculum
+    texts = [stage_text(problem, stage, config.latent_stages) for problem in problems]
+    _, token_mask = encode_answers(model.tokenizer, texts, "cpu")
+    targets = result_tokens(model.tokenizer, problems, model.num_thoughts, c.c_thought, "cpu")
+    counts = {"loss/answer": int(token_mask.sum())}
+    if c.decode_weight and (decoded := int((targets != IGNORE).sum())):  # a mean over nothing is NaN
+        counts["loss/decode"] = decoded
+    seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)  # before anything is split
+    lengths = [len(p.question) + len(text) for p, text in zip(problems, texts, strict=True)]
+
+    def backward() -> dict[str, float]:
+        total = dict.fromkeys(("loss", *counts), 0.0)
+        for rows in _parts(lengths, c.micro_batch):
+            part, mine = [problems[row] for row in rows], [texts[row] for row in rows]
+            sums = _summed_losses(model, part, mine, seeds[rows] if stage else None, config)
+            losses = {name: sums[name] / count for name, count in counts.items()}
+            loss = losses["loss/answer"] + c.decode_weight * losses.get("loss/decode", 0.0)
+            loss.backward()
+            for name, value in {"loss": loss, **losses}.items():
+                total[name] += value.item()
+        return total
+
+    shares = distributed.gather(backward)
+    return {name: sum(share[name] for share in shares) for name in shares[0]}
+
+
+def _parts(lengths: list[int], size: int) -> list[list[int]]:
+    """This process's rows in parts of `size`, like lengths together; 0 takes them at once and as they are."""
+    rows = list(range(len(lengths)))
+    if size:
+        rows.sort(key=lengths.__getitem__)
+    rows = distributed.shard(rows)
+    size = size or len(lengths)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _summed_losses(model, problems, texts, seeds, config: Config) -> dict[str, torch.Tensor]:
+    """The two losses of some problems, summed over tokens; without seeds no mask is worn (stage 0)."""
+    c = config.curriculum
+    prompt_ids, prompt_valid = encode_prompts(model.tokenizer, problems, model.device)
+    tokens, token_mask = encode_answers(model.tokenizer, texts, model.device)
+    masks = None
+    if seeds is not None:
+        slots = 1 + model.num_thoughts + (tokens.shape[1] if c.mask.scope == "all" else 0)
+        masks = draw_masks(c.mask, model, seeds, num_slots=slots)
+    hidden, thoughts = model.teacher_forced(prompt_ids, prompt_valid, tokens, masks=masks)
+    losses = {"loss/answer": cross_entropy(model.head(hidden[token_mask]), tokens[token_mask], reduction="sum")}
+    if c.decode_weight and thoughts.shape[1]:
+        targets = result_tokens(model.tokenizer, problems, thoughts.shape[1], c.c_thought, model.device).flatten()
+        logits = model.head(thoughts).flatten(0, 1)
+        losses["loss/decode"] = cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    return losses
+
+
+def fit_curriculum(
+    model: LatentReasoner,
+    train: Sequence[Problem],
+    validation: Sequence[Problem],
+    config: Config,
+    *,
+    out: str,
+    resume: bool = False,
+    first_stage: int = 0,
+    last_stage: int | None = None,
+    max_minutes: float = 0.0,
+    checkpoint_minutes: float = 10.0,
+) -> dict:
+    """Train through the stages, in place: the model ends with its best weights, and each stage's accuracy is returned.
+
+    The run folder `out` gets metrics.jsonl, state.pt, and best/: the last stage's checkpoint with the best validation
+    accuracy. After a `last_stage` before the last one the model keeps its weights, and a resumed call goes on.
+    Raises what Run does, ValueError for empty data, Stopped if the run was asked to stop, FloatingPointError
+    for a NaN.
+    """
+    if not train or not validation:
+        raise ValueError(f"data: got {len(train)} training and {len(validation)} validation problems, expected both")
+    c = config.curriculum
+    model.feedback = CONTROLS[c.control]
+    run = Run(
+        out, config, model, loop="curriculum", problems=(*train, *validation), resume=resume, max_minutes=max_minutes,
+        checkpoint_minutes=checkpoint_minutes,
+    )  # fmt: skip
+    if run.new:
+        run.progress.step = sum(c.steps[:first_stage])
+    reached = bisect_right(list(accumulate(c.steps)), run.progress.step)
+    end = config.latent_stages if last_stage is None else last_stage
+    with run:
+        for stage in range(min(reached, end), end + 1):
+            _fit_stage(model, train, validation, config, stage, run)
+    if end == config.latent_stages:
+        run.load_best(model)
+    return {"stages": run.progress.stages, "validation_accuracy": run.progress.best}
+
+
+def _fit_stage(model, train, validation, config: Config, stage: int, run: Run) -> None:
+    """One stage, or what is left of it, with an optimizer of its own."""
+    c, last = config.curriculum, stage == config.latent_stages
+    set_stage(model, config, stage, validation)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay)
+    total, offset, stages = c.steps[stage], sum(c.steps[:stage]), run.progress.stages
+    start = run.progress.step - offset
+    run.restore(model, optimizer if start else None)
+    for i in progress_bar(range(start, total), desc=f"{c.control} stage {stage}", initial=start, total=total):
+        if last and run.progress.best >= c.stop_accuracy:
+            break
+        step = offset + i
+        share = warmup_cosine(i, total=total, warmup=c.warmup_steps, final=c.final_lr_fraction)
+        set_learning_rate(optimizer, c.learning_rate * share)
+        batch = [train[j] for j in batch_indices(len(train), c.batch_size, seed=config.seed, step=step)]
+        stats = curriculum_gradient(model, batch, stage, config, step=step)
+        stats = update(model, optimizer, stats, step=step, max_grad_norm=c.max_grad_norm)
+        record = {"step": step, "stage": stage, **stats}
+        if i + 1 == total or (last and (i + 1) % c.eval_every == 0):
+            accuracy = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
+            record["validation_accuracy"] = accuracy
+            stages[str(stage)] = max(accuracy, stages.get(str(stage), accuracy))
+        run.end_step(model, optimizer, record, last=last and i + 1 == total, keep_best=last)
+
+
+def set_stage(model: LatentReasoner, config: Config, stage: int, validation: Sequence[Problem]) -> None:
+    """Give the model the number of thoughts and the answer length of `stage`."""
+    model.num_thoughts = 0 if model.feedback == "none" else stage * config.curriculum.c_thought
+    model.max_new_tokens = config.max_new_tokens
+    if stage < config.latent_stages:
+        texts = [stage_text(problem, stage, config.latent_stages) for problem in validation]
+        model.max_new_tokens = encode_answers(model.tokenizer, texts, "cpu")[0].shape[1]

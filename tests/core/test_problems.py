@@ -1,0 +1,258 @@
+"""problems.py: canonical answers are total and exact; a file of problems is read whole or refused in one line."""
+
+import gzip
+import json
+import random
+from decimal import Decimal
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentlab.data.jsonl import read_jsonl, write_jsonl
+from latentlab.problems import Problem, answers_match, canonical_answer, extract_answer, step_result
+
+relaxed = settings(derandomize=True, deadline=None, max_examples=200)
+
+ROW = {"id": "a-0", "question": "How many?", "steps": ["<<1+1=2>>"], "answer": "2", "source": "test"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1,000", "1000"),
+        ("1,234,567.50", "1234567.5"),
+        ("$3.50", "3.5"),
+        ("-$3.50", "-3.5"),
+        ("$-3.50", "-3.5"),
+        ("50%", "50"),
+        ("-7", "-7"),
+        ("\u22127", "-7"),
+        ("+7", "7"),
+        ("x-7", "7"),
+        (".5", "0.5"),
+        ("18.", "18"),
+        ("18.0", "18"),
+        ("007", "7"),
+        ("-0", "0"),
+        ("-0.00", "0"),
+        ("18 apples", "18"),
+        ("  18\n", "18"),
+        ("1/2", "0.5"),
+        ("-1/8", "-0.125"),
+        ("1,000 / 4", "250"),
+        ("0.1/0.3", "1/3"),
+        ("-4/6", "-2/3"),
+        ("0/5", "0"),
+        ("1/0", None),
+        ("1/0.00", None),
+        ("1" * 101 + "/3", None),
+        ("0." + "0" * 97 + "1/333", None),
+        ("1 1/2", None),
+        ("18 or 20", None),
+        ("5-3", None),
+        ("1e3", None),
+        ("1,5", None),
+        ("1,0000", None),
+        ("3:45", None),
+        ("1.2.3", None),
+        ("", None),
+        ("none", None),
+        (".", None),
+        ("\u0663", None),
+        ("\u00bd", None),
+        ("nan", None),
+    ],
+)
+def test_canonical_answer_follows_its_rule(text, expected):
+    assert canonical_answer(text) == expected
+
+
+@pytest.mark.parametrize("digits", [400, 100_000])
+def test_long_digit_strings_are_exact(digits):
+    text = "9" * digits
+    assert canonical_answer(f"{text}.000 apples") == text
+    assert not answers_match(text, text[:-1] + "8")
+
+
+@relaxed
+@given(st.text() | st.text(alphabet="0123456789.,/-+$% e#<>="))
+def test_canonical_answer_is_total_and_idempotent(text):
+    value = canonical_answer(text)
+    assert value is None or canonical_answer(value) == value
+
+
+@relaxed
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=4))
+def test_canonical_answer_keeps_the_value_of_a_decimal(value):
+    canonical = canonical_answer(f"{value:,f}")
+    assert Decimal(canonical) == value
+    assert canonical == "0" or not (canonical.startswith("-0") and "." not in canonical)
+    assert "." not in canonical or not canonical.endswith("0")
+
+
+@relaxed
+@given(st.integers(-(10**30), 10**30), st.integers(1, 10**30))
+def test_canonical_answer_keeps_the_value_of_a_fraction(top, bottom):
+    assert Fraction(canonical_answer(f"{top}/{bottom}")) == Fraction(top, bottom)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<<1+1=2>>\n### 2", "2"),
+        ("#### 2", "2"),
+        ("### 1\n### 2", "2"),
+        ("###\n\n 2 apples \n", "2 apples"),
+        ("### 2\nand 3", "2"),
+        ("the answer is 2", None),
+        ("2 ###", None),
+        ("", None),
+    ],
+)
+def test_extract_answer_takes_the_line_after_the_last_marker(text, expected):
+    assert extract_answer(text) == expected
+
+
+def test_answers_match_by_value_or_by_text():
+    assert answers_match("$1,000.0", "1000")
+    assert answers_match("2/4", ".5")
+    assert not answers_match("1000", "1001")
+    assert answers_match(" 7 ", "7", rule="string")
+    assert not answers_match("7.0", "7", rule="string")
+
+
+@pytest.mark.parametrize("rule", ["numeric", "string"])
+def test_nothing_matches_an_unparsable_answer(rule):
+    assert not answers_match(None, None, rule=rule)
+    assert not answers_match(None, "1", rule=rule)
+    assert not answers_match("many", "many")  # without a number only the string rule can match
+
+
+def test_answers_match_refuses_an_unknown_rule():
+    with pytest.raises(ValueError, match="got rule 'float'"):
+        answers_match("1", "1", rule="float")
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [("<<7+5=12>>", "12"), ("<<2/.5=4>>", "4"), ("<<3/4=3/4>>", "0.75"), ("<<8=4*2=08>>", "8")]
+)
+def test_step_result_is_right_of_the_last_equals_sign(step, expected):
+    assert step_result(step) == expected
+
+
+@pytest.mark.parametrize("step", ["<<7+5>>", "<<7+5=>>", "12", ""])
+def test_step_result_refuses_a_step_without_result(step):
+    with pytest.raises(ValueError, match="expected") as caught:
+        step_result(step)
+    assert "\n" not in str(caught.value)
+
+
+# Files
+
+
+printable = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
+
+
+@relaxed
+@given(rows=st.lists(st.tuples(printable, printable, st.lists(st.text(st.characters(codec="utf-8")))), min_size=1))
+def test_what_is_written_is_read_back_equal(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("jsonl") / "p.jsonl"
+    problems = [Problem(f"{i}-{id}", q, tuple(steps), str(i), "test") for i, (id, q, steps) in enumerate(rows)]
+    write_jsonl(problems, path)
+    assert read_jsonl(path) == problems
+    packed = path.with_suffix(".jsonl.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read_jsonl(packed) == problems
+
+
+def _line(**changes) -> bytes:
+    return (json.dumps(ROW | changes) + "\n").encode()
+
+
+NAMED_FAULTS = {
+    "truncated": _line()[:-20],
+    "not UTF-8": _line().replace(b"How", b"\xff\xfe"),
+    "not an object": b"[1, 2]\n",
+    "not JSON": b"hello\n",
+    "blank line": b"\n",
+    "a bare NaN": _line(answer=float("nan")),
+    "a number as answer": _line(answer=2),
+    "an answer with a separator": _line(answer="1,000"),
+    "an answer without a number": _line(answer="two"),
+    "steps as text": _line(steps="<<1+1=2>>"),
+    "steps of numbers": _line(steps=[1]),
+    "a blank question": _line(question=" "),
+    "an additional key": _line(note="x"),
+    "a missing key": b'{"id": "x", "question": "q", "steps": [], "answer": "2"}\n',
+    "half a surrogate pair": _line(question="\ud800"),
+    "an integer of 5,000 digits": _line().replace(b'"2"', b"9" * 5000),
+    "deep nesting": b"[" * 100_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("fault", NAMED_FAULTS)
+def test_a_faulty_line_is_one_error_with_file_and_line(tmp_path, fault):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(_line() + NAMED_FAULTS[fault])
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 2: .*expected") as caught:
+        read_jsonl(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@relaxed
+@given(seed=st.integers(0, 2**32), junk=st.binary(min_size=1, max_size=8))
+def test_random_damage_is_refused_in_one_line_or_read_as_valid_problems(tmp_path_factory, seed, junk):
+    data = _line() + _line(id="a-1") + _line(id="a-2")
+    at = random.Random(seed).randrange(len(data))
+    path = tmp_path_factory.mktemp("damage") / "p.jsonl"
+    path.write_bytes(data[:at] + junk + data[at + len(junk) :])
+    try:
+        problems = read_jsonl(path)
+    except ValueError as error:
+        assert "\n" not in str(error) and "p.jsonl" in str(error)
+    else:
+        assert problems and all(canonical_answer(p.answer) == p.answer for p in problems)
+
+
+def test_a_repeated_id_names_both_lines(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(_line() + _line(id="b") + _line())
+    with pytest.raises(ValueError, match="line 3: got id 'a-0' again .first on line 1."):
+        read_jsonl(path)
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "p.jsonl").touch()
+    with pytest.raises(ValueError, match="no problem at all"):
+        read_jsonl(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    "data", [gzip.compress(_line() * 9)[:-9], b"plain text", b"\x1f\x8b\x08" + b"\x00" * 7 + b"\xff" * 9]
+)
+def test_broken_gzip_is_refused_in_one_line(tmp_path, data):
+    (tmp_path / "p.jsonl.gz").write_bytes(data)
+    with pytest.raises(ValueError, match="gz") as caught:
+        read_jsonl(tmp_path / "p.jsonl.gz")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_not_found(tmp_path):
+    for path in (tmp_path / "absent.jsonl", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no file"):
+            read_jsonl(path)
+
+
+def test_a_refused_write_leaves_the_older_file(tmp_path):
+    path = tmp_path / "p.jsonl"
+    good = Problem("a", "q", (), "2", "test")
+    write_jsonl([good], path)
+    for bad in ([], [good, good], [Problem("a", "q", (), "2.0", "test")], [Problem("a", "q", "abc", "2", "test")]):
+        with pytest.raises(ValueError, match="expected"):
+            write_jsonl(bad, path)
+    assert read_jsonl(path) == [good]
+    assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl"]
+    with pytest.raises(ValueError, match=r"expected a name ending in \.jsonl"):
+        write_jsonl([good], tmp_path / "p.jsonl.gz")

@@ -1,0 +1,338 @@
+"""rollout.py: replay to rounding, answers independent of batch mates, answers that end early, late or at once."""
+
+import copy
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
+from latentlab.model import LatentReasoner, policy
+from latentlab.rollouts import choose, encode_prompts, replay_gap, rollout
+from tests.conftest import tiny_gpt2
+
+SCOPES = ("latent", "prompt+latent", "all")
+SETTINGS = {"num_generations": 3, "temperature": 1.0, "run_seed": 0, "step": 0}
+
+
+@pytest.fixture
+def eos_bias(monkeypatch):
+    """eos_bias(x) adds x to the logit of eos, in sampling and scoring alike."""
+
+    def bias(value):
+        head = LatentReasoner.head
+
+        def biased(self, hidden):
+            logits = head(self, hidden)
+            return logits + value * torch.nn.functional.one_hot(torch.tensor(self.eos_id), logits.shape[-1])
+
+        monkeypatch.setattr(LatentReasoner, "head", biased)
+
+    return bias
+
+
+def gap(model, out, masks):
+    return replay_gap(model.score(out, masks=masks), out)
+
+
+@pytest.fixture
+def uneven(monkeypatch):
+    """Answers of uneven length, sampled or greedy: eos is more or less likely than all else, as the state has it."""
+    head = LatentReasoner.head
+
+    def uneven_head(self, hidden):
+        logits = head(self, hidden)
+        is_eos = torch.nn.functional.one_hot(torch.tensor(self.eos_id), logits.shape[-1]).bool()
+        return torch.where(is_eos, logits.amax(-1, keepdim=True) + 3 * hidden[..., 1:2] - 1, logits)
+
+    monkeypatch.setattr(LatentReasoner, "head", uneven_head)
+
+
+# -- replay ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scheme", ["shared", "per_step", "none"])
+def test_replay_reproduces_the_sampled_log_probs(model, problems, scheme, scope, temperature, uneven):
+    spec = MaskSpec(scheme=scheme, rate=0.3, scope=scope, sites=("attention", "mlp", "embedding"))
+    out = rollout(model, problems, masks=spec, **{**SETTINGS, "temperature": temperature})
+    assert len(set(out.token_mask.sum(1).tolist())) > 1, "no row left the batch early"
+    assert gap(model, out, out.masks) < 1e-5
+    redrawn = draw_masks(spec, model, out.seeds)  # from the stored seeds alone
+    assert gap(model, out, redrawn) < 1e-5
+    if scheme != "none":
+        assert gap(model, out, draw_masks(spec, model, out.seeds + 1)) > 1e-3
+        assert gap(model, out, None) > 1e-3
+
+
+def test_sharp_attention_replays_too(make_model, problems):
+    llama = make_model("llama")
+    for name, weight in llama.lm.named_parameters():
+        if "q_proj" in name:
+            weight.data *= 4096  # scores so large that float32 would round them, and the log-probs, by 1e-4
+    out = rollout(llama, problems, masks=MaskSpec(rate=0.2), **{**SETTINGS, "num_generations": 8})
+    assert gap(llama, out, out.masks) < 1e-5
+
+
+def test_a_micro_batch_replays_its_part(model, problems):
+    out = rollout(model, problems, masks=MaskSpec(rate=0.3), **SETTINGS)
+    part = out.take(slice(1, 3))
+    assert part.problems == out.problems[1:3] and part.text == out.text[3:9]
+    assert gap(model, part, part.masks) < 1e-5
+    assert gap(model, out.take(slice(3, 99)), out.take(slice(3, 99)).masks) < 1e-5
+
+
+def test_a_higher_weight_shows_as_a_replay_gap(gpt2, problems):
+    out = rollout(gpt2, problems, masks=MaskSpec(rate=0.3), **SETTINGS)
+    with torch.no_grad():
+        gpt2.lm.transformer.ln_f.weight.add_(0.1)
+    assert gap(gpt2, out, out.masks) > 0.01
+
+
+# -- independence of the batch --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["shared", "per_step", "none"])
+def test_a_problem_is_answered_alike_alone_and_among_others(model, problems, scheme, uneven):
+    spec = MaskSpec(scheme=scheme, rate=0.3)
+    together = rollout(model, problems, masks=spec, **SETTINGS)
+    for i, problem in enumerate(problems):
+        alone = rollout(model, [problem], masks=spec, **SETTINGS)
+        part = together.take(slice(i, i + 1))
+        width = alone.tokens.shape[1]
+        assert torch.equal(part.seeds, alone.seeds)
+        assert torch.equal(part.tokens[:, :width], alone.tokens) and not part.token_mask[:, width:].any()
+        assert part.text == alone.text
+        torch.testing.assert_close(part.logp[:, :width], alone.logp, rtol=0, atol=1e-5)
+        torch.testing.assert_close(part.thoughts, alone.thoughts, rtol=0, atol=1e-5)
+
+
+def test_the_first_rollouts_of_a_larger_group_are_the_smaller_group(gpt2, problems):
+    few = rollout(gpt2, problems[:1], masks=MaskSpec(rate=0.3), **SETTINGS)
+    many = rollout(gpt2, problems[:1], masks=MaskSpec(rate=0.3), **{**SETTINGS, "num_generations": 6})
+    assert torch.equal(many.tokens[:3, : few.tokens.shape[1]], few.tokens)
+
+
+def test_runs_and_steps_differ(gpt2, problems):
+    tokens = [
+        rollout(gpt2, problems, masks=None, **{**SETTINGS, **change}).tokens.flatten().tolist()
+        for change in ({}, {"run_seed": 1}, {"step": 1}, {})
+    ]
+    assert tokens[0] == tokens[3] and tokens[0] != tokens[1] != tokens[2] != tokens[0]
+
+
+def test_prompts_are_left_padded_and_end_with_start(gpt2, problems):
+    ids, valid = encode_prompts(gpt2.tokenizer, problems, "cpu")
+    assert (ids[:, -1] == gpt2.start_id).all()
+    for row, problem in enumerate(problems):
+        real = ids[row, valid[row]]
+        assert gpt2.tokenizer.decode(real[:-2]).replace(" .", ".").replace(" ?", "?") == problem.question
+        assert not valid[row, : -len(real)].any() and valid[row, -len(real) :].all()
+
+
+# -- the deterministic arm ------------------------------------------------------------------------------------------
+
+
+def test_without_masks_thoughts_are_bit_equal_within_a_group(model, problems):
+    for k in (2, 4, 6, 8, 16):  # an odd number of rows, some BLAS kernels round differently row by row
+        for batch in (problems, problems[:1], problems[1:3]):
+            out = rollout(model, batch, masks=None, **{**SETTINGS, "num_generations": k})
+            groups = out.thoughts.unflatten(0, (-1, k))
+            assert torch.equal(groups, groups[:, :1].expand_as(groups)), f"K = {k}, {len(batch)} problems"
+    out = rollout(model, problems, masks=None, **{**SETTINGS, "num_generations": 8})
+    greedy = rollout(model, problems, masks=None, **{**SETTINGS, "num_generations": 8, "temperature": 0.0})
+    assert all(len(set(greedy.text[i : i + 8])) == 1 for i in range(0, 32, 8))
+    assert any(len(set(out.text[i : i + 8])) > 1 for i in range(0, 32, 8))
+
+
+def test_one_mask_per_rollout_makes_the_thoughts_differ_from_the_first_on(model, problems):
+    out = rollout(model, problems[:1], masks=MaskSpec(rate=0.3), **SETTINGS)
+    for i in range(model.num_thoughts):
+        assert len({tuple(z.tolist()) for z in out.thoughts[:, i]}) == 3
+
+
+# -- ends of answers ------------------------------------------------------------------------------------------------
+
+
+def test_the_first_token_may_be_eos(model, problems, eos_bias):
+    eos_bias(100.0)
+    out = rollout(model, problems, masks=MaskSpec(), **SETTINGS)
+    assert out.tokens.tolist() == [[model.eos_id]] * 12 and out.token_mask.all()
+    assert set(out.text) == {""}
+    assert gap(model, out, out.masks) < 1e-5
+
+
+def test_a_truncated_answer_has_no_eos_and_is_an_outcome(model, problems, eos_bias):
+    eos_bias(-100.0)
+    out = rollout(model, problems, masks=MaskSpec(), **SETTINGS)
+    assert out.tokens.shape == (12, model.max_new_tokens)
+    assert not (out.tokens == model.eos_id).any() and out.token_mask.all()
+    assert out.rewards(lambda text, problem: len(text.split())).shape == (4, 3)  # all of them are rewarded
+    assert gap(model, out, out.masks) < 1e-5
+
+
+def test_the_mask_covers_an_answer_through_its_eos_and_nothing_behind(model, problems, eos_bias):
+    eos_bias(3.0)
+    out = rollout(model, problems, masks=MaskSpec(), **SETTINGS)
+    for tokens, mask, logp in zip(out.tokens, out.token_mask, out.logp, strict=True):
+        length = int(mask.sum())
+        assert mask[:length].all() and not mask[length:].any()
+        assert (tokens[: length - 1] != model.eos_id).all() and (tokens[length:] == model.eos_id).all()
+        assert length == model.max_new_tokens or tokens[length - 1] == model.eos_id
+        assert (logp[:length] < 0).all() and (logp[length:] == 0).all()
+
+
+def test_finished_rows_leave_until_one_row_is_left(model, problems, eos_bias, monkeypatch):
+    eos_bias(3.5)
+    sizes = []
+    step = LatentReasoner.next_token
+
+    def counted(self, state, tokens):
+        sizes.append(len(tokens))
+        assert len(tokens) == len(state.cache.problem) == len(state.position) == len(state.cache.suffix[0][0].buffer)
+        return step(self, state, tokens)
+
+    monkeypatch.setattr(LatentReasoner, "next_token", counted)
+    for run_seed in range(40):
+        sizes.clear()
+        out = rollout(model, problems[:2], masks=MaskSpec(rate=0.3, scope="all"), **{**SETTINGS, "run_seed": run_seed})
+        lengths = out.token_mask.sum(1)
+        expected = [int((lengths > t).sum()) for t in range(1, int(lengths.max()))]
+        assert sizes == expected
+        assert gap(model, out, out.masks) < 1e-5  # the batch of one takes other kernels; the gap stays rounding
+        if 1 in sizes:
+            return
+    pytest.fail("no run shrank to one row: the test has lost its point")
+
+
+# -- sampling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_follow_the_softmax(temperature):
+    logits = torch.tensor([1.0, -0.5, 0.0, 2.0, -20.0])
+    seeds = rollout_seeds(0, 0, [str(i) for i in range(4000)], 1)
+    counts = torch.bincount(choose(policy(logits, temperature).expand(4000, 5), seeds, 0), minlength=5) / 4000
+    expected = torch.softmax(logits / temperature, 0)
+    assert ((counts - expected).abs() <= 5 * (expected * (1 - expected) / 4000).sqrt()).all()
+
+
+def test_log_probs_are_those_of_the_tempered_policy(gpt2, problems):
+    out = rollout(gpt2, problems[:1], masks=None, **{**SETTINGS, "temperature": 0.5})
+    hidden, _ = gpt2.teacher_forced(out.prompt_ids, out.prompt_valid, out.tokens, num_generations=3)
+    tempered = torch.softmax(gpt2.head(hidden) * 2, -1).log().gather(-1, out.tokens[..., None])[..., 0]
+    torch.testing.assert_close(out.logp, tempered * out.token_mask, rtol=0, atol=1e-5)
+
+
+# -- interventions and controls -------------------------------------------------------------------------------------
+
+
+def test_an_edit_changes_the_answers_unless_thoughts_are_not_fed_back(gpt2, problems):
+    def swap(i, z):
+        calls.append(i)
+        return z.roll(3, 0)  # the thoughts of the next problem
+
+    for feedback, reaches in (("thought", True), ("pause", False)):
+        model, calls = LatentReasoner(gpt2.lm, gpt2.tokenizer, num_thoughts=2, max_new_tokens=5, feedback=feedback), []
+        plain = rollout(model, problems, masks=None, **{**SETTINGS, "temperature": 0.0})
+        swapped = rollout(model, problems, masks=None, edit=swap, **{**SETTINGS, "temperature": 0.0})
+        same = plain.tokens.shape == swapped.tokens.shape and torch.allclose(plain.logp, swapped.logp, atol=1e-6)
+        assert same is not reaches and calls == [1, 2]
+
+
+@pytest.mark.parametrize("feedback", ["pause", "none"])
+@pytest.mark.parametrize("scheme", ["shared", "per_step"])
+def test_the_controls_replay_too(gpt2, problems, feedback, scheme):
+    control = LatentReasoner(gpt2.lm, gpt2.tokenizer, num_thoughts=2, max_new_tokens=5, feedback=feedback)
+    for scope in SCOPES:
+        out = rollout(control, problems, masks=MaskSpec(scheme=scheme, rate=0.3, scope=scope), **SETTINGS)
+        assert out.thoughts.shape == (12, 2 if feedback == "pause" else 0, 32)
+        assert gap(control, out, out.masks) < 1e-5
+        assert gap(control, out, None) > 1e-3
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"problems": []}, "^problems: got an empty list"), ({"num_generations": 0}, "got num_generations=0"),
+     ({"temperature": -1.0}, "temperature=-1.0")],
+)  # fmt: skip
+def test_wrong_use_is_one_line(gpt2, problems, change, message):
+    arguments = {"problems": problems, "masks": None, **SETTINGS, **change}
+    with pytest.raises(ValueError, match=message) as error:
+        rollout(gpt2, **arguments)
+    assert "\n" not in str(error.value) and "expected" in str(error.value)
+
+
+def test_a_question_too_long_for_the_backbone_is_one_line_and_one_that_just_fits_runs(problems):
+    need = encode_prompts(tiny_gpt2().tokenizer, problems[1:2], "cpu")[0].shape[1] + 2 + 5
+    out = rollout(tiny_gpt2(n_positions=need), problems[1:2], masks=None, **SETTINGS)
+    model = tiny_gpt2(n_positions=need - 1)
+    with pytest.raises(
+        ValueError, match=f"^length: got {need} positions .* expected at most {need - 1}; drop"
+    ) as error:
+        rollout(model, problems[1:2], masks=None, **SETTINGS)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="^length: got"):
+        model.score(dataclasses.replace(out, tokens=torch.zeros(3, 5, dtype=torch.long)), masks=None)
+
+
+def test_masks_of_another_number_of_rollouts_are_one_line(gpt2, problems):
+    for rows in (1, 11, 13):
+        masks = draw_masks(MaskSpec(), gpt2, rollout_seeds(0, 0, ["a"], rows))
+        with pytest.raises(
+            ValueError, match=f"^masks: got {rows} rows for 4 x 3 rollouts, expected one mask per rollout"
+        ):
+            rollout(gpt2, problems, masks=masks, **SETTINGS)
+
+
+# -- mixed precision --------------------------------------------------------------------------------------------------
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each tensor is converted to another type, by its address."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.counts[args[0].data_ptr()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_bfloat16_products_leave_weights_log_probs_and_gradients_in_float32(model, problems):
+    model.place("cpu", "bfloat16")
+    out = rollout(model, problems, masks=MaskSpec(rate=0.3), **SETTINGS)
+    logp = model.score(out, masks=out.masks)
+    logp.sum().backward()
+    assert {x.dtype for x in (out.logp, out.entropy, logp)} == {torch.float32}
+    assert {x.dtype for weight in model.parameters() for x in (weight, weight.grad)} == {torch.float32}
+    assert replay_gap(logp, out) < 0.1
+    exact = rollout(model.place("cpu"), problems, masks=MaskSpec(rate=0.3), **SETTINGS)
+    assert 1e-4 < (exact.thoughts - out.thoughts).abs().max() < 0.5  # bfloat16 it was, and only rounding
+
+
+def test_bfloat16_casts_a_weight_once_per_rollout_and_never_keeps_the_cast(model, problems):
+    model.place("cpu", "bfloat16")
+    with Casts() as casts:
+        before = rollout(model, problems, masks=None, **SETTINGS)
+    head = model.lm.get_output_embeddings().weight
+    blocks = [w for w in model.lm.parameters() if w.dim() == 2 and casts.counts[w.data_ptr()]]
+    assert len(blocks) >= 4 and {casts.counts[w.data_ptr()] for w in blocks if w is not head} == {1}
+    assert before.tokens.shape[1] > 1, "one pass only: nothing shown"
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(-1.5)
+    after = rollout(model, problems, masks=None, **SETTINGS)
+    fresh = LatentReasoner(
+        copy.deepcopy(model.lm), model.tokenizer, num_thoughts=model.num_thoughts, max_new_tokens=model.max_new_tokens
+    ).place("cpu", "bfloat16")
+    assert torch.equal(after.logp, rollout(fresh, problems, masks=None, **SETTINGS).logp)
+    assert not torch.equal(after.thoughts, before.thoughts)

@@ -1,0 +1,216 @@
+"""One process against several that talk over gloo: `make reliability` writes its section of
+reports/reliability.json.
+
+    rollouts     32 problems: tokens, seeds and accepted groups, with and without dynamic sampling
+    gradients    one step in float32: of both loops, relative to one process and to the unsplit batch
+    training     20 steps in float64: weights and metrics of both loops
+
+test_parallel.py runs the same functions and holds the figures to their bounds.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # before the imports
+
+import torch
+import torch.distributed as dist
+
+from latentlab.data.word_problems import word_problems
+from latentlab.runtime import distributed
+from latentlab.study import results
+from latentlab.training.arms import _grpo_step, fit_grpo, sample_groups
+from latentlab.training.curriculum import curriculum_gradient, fit_curriculum, set_stage
+from latentlab.training.run import Run, read_metrics
+from tests.conftest import sharpen, small_config, tiny_gpt2
+
+SIZES = (1, 2, 3)
+TRAIN, VALIDATION = (word_problems(split, n, seed=0, steps=2) for split, n in (("train", 40), ("validation", 10)))
+CONFIG = small_config(
+    curriculum={"steps": [6, 6, 8], "batch_size": 8, "mask": {"rate": 0.2}, "decode_weight": 0.5, "eval_every": 4},
+    grpo={  # 40 candidates a step, so the budget of 25 * 32 groups is spent in 20 steps
+        "steps": 25, "num_problems": 32, "num_generations": 4, "max_candidates": 40, "num_iterations": 1,
+        "learning_rate": 1e-3, "mask": {"rate": 0.3}, "eval_every": 10,
+    },
+)  # fmt: skip
+
+
+def first_digit(text, problem):
+    """A reward that makes random models' groups differ, but not all of them."""
+    return float(problem.answer[0] in text)
+
+
+# ---------------------------------------------------------------- N processes
+def together(size, function, folder, **settings):
+    """`function(**settings)` in `size` processes: what each returned or raised, by rank; None where it died."""
+    folder.mkdir(parents=True)
+    if size == 1:
+        return [function(**settings)]
+    context = multiprocessing.get_context("forkserver")  # its server imports torch once and never runs it
+    context.set_forkserver_preload(["latentlab.training.arms", "pytest", "transformers.models.llama"])
+    jobs = [context.Process(target=_member, args=(rank, size, function, folder, settings)) for rank in range(size)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    files = [folder / f"{rank}.pkl" for rank in range(size)]
+    return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
+
+
+def _member(rank, size, function, folder, settings):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    try:
+        result = function(**settings)
+    except Exception as error:
+        result = error
+    (folder / f"{rank}.pkl").write_bytes(pickle.dumps(result))
+    dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- what is compared
+def rollouts(max_candidates):
+    """Tokens and seeds of every accepted group by its place in the data, with the rewards of all candidates."""
+    config = replace(CONFIG, grpo=replace(CONFIG.grpo, max_candidates=max_candidates))
+    batch = sample_groups(sharpen(tiny_gpt2()).double(), TRAIN, config, 3, first_digit)
+
+    def mine():
+        k = config.grpo.num_generations
+        return {
+            place: [
+                (out.seeds[row].item(), out.tokens[row][out.token_mask[row]].tolist(), out.text[row])
+                for row in range(b * k, (b + 1) * k)
+            ]
+            for out, places in batch.parts
+            for b, place in enumerate(places)
+        }
+
+    shares = distributed.gather(mine)
+    groups = {place: group for share in shares for place, group in share.items()}
+    return {
+        "kept": batch.kept, "groups": dict(sorted(groups.items())), "rewards": batch.rewards.tolist(),
+        "lengths": batch.lengths.tolist(), "shares": [len(share) for share in shares],
+    }  # fmt: skip
+
+
+class Recorder:
+    """An optimizer that keeps the gradient and moves nothing."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
+
+    def zero_grad(self, set_to_none):
+        self.model.zero_grad(set_to_none=set_to_none)
+
+
+def gradient(loop, dtype, micro_batch=0, max_candidates=0, num_problems=32, loss_type="dr_grpo"):
+    """The gradient of one step, flat, and the step's metrics."""
+    model = sharpen(tiny_gpt2()).to(dtype)
+    recorder = Recorder(model)
+    if loop == "grpo":
+        settings = {"num_problems": num_problems, "max_candidates": max_candidates, "loss_type": loss_type}
+        settings |= {"micro_batch": micro_batch, "num_iterations": 1, "beta": 0.0, "max_grad_norm": 1e9}
+        config = replace(CONFIG, grpo=replace(CONFIG.grpo, **settings))
+        record = _grpo_step(model, None, recorder, TRAIN, config, 3, first_digit, None)
+    else:
+        config = replace(CONFIG, curriculum=replace(CONFIG.curriculum, micro_batch=micro_batch))
+        set_stage(model, config, 1, VALIDATION)
+        record = curriculum_gradient(model, TRAIN[:num_problems], 1, config, step=3)
+        distributed.sum_gradients(model.parameters())
+        recorder.step()
+    return recorder.gradient.numpy(), record
+
+
+def train(loop, out):
+    """20 steps in float64: the weights that the last one left on this process, and the metrics."""
+    Run.load_best = lambda self, model: None  # leaves the last weights in place; this process does nothing else
+    model = sharpen(tiny_gpt2(n_layer=1)).double()
+    if loop == "grpo":
+        fit_grpo(model, TRAIN, VALIDATION, CONFIG, out=out, reward=first_digit)
+    else:
+        fit_curriculum(model, TRAIN, VALIDATION, CONFIG, out=out)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).numpy(), read_metrics(out)
+
+
+# ---------------------------------------------------------------- the figures
+def measure_rollouts(folder):
+    """How many of 32 problems' groups differ in tokens, seeds, text or acceptance from those of one process."""
+    figures = {}
+    for name, candidates in (("any group", 0), ("mixed groups", 64)):
+        runs = [together(n, rollouts, folder / f"{candidates}-{n}", max_candidates=candidates) for n in SIZES]
+        one = runs[0][0]
+        others = [run for ranks in runs[1:] for run in ranks]
+        figures[name] = {
+            "candidates": len(one["rewards"]), "accepted": len(one["kept"]),
+            "differing": sum(
+                run["groups"].get(place) != group for run in others for place, group in one["groups"].items()
+            ),
+            "same_choice": all(run[key] == one[key] for run in others for key in ("kept", "rewards", "lengths")),
+            "groups_per_process": [ranks[0]["shares"] for ranks in runs],
+        }  # fmt: skip
+    return figures
+
+
+def measure_gradients(folder):
+    """Largest distance of a one-step float32 gradient from that of one process and one batch, relative to its norm."""
+    figures = {}
+    for loop in ("grpo", "curriculum"):
+        (whole, _), *_ = together(1, gradient, folder / loop, loop=loop, dtype=torch.float32)
+        for n, micro_batch in ((2, 0), (3, 0), (1, 5), (2, 5)):
+            ranks = together(n, gradient, folder / f"{loop}-{n}-{micro_batch}", loop=loop, dtype=torch.float32,
+                             micro_batch=micro_batch)  # fmt: skip
+            distance = max(float(((g - whole) ** 2).sum() ** 0.5 / (whole**2).sum() ** 0.5) for g, _ in ranks)
+            figures[f"{loop}, processes {n}, micro_batch {micro_batch or 'whole'}"] = distance
+    return figures
+
+
+def measure_training(folder):
+    """Largest difference of a weight after 20 float64 steps, to one process and between processes, and of a metric."""
+    figures = {}
+    for loop in ("grpo", "curriculum"):
+        runs = [
+            together(n, train, folder / f"{loop}-{n}", loop=loop, out=str(folder / f"{loop}-run-{n}")) for n in SIZES
+        ]
+        one, lines = runs[0][0]
+        others = [ranks for run in runs[1:] for ranks in run]
+        figures[loop] = {
+            "steps": sum(line["step"] >= 0 for line in lines), "largest_weight": float(abs(one).max()),
+            "weights": max(float(abs(weights - one).max()) for weights, _ in others),
+            "between_processes": max(float(abs(w - run[0][0]).max()) for run in runs for w, _ in run),
+            "metrics": max(
+                abs(value - line[key])
+                for _, rows in others for row, line in zip(rows, lines, strict=True)
+                for key, value in row.items() if key != "arm"
+            ),
+        }  # fmt: skip
+    return figures
+
+
+MEASURES = {"rollouts": measure_rollouts, "gradients": measure_gradients, "training": measure_training}
+
+
+def main():
+    import reliability
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=results.reports_folder() / "reliability.json")
+    path, started = parser.parse_args().json, time.time()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        section = {name: measure(Path(folder) / name) for name, measure in MEASURES.items()}
+    reliability.write_sections({"processes": {"sizes": SIZES, **section}}, path=path, started=started)
+    print(path, json.dumps(section, indent=1))
+
+
+if __name__ == "__main__":
+    main()

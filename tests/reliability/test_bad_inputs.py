@@ -1,0 +1,680 @@
+"""Bad inputs by class: every one ends in one line with a remedy, runs nothing and leaves what was there as it was.
+
+`make reliability` writes how many of each class were tried into reports/reliability.json (misuse.py).
+"""
+
+import ast
+import errno
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import mistune
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from yaml import SafeLoader
+
+from latentlab import config
+from latentlab.cli import main
+from latentlab.config import changed_words, from_dict, load_preset, to_dict
+from latentlab.data.jsonl import write_jsonl
+from latentlab.data.word_problems import word_problems
+from latentlab.pretrained.loading import save_model
+from latentlab.problems import Problem
+from latentlab.study import results, tables
+from latentlab.training import preflight
+from tests.conftest import sharpen, tiny_gpt2
+
+PACKAGE = Path(preflight.__file__).parents[1]
+SMALL = ["--preset", "smoke", "--data.train-size", "8", "--data.validation-size", "4", "--data.test-size", "4",
+         "--data.steps", "2"]  # fmt: skip
+few = settings(
+    derandomize=True, deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+many = settings(few, max_examples=150)
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def misuse(capfd, record_property, tmp_path, monkeypatch):
+    """misuse(kind, *words): the one line of a command that must be refused; what happened is counted."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LATENTLAB_REPORTS", str(tmp_path / "reports"))
+    counts = Counter()
+    record_property("inputs", counts)
+
+    def call(kind, *words, may_pass=False):
+        before = snapshot(tmp_path)
+        code = main([str(word) for word in words])
+        out, err = capfd.readouterr()
+        counts.update({
+            kind: 1, "refused": code != 0, "more_than_one_line": err.count("\n") > 1,
+            "payloads_run": (tmp_path / "payload").exists(), "folders_changed": snapshot(tmp_path) != before,
+        })  # fmt: skip
+        assert not (tmp_path / "payload").exists()
+        if may_pass and code == 0:
+            return ""
+        assert code in (1, 2), (code, words)
+        assert err.startswith("latentlab: ") and err.count("\n") == 1 and err.endswith("\n"), err
+        assert len(err) < 700 and ("expected" in err.lower() or ";" in err or "--help" in err), err
+        assert out == "" and "Traceback" not in err
+        assert snapshot(tmp_path) == before
+        return err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    save_model(sharpen(tiny_gpt2(n_positions=128)), folder)
+    return folder
+
+
+@pytest.fixture
+def model_folder(checkpoint, tmp_path):
+    return Path(shutil.copytree(checkpoint, tmp_path / "model"))
+
+
+class Payload:
+    """Unpickled, it leaves a file `payload`."""
+
+    def __reduce__(self):
+        return (open, ("payload", "w"))
+
+
+# -- words ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("curriculum --seed 1 --seed 2", "--seed: got it twice, expected it once"),
+        ("grpo --grpo.learning-rate 1e-4 --grpo.learning_rate=1e-5", "--grpo.learning-rate: got it twice"),
+        ("data --preset tiny --preset smoke", "--preset: got it twice"),
+        ("curriculum --resume --resume", "--resume: got it twice"),
+        ("data --data.name=", "got an empty value"),
+        ("grpo --grpo.learning-rate 1e400", "grpo.learning_rate: got inf, expected"),
+        ("grpo --grpo.max-grad-norm inf", "grpo.max_grad_norm: got inf, expected a finite number"),
+        ("grpo --grpo.beta nan", "grpo.beta: got nan"),
+        ("grpo --grpo.learning-rate -0", "grpo.learning_rate: got -0.0, expected"),
+        ("curriculum --seed 99999999999999999999999", "seed: got 9999"),
+        ("curriculum --seed -1", "seed: got -1, expected a number from 0"),
+        ("curriculum --seed 0x10", "invalid literal"),
+        ("data --data.seed 4294967296", "data.seed: got 4294967296, expected a number from 0 to 2147483647"),
+        ("data --n 999999999999", "--n: got 999999999999, expected at least 0 and at most"),
+        ("curriculum --data.train-size 100000000", "data.train_size: got 100000000, expected at most"),
+        ("grpo --grpo.num-problems 1000000 --grpo.num-generations 1000000", "got 1000000000000 rollouts"),
+        ("evaluate --threads 100000", "--threads: got 100000, expected"),
+        ("curriculum --max-minutes nan", "--max-minutes: got nan"),
+        ("curriculum --device tpu", "device: got 'tpu', expected auto, cpu"),
+        ("verify --device cuda:99", "device: got cuda:99, but torch sees"),
+        ("bench --device moon", "device: got 'moon', expected"),
+        ("sweep compare --sweep.controls coconut pause", "sweep.controls: got 'coconut', expected one of pause"),
+        ("sweep compare --retries -1", "--retries: got -1"),
+        ("sweep compare --executor cloud", "invalid choice 'cloud'"),
+        ("sweep reproduce --budget-minutes -3", "--budget-minutes: got -3"),
+        ("study --only 99", "--only 99: expected the beginning of one of 00_tour"),
+        ("curriculum --backbone.n-head 3", "backbone.n_head: got 3, expected a divisor"),
+    ],
+)
+def test_words(misuse, words, said):
+    assert said in misuse("command line", *words.split(" "))
+
+
+def test_an_empty_word(misuse):
+    for words in (("curriculum", "--out", ""), ("evaluate", ""), ("grpo", "--init-from", "", "--seed", "1")):
+        assert "got an empty value" in misuse("command line", *words)
+
+
+def leaves(values, where=()):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*where, key))
+        yield (*where, key)
+
+
+FIELDS = sorted(leaves(to_dict(load_preset("smoke"))))
+numbers = st.floats() | st.integers() | st.sampled_from([10**30, -1, 0, -0.0, 2**31, 1e308])
+scalars = st.none() | st.booleans() | st.text(max_size=6) | numbers
+anything = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(scalars, inner), max_leaves=5)
+
+
+def test_fields_of_any_type(record_property):
+    """A field set to anything is refused in one line that names it, or makes a Config that says the same again."""
+    refused = 0
+
+    @many
+    @given(st.sampled_from(FIELDS), anything)
+    def check(field, value):
+        nonlocal refused
+        values = value
+        for key in reversed(field):
+            values = {key: values}
+        try:
+            config = from_dict(values)
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error).replace("\\n", "") and "expected" in str(error)
+            assert field[-1] in str(error).replace(" ", "_") or "mask" in field or field == ("grpo",)
+        else:
+            assert from_dict(to_dict(config)) == config
+            json.dumps(to_dict(config), allow_nan=False)
+
+    check()
+    assert refused > 100
+    record_property("inputs", {"config field": refused})
+
+
+def test_option_values_of_any_text(misuse):
+    names = [".".join(field).replace("_", "-") for field in FIELDS if len(field) > 1 and "mask" != field[-1]]
+
+    @few
+    @given(st.sampled_from(names), st.text(st.characters(codec="utf-8"), max_size=8) | numbers.map(str))
+    def check(name, value):
+        misuse("config option", "data", "--n", "1", "--data.steps", "1", f"--{name}={value}", may_pass=True)
+
+    check()
+
+
+def test_preset_files(misuse, tmp_path, monkeypatch):
+    presets = tmp_path / "presets"
+    shutil.copytree(config.PRESETS, presets)
+    monkeypatch.setattr(config, "PRESETS", presets)
+    text = (presets / "smoke.yaml").read_bytes()
+    for content in (
+        b"", b"\xff\xfe", b"- a", b"seed", b"1: 2", b"? [a]\n: 1", b"seed: 1\nseed: 2", b"data: {name: gsm8k",
+        b"data: {steps: 1, steps: 2}", b"!!python/object/apply:os.system ['touch payload']", b"seed: 0000-99-99",
+        b"preset: other\nsead: 1", b"&a [*a]", b"seed: &s [*s]", b"\x00", text[: len(text) // 2] + b"{", b"[" * 5000,
+        b"grpo: {learning_rate: 1e-5}", b"grpo: {learning_rate: .nan}", b"seed: yes", b"grpo:", b"sweep: {seeds: 1}",
+    ):  # fmt: skip
+        (presets / "odd.yaml").write_bytes(content)
+        misuse("preset file", "data", "--preset", "odd")
+
+    @few
+    @given(st.binary(max_size=30), st.integers(0, len(text)))
+    def check(junk, where):
+        (presets / "odd.yaml").write_bytes(text[:where] + junk + text[where:])
+        misuse("preset file", "data", "--n", "1", "--preset", "odd", may_pass=True)
+
+    check()
+
+
+# -- problems -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A data folder; data(lines) fills its SVAMP file."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.setenv("LATENTLAB_DATA", str(folder))
+
+    def write(content):
+        (folder / "svamp.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+        return folder / "svamp.jsonl"
+
+    write.folder = folder
+    return write
+
+
+def row(**changes):
+    fields = {"id": "a", "question": "How many?", "steps": ["<<1+1=2>>"], "answer": "2", "source": "s"}
+    return json.dumps({key: value for key, value in {**fields, **changes}.items() if value is not ...})
+
+
+GOOD = row() + "\n" + row(id="b") + "\n"
+LINES = {
+    "zero-length": b"", "empty line": "\n", "truncated": GOOD[:-9], "half a character": GOOD.encode()[:5] + b"\xc3",
+    "not UTF-8": GOOD.encode() + b'{"id": "\xff"}', "UTF-16": GOOD.encode("utf-16"), "byte order mark": "\ufeff" + GOOD,
+    "missing key": row(answer=...), "unknown key": row(extra=1), "duplicate id": row() + "\n" + row(),
+    "NaN": row(answer=float("nan")), "a number": row(answer=7), "1e400": row().replace('"2"', "1e400"),
+    "huge": row().replace('"2"', "9" * 5000), "a huge text": row(answer="1e400"), "null": row(question=None),
+    "a list": "[1]", "not JSON": "{'id': 1}", "deep": "[" * 100_000, "steps are text": row(steps="<<1+1=2>>"),
+    "steps are numbers": row(steps=[1]), "blank": row(question="  "), "half a surrogate": row(question="\ud800"),
+    "no number": row(answer="two"), "two numbers": row(answer="1 2"), "latent token": row(question="a <|latent|> b"),
+    "control token": row(steps=["<|im_end|>"]), "not canonical": row(answer="02"), "a pickle": pickle.dumps(Payload()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_problem_files(misuse, data, name):
+    path = data(LINES[name])
+    said = misuse("problem file", "evaluate", "--benchmark", "svamp", *SMALL)
+    assert str(path) in said and (name in ("zero-length",) or "line" in said)
+
+
+def test_damaged_problem_files(misuse, data):
+    """A good file, cut off or with other bytes in it, is refused or still holds good problems."""
+    good = data.folder / "gsm8k_test.jsonl"
+    rows = word_problems("test", 5, seed=0)
+    write_jsonl(rows, good)
+    content = good.read_bytes()
+
+    @few
+    @given(st.integers(0, len(content)), st.integers(0, 9), st.binary(max_size=6))
+    def check(start, length, junk):
+        good.write_bytes(content[:start] + junk + content[start + length :])
+        misuse("problem file", "data", "--data.name", "gsm8k", "--n", "9", may_pass=True)
+
+    check()
+
+
+def test_data_folders(misuse, data, tmp_path, monkeypatch):
+    words = ("data", "--data.name", "gsm8k", "--split", "train")
+    assert "gsm8k_train.jsonl" in misuse("data folder", *words)
+    write_jsonl(word_problems("train", 3, seed=0), data.folder / "gsm8k_train.jsonl")
+    flags = data.folder / "gsm8k_flags.json"
+    for content in (None, b"", b"[]", b"{}", b'{"train": 1}', b'{"train": {"gsm8k_aug_valid_500": [[]]}}', b"\xff"):
+        if content is not None:
+            flags.write_bytes(content)
+        assert "gsm8k_flags.json" in misuse("data folder", *words)
+    (data.folder / "svamp.jsonl").mkdir()
+    misuse("data folder", "evaluate", "--benchmark", "svamp")
+    monkeypatch.setenv("LATENTLAB_DATA", str(data.folder / "gsm8k_train.jsonl"))
+    assert "correct LATENTLAB_DATA" in misuse("data folder", *words)
+
+
+def test_control_tokens_from_the_hub(monkeypatch):
+    from latentlab.data import datasets
+
+    rows = [{"question": "a <|latent|>", "answer": "#### 1"}]
+    monkeypatch.setattr(datasets, "_load_from_hub", lambda *_: rows)
+    monkeypatch.delenv("LATENTLAB_DATA", raising=False)
+    with pytest.raises(ValueError, match=r"row 0: got '<\|latent\|>' in the text.*use another data set"):
+        datasets.gsm8k("test")
+
+
+# -- model and problems together ------------------------------------------------------------------------------------
+
+
+def test_problems_that_do_not_fit_are_refused_before_a_run_begins(misuse, model_folder, data):
+    long = Problem("a", "How many apples? " * 60, ("<<1+1=2>>",), "2", "s")
+    write_jsonl([long], data.folder / "svamp.jsonl")
+    assert "length: got" in misuse("fit", "evaluate", model_folder, "--benchmark", "svamp")
+    for verb, more in (("curriculum", []), ("grpo", ["--init-from", model_folder])):
+        words = [verb, *SMALL, "--data.steps", "30", "--out", "run", *more]
+        del words[words.index("--data.steps") : words.index("--data.steps") + 2]
+        assert "length: got" in misuse("fit", *words)
+    foreign = Problem("a", "Wie viele Bücher liegen unter dem alten Kirschbaum", ("<<1+1=2>>",), "2", "s")
+    write_jsonl([foreign], data.folder / "svamp.jsonl")
+    assert "unknown words in the questions" in misuse("fit", "evaluate", model_folder, "--benchmark", "svamp")
+
+
+def test_steps_without_a_result_are_refused_where_thoughts_are_decoded(word_sets, config):
+    model = tiny_gpt2(n_positions=128)
+    train, _ = word_sets
+    odd = [*train, Problem("odd", "How many?", ("no result", "<<1+1=2>>"), "2", "s")]
+    with pytest.raises(ValueError, match="got step 'no result', expected"):
+        preflight.expect_together(model, odd, config(curriculum={"decode_weight": 1.0}), curriculum=True)
+    preflight.expect_together(model, odd, config(curriculum={"decode_weight": 0.0}), curriculum=True)
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def evaluate_words(folder):
+    return ("evaluate", folder, *SMALL, "--limit", "1", "--evaluate.num-generations", "1")
+
+
+def test_the_checkpoint_of_these_tests_is_good(checkpoint, capfd):
+    assert main([str(word) for word in evaluate_words(checkpoint)]) == 0
+
+
+WEIGHTS = "model.safetensors"
+
+
+def damage(folder, name):
+    """Make the good checkpoint in `folder` a bad one."""
+    path = folder / name.split(":")[0]
+    content = path.read_bytes() if path.exists() else b""
+    what = name.split(":")[1]
+    if what == "empty":
+        path.write_bytes(b"")
+    elif what == "missing":
+        path.unlink()
+    elif what == "half":
+        path.write_bytes(content[: len(content) // 2])
+    elif what == "short":
+        path.write_bytes(content[:-1])
+    elif what == "pickle":
+        path.write_bytes(pickle.dumps(Payload()))
+    elif what == "huge header":
+        path.write_bytes((2**60).to_bytes(8, "little") + content[8:])
+    elif what == "list":
+        path.write_bytes(b"[]")
+    elif what == "folder":
+        path.unlink()
+        path.mkdir()
+    else:  # "key=value" of a JSON file
+        key, value = what.split("=")
+        path.write_text(json.dumps({**json.loads(content), key: json.loads(value)}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"{WEIGHTS}:{how}" for how in ("empty", "missing", "half", "short", "pickle", "huge header", "folder")),
+        *(f"config.json:{how}" for how in ("empty", "missing", "half", "list", "pickle", "n_embd=64", "n_layer=3")),
+        *(f"config.json:{how}" for how in ('n_embd="a"', "n_head=0", "vocab_size=7", "vocab_size=-1")),
+        'config.json:model_type="x"',
+        *(f"tokenizer.json:{how}" for how in ("empty", "half", "list", "pickle")),
+        *(f"latentlab.json:{how}" for how in ("empty", "missing", "half", "list", "pickle", "num_thoughts=-1")),
+        *(f"latentlab.json:{how}" for how in ("num_thoughts=1e400", "num_thoughts=1000000000", 'feedback="x"', "x=1")),
+    ],
+)  # fmt: skip
+def test_checkpoints(misuse, model_folder, name):
+    if name == "latentlab.json:num_thoughts=1e400":
+        (model_folder / "latentlab.json").write_text('{"num_thoughts": 1e400, "max_new_tokens": 4}')
+    else:
+        damage(model_folder, name)
+    misuse("checkpoint", *evaluate_words(model_folder))
+
+
+def test_a_checkpoint_with_the_tokenizer_of_another_vocabulary(misuse, model_folder, tmp_path, llama_folder):
+    from latentlab.data.word_problems import WORDS
+    from latentlab.pretrained.scratch import word_tokenizer
+
+    word_tokenizer((*WORDS, *(f"word{i}" for i in range(50)))).save_pretrained(model_folder)
+    assert "expected the tokenizer of these weights" in misuse("checkpoint", *evaluate_words(model_folder))
+
+
+def test_code_beside_a_checkpoint_never_runs(misuse, model_folder):
+    """A folder that asks for its own classes, as `trust_remote_code` would load them."""
+    (model_folder / "evil.py").write_text("open('payload', 'w')\nclass Config: pass\nModel = Tokenizer = Config\n")
+    config = json.loads((model_folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (model_folder / "config.json").write_text(json.dumps(config))
+    misuse("payload", *evaluate_words(model_folder))
+    named = json.loads((model_folder / "tokenizer_config.json").read_text())
+    named |= {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Evil"}
+    (model_folder / "tokenizer_config.json").write_text(json.dumps(named))
+    misuse("payload", *evaluate_words(model_folder))
+
+
+@pytest.mark.filterwarnings("error:Detected pickle")  # it would be a second line
+def test_pickles_with_a_payload_never_run(misuse, model_folder, tmp_path):
+    torch.save({"base_causallm.x": Payload()}, tmp_path / "checkpoint_1")
+    misuse("payload", *evaluate_words(tmp_path / "checkpoint_1"))
+    (tmp_path / "raw").write_bytes(pickle.dumps(Payload()))
+    misuse("payload", *evaluate_words(tmp_path / "raw"))
+    (model_folder / WEIGHTS).unlink()
+    torch.save({"transformer.wte.weight": Payload()}, model_folder / "pytorch_model.bin")
+    misuse("payload", *evaluate_words(model_folder))
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(model_folder / "pytorch_model.bin", weights_only=True)
+    os.chdir(tmp_path)
+    torch.load(model_folder / "pytorch_model.bin", weights_only=False)  # it is one
+    assert (tmp_path / "payload").exists()
+    (tmp_path / "payload").unlink()
+
+
+def test_a_run_with_a_bad_checkpoint_is_left_alone(misuse, checkpoint, capfd, tmp_path):
+    grpo = ["grpo", *SMALL, "--init-from", checkpoint, "--out", "run", "--grpo.steps", "1", "--grpo.num-problems", "2",
+            "--grpo.num-generations", "2"]  # fmt: skip
+    assert main([str(word) for word in grpo]) == 0
+    capfd.readouterr()
+    misuse("checkpoint of a run", *grpo)
+    state = tmp_path / "run" / "state.pt"
+    whole = state.read_bytes()
+    for content in (b"", b"PK\x03\x04", whole[:-100], {"identity": Payload()}, Payload(), torch.zeros(3), [], {}):
+        state.write_bytes(content) if isinstance(content, bytes) else torch.save(content, state)
+        assert "state.pt" in misuse("checkpoint of a run", *grpo, "--resume")
+    for damaged in (b"", b"\xff", b"[]", b'{"seed": 5}'):
+        (tmp_path / "run" / "config.json").write_bytes(damaged)
+        misuse("checkpoint of a run", *grpo, "--resume")
+
+
+def test_damaged_json_of_a_checkpoint(misuse, checkpoint, tmp_path):
+    """Bytes changed anywhere in its small files: refused in one line, or still a model."""
+    names = ["config.json", "latentlab.json", "tokenizer_config.json", "generation_config.json"]
+    folder = tmp_path / "model"
+
+    @settings(few, max_examples=10)
+    @given(
+        st.sampled_from(names), st.floats(0, 1), st.integers(0, 20), st.sampled_from([b"", b"}", b"9", b'"', b"\xff"])
+    )
+    def check(name, place, length, junk):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(checkpoint, folder)
+        content = (folder / name).read_bytes()
+        start = int(place * len(content))
+        (folder / name).write_bytes(content[:start] + junk + content[start + length :])
+        misuse("checkpoint", *evaluate_words(folder), may_pass=True)
+
+    check()
+
+
+# -- folders and disks ----------------------------------------------------------------------------------------------
+
+WRITERS = {
+    "curriculum": ["curriculum", *SMALL, "--out", "{}"],
+    "grpo": ["grpo", *SMALL, "--out", "{}"],
+    "sweep": ["sweep", "compare", *SMALL, "--out", "{}"],
+    "evaluate": ["evaluate", *SMALL, "--json", "{}/result.json"],
+    "verify": ["verify", "--json", "{}/table.json"],
+    "data": ["data", "--out", "{}/rows.jsonl"],
+}
+REPORTERS = {"study": ["study", "--preset", "smoke"], "report": ["report"], "bench": ["bench", "--shape", "tiny"]}
+
+
+def commands(folder, monkeypatch):
+    """Every command that writes, its output in `folder`."""
+    for words in WRITERS.values():
+        yield [word.format(folder) for word in words]
+    monkeypatch.setenv("LATENTLAB_REPORTS", str(folder))
+    yield from REPORTERS.values()
+
+
+def test_a_file_where_a_folder_is_expected(misuse, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("kept")
+    for words in [*commands(tmp_path / "file", monkeypatch), ["data", "--out", "file/below/rows.jsonl"]]:
+        assert "a file stands where a folder is expected" in misuse("output folder", *words)
+    (tmp_path / "folder").mkdir()
+    for words in (
+        ["data", "--out", "folder"],
+        ["evaluate", *SMALL, "--json", "folder"],
+        ["verify", "--json", "folder"],
+    ):
+        assert "a folder stands where a file is expected" in misuse("output folder", *words)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "not" / "there")
+    misuse("output folder", "data", "--out", "nowhere/rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.EROFS, "name a place that can be written"),
+        (errno.EACCES, "allow writing"),
+        (errno.ENOSPC, "free some disk"),
+    ],
+)
+def test_a_folder_that_cannot_be_written(misuse, tmp_path, monkeypatch, number, said):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    for words in commands(tmp_path / "out", monkeypatch):
+        assert said in misuse("read-only folder", *words)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder(misuse, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out").chmod(0o555)
+    for words in commands(tmp_path / "out", monkeypatch):
+        assert "allow writing" in misuse("read-only folder", *words)
+
+
+def test_a_full_disk(misuse, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 0))
+    for words in commands(tmp_path / "out", monkeypatch):
+        assert "0 MiB free, expected" in misuse("full disk", *words)
+
+
+def test_a_disk_that_fills_up_while_a_result_is_written(tmp_path, monkeypatch, capfd, checkpoint):
+    """The measured numbers are printed, the earlier file stays, no part of a new one is left."""
+    earlier = tmp_path / "result.json"
+    earlier.write_text("earlier")
+
+    def refuse(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    words = [*map(str, evaluate_words(checkpoint)), "--json", str(earlier)]
+    assert main(words) == 2
+    out, err = capfd.readouterr()
+    assert json.loads(out)["n"] == 1 and err.count("\n") == 1
+    assert str(earlier) in err and "free some disk space" in err
+    assert earlier.read_text() == "earlier" and list(tmp_path.iterdir()) == [earlier]
+
+
+def test_a_sweep_without_room_for_its_runs(processes, tmp_path, monkeypatch):
+    from latentlab.study.launch import Job, run_jobs
+
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.pt").write_bytes(b"x" * 10_000)
+    jobs = [Job(name, ("curriculum",)) for name in "abc"]
+    config = load_preset("smoke")
+    run_jobs(jobs[:2], tmp_path, config, [])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 10_000))
+    with pytest.raises(OSError, match="free, expected"):
+        run_jobs(jobs, tmp_path, config, [])
+    assert processes.names == ["a", "b"]
+
+
+# -- results --------------------------------------------------------------------------------------------------------
+
+
+def test_results_of_any_shape_are_reported_or_listed(tmp_path, record_property):
+    """Whatever lies in the result folder, the report is made; what is no result is listed."""
+    arm = st.fixed_dictionaries(
+        {"name": st.text(max_size=4)},
+        optional={key: scalars for key in ("seed", "n", "correct", "accuracy", "rollouts", "commit")}
+        | {"interval": anything, "difference": anything},
+    )
+    result = st.fixed_dictionaries(
+        {"schema_version": st.just(1), "name": st.just("compare") | st.text(max_size=4), "preset": st.just("tiny"),
+         "parameters": anything, "metrics": anything, "arms": st.lists(arm, max_size=3) | anything,
+         "environment": anything},
+        optional={name: scalars for name in ("seconds", "headline", "question", "started", "commit")},
+    )  # fmt: skip
+    folder = tmp_path / "reports" / "tiny"
+    folder.mkdir(parents=True)
+    tried = 0
+
+    @settings(few, max_examples=50)
+    @given(st.builds(lambda values: json.dumps(values).encode(), result | anything) | st.binary(max_size=20))
+    def check(content):
+        nonlocal tried
+        tried += 1
+        (folder / "compare.json").write_bytes(content)
+        (folder / "compare.png").unlink(missing_ok=True)
+        text = tables.build_report(tmp_path / "reports").read_text()
+        assert "## tiny · compare" in text or "compare.json: not a result" in text
+
+    check()
+    record_property("inputs", {"result file": tried})
+
+
+HOSTILE = [
+    "<script>alert(1)</script>", "a | b | c", "\\| c", "[x](javascript:alert(1))", "![x](javascript:alert(1))",
+    "`<b>`", "`` ` ``", "[y]: javascript:alert(1)", "[x][y]", "<img src=x onerror=alert(1)>", "<!-- results:end -->",
+    "line\n\n# heading\n| a |\n", "&lt;script&gt;", "<javascript:alert(1)>", "</td></tr></table><h1>", "x\\",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_of_models_and_data_is_text_in_tables(text, tmp_path, monkeypatch, record_property):
+    """Rendered as Markdown: no element, link or column comes out of it, and every letter is still there."""
+    monkeypatch.setenv("LATENTLAB_REPORTS", str(tmp_path / "reports"))
+    (tmp_path / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\nkept\n")
+    results.write_result(
+        "compare", preset="tiny", parameters={"x": text}, metrics={"a": text, text: 1, "b": {"skipped": text}},
+        arms=[{"name": text, "seed": 0, "n": 4, "correct": 2, "note": text}], started=0.0, seconds=1.0,
+        question=text, headline=text, environment={"device": text},
+    )  # fmt: skip
+    source = tables.build_report().read_text()
+    page = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "url"])(source)
+    plain = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "url"])(source.replace(text, ""))
+    for piece in ("<script", "<img", "<b>", 'href="javascript', 'src="javascript', "onerror=alert(1)>", "<h1>heading"):
+        assert piece not in page, piece
+    assert page.count("<h1") == plain.count("<h1") == 1
+    for table in page.split("<table>")[1:]:
+        widths = [len(re.findall("<t[hd][ >]", line)) for line in table.partition("</table>")[0].split("<tr>")[1:]]
+        assert len(set(widths)) == 1 and len(widths) > 1
+    assert (tmp_path / "README.md").read_text().endswith("<!-- results:end -->\nkept\n")
+    record_property("inputs", {"text in reports": 1})
+
+
+# -- as processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fly"], ["data", "--data.name", "gsm8k"], ["curriculum", "--seed", "1e400"], ["data", "--out", "/dev/null/x.jsonl"],
+    ],
+)  # fmt: skip
+def test_as_a_process(tmp_path, words, record_property):
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "LATENTLAB_DATA": str(tmp_path)}
+    command = [sys.executable, "-m", "latentlab.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("latentlab: ") and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+    if words == ["fly"]:
+        done = subprocess.run([*command, "--debug"], capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 1 and "Traceback" in done.stderr and "got the verb 'fly'" in done.stderr
+    record_property("inputs", {"as a process": 1})
+
+
+# -- the code itself ------------------------------------------------------------------------------------------------
+
+
+def calls():
+    for path in sorted(PACKAGE.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                yield (
+                    path.name,
+                    ast.unparse(node.func),
+                    {word.arg: ast.unparse(word.value) for word in node.keywords},
+                    node,
+                )
+
+
+def test_nothing_is_evaluated_unpickled_or_given_to_a_shell():
+    forbidden = {"eval", "exec", "compile", "os.system", "os.popen", "pickle.load", "pickle.loads", "yaml.unsafe_load"}
+    for where, name, options, node in calls():
+        assert name not in forbidden, (where, name)
+        assert "shell" not in options and options.get("allow_pickle", "False") == "False", (where, name)
+        if name == "torch.load":
+            assert options.get("weights_only") == "True", where
+        if name.startswith("subprocess.") and node.args:
+            assert isinstance(node.args[0], (ast.List, ast.Name)), (where, ast.unparse(node))
+        if name.endswith(("AutoTokenizer.from_pretrained", "AutoModelForCausalLM.from_pretrained")):
+            assert options.get("trust_remote_code") == "False" or "gguf_file" in options, where
+        if name == "yaml.load":
+            assert ast.unparse(node.args[1]) == "_OnceLoader" and issubclass(config._OnceLoader, SafeLoader)
+
+
+def test_names_in_the_settings_of_a_sweep_are_words_of_a_list():
+    """A hostile name goes to a run as one word, never through a shell."""
+    values = to_dict(load_preset("smoke"))
+    values["backbone"]["name_or_path"] = "x; touch payload $(touch payload)"
+    words = changed_words(to_dict(from_dict(values)), but=("sweep.",))
+    assert words == ["--backbone.name-or-path", "x; touch payload $(touch payload)"]

@@ -1,0 +1,272 @@
+"""The pipeline on two toy notebooks: order, resume, reruns, failures in one line, checks before anything runs."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from latentlab.study import notebooks as study
+from latentlab.study.notebooks import StudyError, check_parameters, run_study
+
+FIRST, SECOND = "00_first", "01_second"
+WRITE = """from pathlib import Path
+from latentlab.study.results import write_result
+with open("log.txt", "a") as log:
+    log.write("{name}\\n")
+write_result("{name}", preset=preset, parameters={{"rate": rate}}, metrics={{"rate": rate}}, headline="<b>rate {name}",
+             started=0.0, seconds=1.0, environment={{"device": "cpu"}})"""
+
+
+def make(folder, name, *code, parameters='preset = "toy"  # which numbers\nrate = 0.1  # share of zeros'):
+    cells = [new_markdown_cell("# Toy"), new_code_cell(parameters, metadata={"tags": ["parameters"]})]
+    cells += [new_code_cell(source) for source in (*code, WRITE.format(name=name))]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / f"{name}.ipynb")
+
+
+def give(folder, **parameters):
+    (folder / "params").mkdir(exist_ok=True)
+    (folder / "params" / "toy.yaml").write_text(yaml.safe_dump({"preset": "toy", **parameters}))
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    make(folder, FIRST)
+    make(folder, SECOND)
+    give(folder)
+    return folder
+
+
+def run(notebooks, **options):
+    """Run the study; return the names of the notebooks that really ran, in order."""
+    log = notebooks / "log.txt"
+    log.unlink(missing_ok=True)
+    run_study("toy", notebooks_dir=notebooks, reports_dir=notebooks.parent / "reports", **options)
+    return log.read_text().split() if log.exists() else []
+
+
+@pytest.mark.slow
+def test_runs_in_order_writes_pages_and_skips_what_is_finished(notebooks, capfd):
+    evil = "<script>alert(1)</script>"
+    make(notebooks, FIRST, f"from IPython.display import HTML, display\ndisplay(HTML('{evil}'))\nprint('{evil}')")
+    assert run(notebooks) == [FIRST, SECOND]
+    folder = notebooks.parent / "reports" / "toy"
+    for name in (FIRST, SECOND):
+        assert all((folder / f"{name}{suffix}").is_file() for suffix in (".ipynb", ".html", ".json"))
+    page = (folder / f"{FIRST}.html").read_text()
+    assert '<h1 id="Toy">' in page and "&lt;script&gt;" in page and evil not in page
+    index = (folder / "index.html").read_text()
+    assert "&lt;b&gt;rate" in index and "<b>" not in index
+    assert (folder.parent / "RESULTS.md").is_file()
+    out, err = capfd.readouterr()
+    assert out.rstrip().endswith("index.html")
+    assert err == ""  # no kernel, debugger or converter noise reaches a user
+
+    assert run(notebooks) == []
+    assert capfd.readouterr().out.count("finished before") == 2
+
+    (folder / f"{FIRST}.json").unlink()  # a lost result is made again
+    assert run(notebooks) == [FIRST]
+    assert run(notebooks, only="01") == []
+
+
+@pytest.mark.slow
+def test_only_and_exactly_what_changed_runs_again(notebooks, monkeypatch):
+    assert run(notebooks, only="01") == [SECOND]
+    give(notebooks, rate=0.25)
+    assert run(notebooks) == [FIRST, SECOND]
+    result = json.loads((notebooks.parent / "reports" / "toy" / f"{SECOND}.json").read_text())
+    assert result["metrics"]["rate"] == 0.25
+
+    make(notebooks, SECOND, "changed = True")
+    assert run(notebooks) == [SECOND]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Cells run in this process: for what does not depend on kernels."""
+
+    def execute(path, executed, parameters, reports):
+        monkeypatch.setenv("LATENTLAB_REPORTS", str(reports))
+        monkeypatch.chdir(path.parent)
+        notebook, names = nbformat.read(path, as_version=4), {}
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                exec(cell.source, names)
+                names |= parameters if "parameters" in cell.metadata.get("tags", []) else {}
+        nbformat.write(notebook, executed)
+
+    monkeypatch.setattr(study, "_execute", execute)
+
+
+def test_a_changed_module_reruns_what_imports_it(notebooks, monkeypatch, quick):
+    make(notebooks, SECOND, "from latentlab import reward")
+    assert run(notebooks) == [FIRST, SECOND]
+    package = notebooks.parent / "latentlab"
+    shutil.copytree(study.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(study, "PACKAGE", package)
+    for name, ran in (("cli", []), ("problems", [SECOND]), ("report", [FIRST, SECOND])):  # reward imports problems
+        with open(package / f"{name}.py", "a") as file:
+            file.write("# changed\n")
+        assert run(notebooks) == ran
+
+
+@pytest.mark.slow
+def test_a_failure_names_notebook_cell_and_error_and_resumes_there(notebooks, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    make(notebooks, SECOND, "\nimport os\nassert os.environ['MPLBACKEND'] != 'Agg'\n1 / 0")
+    expected = r"01_second, cell \[\d\] `import os`: ZeroDivisionError: division by zero; all of it in"
+    with pytest.raises(StudyError, match=expected) as error:
+        run(notebooks)
+    assert "\n" not in str(error.value)
+    make(notebooks, SECOND)
+    assert run(notebooks) == [SECOND]
+
+
+@pytest.mark.slow
+def test_a_pipeline_killed_in_notebook_03_resumes_there(tmp_path, record_property):
+    """SIGKILL of the study while a cell of 03 runs: 02 is not run again, 03 is, from its start."""
+    folder, names = tmp_path / "notebooks", ["02_c", "03_d", "04_e"]
+    folder.mkdir()
+    wait = "import os, time\nopen('begun', 'w').close()\nwhile not os.path.exists('go'):\n    time.sleep(0.1)"
+    for name in names:
+        make(folder, name, *([wait] if name == "03_d" else []))
+    give(folder)
+    code = "import sys; from latentlab.study.notebooks import run_study\n"
+    code += "run_study('toy', notebooks_dir=sys.argv[1], reports_dir=sys.argv[2])"
+    root = str(Path(study.__file__).parents[2])
+    killed = subprocess.Popen([sys.executable, "-c", code, folder, tmp_path / "reports"], cwd=root)
+    while not (folder / "begun").exists():
+        assert killed.poll() is None
+        time.sleep(0.1)
+    killed.kill()
+    killed.wait()
+    log = folder / "log.txt"
+    assert log.read_text().split() == names[:1]
+    (folder / "go").touch()
+    resumed = run(folder)
+    assert resumed == names[1:]
+    assert run(folder) == []
+    again = len({names[0]} & set(resumed))
+    record_property("pipeline", {"killed_in": "03", "resumed_at": resumed[0][:2], "finished_and_run_again": again})
+
+
+def test_a_skipped_section_is_named_and_tried_again_when_what_it_waited_for_comes_back(
+    notebooks, monkeypatch, quick, capsys
+):
+    reach = {"hub": False, "index": False}
+    monkeypatch.setattr(study, "hub_answers", lambda: reach["hub"])
+    monkeypatch.setattr(study, "index_answers", lambda: reach["index"])
+    make(notebooks, SECOND)
+    path = notebooks / f"{SECOND}.ipynb"
+    path.write_text(
+        path.read_text().replace('metrics={\\"rate\\": rate}', 'metrics={\\"real\\": {\\"skipped\\": \\"no Hub\\"}}')
+    )
+    assert run(notebooks) == [FIRST, SECOND]
+    assert "skipped: real (no Hub)\n" in capsys.readouterr().out
+    assert run(notebooks) == []
+    for name in reach:
+        reach[name] = True
+        assert run(notebooks) == [SECOND]
+        assert run(notebooks) == []
+
+
+def test_what_cells_depend_on():
+    everything = {path.stem for path in study.PACKAGE.glob("*.py")}
+    assert study._modules(["x = 1"]) == set()
+    assert study._modules(["from latentlab import reward"]) == {"reward", "problems"}
+    assert study._modules(["def f():\n    import latentlab.reward as r"]) == {"reward", "problems"}
+    assert study._modules(["%matplotlib inline"]) == everything
+    assert {"rollout", "masks", "backbone", "config"} < study._modules(["from latentlab.training.arms import fit_grpo"])
+    files = {path.name for path in study._files(["x = 1"], "preset = 'tiny' # smoked")}
+    assert {"tiny.yaml", "constraints.txt", "model.safetensors"} < files and not files & {"smoke.yaml", "smol.yaml"}
+
+
+HOSTILE = """'"; import os; os.system("touch pwned") # \\ \n {{}} $(touch pwned) `touch pwned`"""
+
+
+def test_a_parameter_is_a_value_and_never_code(notebooks):
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    make(notebooks, FIRST, parameters='preset = "toy"\nrate = "x"')
+    (notebooks / f"{SECOND}.ipynb").unlink()
+    give(notebooks, rate=HOSTILE)
+    (path,) = notebooks.glob("*.ipynb")
+    given = check_parameters("toy", [path], notebooks / "params")[FIRST]
+    cells = parameterize_notebook(load_notebook_node(str(path)), given).cells
+    (injected,) = [cell.source for cell in cells if "injected-parameters" in cell.metadata.tags]
+    body = ast.parse(injected).body
+    assert all(isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant) for line in body)
+    assert {line.targets[0].id: line.value.value for line in body} == {"preset": "toy", "rate": HOSTILE}
+
+
+def test_a_notebook_depends_on_the_results_its_code_names(notebooks, tmp_path):
+    make(notebooks, SECOND, 'read_result("compare", preset)')
+    hashes = {}
+    for text in ("{}", "{ }"):
+        (tmp_path / "compare.json").write_text(text)
+        for name in (FIRST, SECOND):
+            state = study._notebook_hash(notebooks / f"{name}.ipynb", {}, tmp_path)
+            hashes.setdefault(name, set()).add(state)
+    assert (len(hashes[FIRST]), len(hashes[SECOND])) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("preset: toy\nrats: 0.2", "no parameter 'rats' in 00_first; it has preset, rate"),
+        ("preset: toy\nrate: 1e-4", "got '1e-4' .str., expected float; YAML reads 1e-4 as text: write 1.0e-4"),
+        ("preset: toy\nrate: true", "got True .bool., expected float"),
+        ("preset: tiny", "expected `preset: toy`"),
+        ("- toy", "expected `key: value` lines"),
+        ("preset: [toy", "no readable YAML"),
+        ("preset: toy\nrate: 0.2\nrate: 0.3", "a key stands there twice"),
+        ("preset: toy\n1: 2", "expected `key: value` lines"),
+        ("", "expected `key: value` lines"),
+        ("!!python/object/apply:os.system ['touch pwned']", "no readable YAML"),
+    ],
+)
+def test_wrong_parameters_stop_the_study_before_anything_runs(notebooks, given, message):
+    (notebooks / "params" / "toy.yaml").write_text(given)
+    with pytest.raises(StudyError, match=message) as error:
+        run(notebooks)
+    assert "\n" not in str(error.value)
+    assert not (notebooks / "log.txt").exists()
+    assert not (notebooks.parent / "reports").exists()
+
+
+def test_unknown_preset_unknown_notebook_and_no_notebooks(notebooks, tmp_path):
+    with pytest.raises(StudyError, match="got preset 'huge', expected one of toy"):
+        run_study("huge", notebooks_dir=notebooks, reports_dir=tmp_path / "r")
+    with pytest.raises(StudyError, match="--only 07: expected the beginning of one of 00_first, 01_second"):
+        run(notebooks, only="07")
+    for preset in ("smol", "paper"):  # they ship no checkpoint
+        with pytest.raises(StudyError, match=f"^preset {preset}: notebooks 00-03 need smoke or tiny; .* --only 04"):
+            run_study(preset, reports_dir=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+    with pytest.raises(StudyError, match="no notebooks"):
+        run_study("toy", notebooks_dir=tmp_path / "none", reports_dir=tmp_path / "r")
+
+
+def test_a_switch_goes_only_to_the_notebooks_that_declare_it(notebooks):
+    make(notebooks, SECOND, parameters='preset = "toy"\nrate = 0.1\nlive = True  # train here')
+    give(notebooks, live=False)
+    given = check_parameters("toy", sorted(notebooks.glob(study.NOTEBOOKS)), notebooks / "params")
+    assert given == {FIRST: {"preset": "toy"}, SECOND: {"preset": "toy", "live": False}}
+
+
+def test_parameters_must_be_literals(notebooks):
+    make(notebooks, SECOND, parameters='preset = "toy"\nrate = max(0, 1)')
+    with pytest.raises(StudyError, match="01_second.ipynb: expected a cell tagged `parameters`"):
+        run(notebooks)
