@@ -21,8 +21,12 @@ test: $(READY)
 lab: $(READY)
 	@$(BIN)/jupyter lab $(LAB_ARGS) notebooks
 
+# What CI checks before the tests: format, style, types, and which package may import which.
 lint: $(READY)
+	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
 
 # Refreshes the committed notebooks in place, with their result files, then everything generated from these.
 notebooks: $(READY)
