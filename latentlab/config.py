@@ -4,8 +4,6 @@ load_preset("tiny") -> Config          an unknown preset or field, or an invalid
 arm_settings(config.grpo, "shared")    the mask and the sampling temperature of a named arm
 """
 
-# No `from __future__ import annotations`: pydantic and tyro read the annotations.
-
 import dataclasses
 import json
 import re

@@ -22,6 +22,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import nbformat
+import yaml
 
 from latentlab.pretrained.smollm2 import index_answers
 from latentlab.runtime import environment, files
