@@ -1,124 +1,201 @@
-"""Every number of a run, typed and checked before any compute. The numbers live in presets/*.yaml, nowhere else.
+"""The settings of a run: typed, frozen, validated on construction. The values live in presets/*.toml.
 
-load_preset("tiny") -> Config          an unknown preset or key, or a value of the wrong type, is one clear line
-arm_settings(config.grpo, "shared")    the mask and the temperature that an arm's name stands for
+load_preset("tiny") -> Config          an unknown preset or field, or an invalid value, is a one-line ValueError
+arm_settings(config.grpo, "shared")    the mask and the sampling temperature of a named arm
 """
 
-from __future__ import annotations
-
 import dataclasses
-import math
-import types
+import json
+import re
+import tomllib
 import typing
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
-import yaml
+import pydantic
+from pydantic import Field
 
 from latentlab.masks import MaskSpec
 
 PRESETS = Path(__file__).parent / "presets"
-ARMS = ("none", "temperature", "shared", "per_step", "shared_greedy", "supervised")
-LARGEST = 10_000_000  # of any whole number but a seed
-CONTROLS = {"coconut": "thought", "pause": "pause", "direct": "none"}  # curriculum variant -> what is fed back
+CONTROLS = {"coconut": "thought", "pause": "pause", "direct": "none"}  # curriculum variant -> feedback of the model
+LARGEST = 10_000_000  # upper limit of every integer but a seed
+
+Arm = Literal["none", "temperature", "shared", "per_step", "shared_greedy", "supervised"]
+ARMS: tuple[Arm, ...] = typing.get_args(Arm)
+T = typing.TypeVar("T")
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Weight = Annotated[float, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
+LearningRate = Annotated[float, Field(gt=0, lt=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Some = Annotated[tuple[T, ...], Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
 
 
-@dataclass(frozen=True)
+@typing.dataclass_transform(frozen_default=True)
+def section(name: str):
+    """Decorator: a frozen, strict pydantic dataclass whose constructor raises one-line ValueErrors on `name`.field."""
+
+    def decorate(cls):
+        settings = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+        cls = pydantic.dataclasses.dataclass(cls, frozen=True, config=settings)
+        construct = cls.__init__
+
+        def __init__(self, *args, **kwargs):
+            try:
+                construct(self, *args, **kwargs)
+            except pydantic.ValidationError as error:
+                raise ValueError(_one_line(error, name)) from None
+
+        cls.__init__ = __init__
+        return cls
+
+    return decorate
+
+
+def _one_line(error: pydantic.ValidationError, section: str = "") -> str:
+    """The first validation error as `section.field: got ..., expected ...`."""
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "value_error":  # raised by a __post_init__, with a message of its own
+        return str(first["ctx"]["error"])
+    field = ".".join(str(part) for part in (section, *first["loc"]) if part != "")
+    expected = first["msg"].removeprefix("Input should be ")
+    for pattern, replacement in _PHRASES.items():
+        expected = re.sub(pattern, replacement, expected)
+    return f"{field or 'config'}: got {first['input']!r:.80}, expected {expected}"
+
+
+_PHRASES = {  # pydantic's, as part of a sentence
+    r"^Unexpected keyword argument": "no such field; correct its name",
+    r"^Field required": "one more item",
+    r"^String should match pattern.*": "a name",
+    r"^(Tuple|List) should have (at \w+ \d+ items?).*": r"\2",
+    r"^greater than or equal to": "at least",
+    r"^less than or equal to": "at most",
+    r"^(greater|less) than": r"a number \1 than",
+    r"^an object": "keys and values",
+    r"^a valid array": "a list",
+}
+
+
+@section("data")
 class DataConfig:
-    name: str = "word_problems"  # word_problems | gsm8k | gsm8k_aug
-    train_size: int = 1000  # problems; 0 takes all
-    validation_size: int = 200  # problems
-    test_size: int = 200  # problems
-    steps: int = 4  # arithmetic steps of a word problem
-    copies: int = 0  # number-perturbed copies per training problem at most, see perturb.py; GSM8K data sets only
-    seed: int = 0
+    name: Literal["word_problems", "gsm8k", "gsm8k_aug"] = "word_problems"
+    train_size: Count = 1000  # problems; 0 takes all
+    validation_size: Positive = 200  # problems
+    test_size: Positive = 200  # problems
+    steps: Positive = 4  # arithmetic steps of a word problem
+    copies: Count = 0  # number-perturbed copies per training problem at most; GSM8K data sets only
+    seed: Seed = 0
+
+    def __post_init__(self):
+        if self.copies and self.name == "word_problems":
+            raise ValueError(f"data.copies: got {self.copies} with word_problems, expected 0, or gsm8k or gsm8k_aug")
 
 
-@dataclass(frozen=True)
+@section("backbone")
 class BackboneConfig:
-    name_or_path: str = (
-        "scratch"  # "scratch": a GPT-2 of the shape below; "smollm2": from the wheel; else folder or Hub id
-    )
-    n_layer: int = 1
-    n_embd: int = 128
-    n_head: int = 4
-    n_positions: int = 128
+    name_or_path: Name = "scratch"  # "scratch": a GPT-2 of the shape below; "smollm2": from its wheel; folder; Hub id
+    n_layer: Positive = 1
+    n_embd: Positive = 128
+    n_head: Positive = 4
+    n_positions: Positive = 128
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"backbone.n_head: got {self.n_head}, expected a divisor of n_embd={self.n_embd}")
 
 
-@dataclass(frozen=True)
+@section("curriculum")
 class CurriculumConfig:
-    control: str = "coconut"  # coconut | pause (same steps, no thought fed back) | direct (no latent step)
-    steps: tuple[int, ...] = (10, 10)  # updates of stage 0 (explicit steps), 1, ..., the last (no explicit step)
-    c_thought: int = 1  # latent thoughts per replaced step
-    batch_size: int = 128  # problems per update
-    micro_batch: int = 0  # problems of like length run together, which saves padding; 0 runs the batch at once
-    learning_rate: float = 3.0e-3
-    betas: tuple[float, ...] = (0.9, 0.98)
-    weight_decay: float = 0.01
-    warmup_steps: int = 30  # updates, at the start of each stage
-    final_lr_fraction: float = 0.1  # where the cosine of a stage ends, as a share of learning_rate
-    max_grad_norm: float = 1.0
-    decode_weight: float = 0.0  # weight of decoding each thought to its step's result (SIM-CoT); 0 is plain Coconut
-    mask: MaskSpec = field(default_factory=MaskSpec)  # worn during latent stages
-    eval_every: int = 25  # updates between validations in the last stage
+    control: Literal["coconut", "pause", "direct"] = "coconut"  # pause: no thought is fed back; direct: no latent step
+    steps: Annotated[tuple[Positive, ...], Field(min_length=2)] = (10, 10)  # updates of stage 0 (explicit), 1, ...
+    c_thought: Positive = 1  # latent thoughts per replaced step
+    batch_size: Positive = 128  # problems per update
+    micro_batch: Count = 0  # problems of similar length per forward pass, which saves padding; 0: the whole batch
+    learning_rate: LearningRate = 3.0e-3
+    betas: tuple[Rate, Rate] = (0.9, 0.98)
+    weight_decay: Weight = 0.01
+    warmup_steps: Count = 30  # updates, at the start of each stage
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1  # cosine end of each stage / learning_rate
+    max_grad_norm: Above0 = 1.0
+    decode_weight: Weight = 0.0  # weight of decoding each thought to its step's result (SIM-CoT); 0: plain Coconut
+    mask: MaskSpec = MaskSpec()  # applied during latent stages
+    eval_every: Positive = 25  # updates between validations in the last stage
     stop_accuracy: float = 1.0  # the last stage stops at this validation accuracy
 
 
-@dataclass(frozen=True)
+@section("grpo")
 class GRPOConfig:
-    arm: str = "shared"  # none | temperature | shared | per_step | shared_greedy | supervised
-    steps: int = 10  # iterations: a batch of rollouts, then num_iterations updates; in all steps * B * K rollouts
-    num_problems: int = 32  # B, problems per iteration
-    num_generations: int = 16  # K, rollouts per problem
-    max_candidates: int = 0  # dynamic sampling: try up to this many problems to fill B with mixed groups; 0: take any B
-    micro_batch: int = 0  # problems scored at once in the update; 0 takes all
-    memory_gib: float = 0.0  # GiB that a backward pass may hold beside weights and optimizer; 0: no limit. Whole groups
-    num_iterations: int = 1  # mu, updates per batch of rollouts
-    learning_rate: float = 3.0e-5
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    temperature: float = 1.0  # of sampled answers; greedy arms take 0
-    mask: MaskSpec = field(default_factory=MaskSpec)  # rate, sites and scope of the masked arms
-    baseline: str = "mean"  # mean | leave_one_out | none
-    scale_rewards: str = "none"  # none | std, TRL's "group"
-    loss_type: str = "dr_grpo"  # dr_grpo | grpo | bnpo | dapo
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    beta: float = 0.0  # weight of the k3 KL to the initial model; 0 needs no reference model
-    eval_every: int = 50  # iterations between validations
+    arm: Arm = "shared"
+    steps: Positive = 10  # iterations: a batch of B * K rollouts, then num_iterations updates
+    num_problems: Positive = 32  # B, problems per iteration
+    num_generations: Annotated[int, Field(ge=2, le=LARGEST)] = 16  # K, rollouts per problem, compared with each other
+    max_candidates: Count = 0  # dynamic sampling: try up to this many problems to fill B with mixed groups; 0: off
+    micro_batch: Count = 0  # problems per backward pass; 0: all
+    memory_gib: Weight = 0.0  # GiB per backward pass beside weights and optimizer, in whole groups; 0: no limit
+    num_iterations: Positive = 1  # mu, updates per batch of rollouts
+    learning_rate: LearningRate = 3.0e-5
+    warmup_steps: Count = 0
+    weight_decay: Weight = 0.0
+    max_grad_norm: Above0 = 1.0
+    temperature: Above0 = 1.0  # of sampled answers; the greedy arms use 0
+    mask: MaskSpec = MaskSpec()  # rate, sites and scope of the masked arms
+    baseline: Literal["mean", "leave_one_out", "none"] = "mean"
+    scale_rewards: Literal["none", "std"] = "none"  # std is "group" in TRL
+    loss_type: Literal["dr_grpo", "grpo", "bnpo", "dapo"] = "dr_grpo"
+    epsilon: Weight = 0.2
+    epsilon_high: Weight | None = None
+    beta: Weight = 0.0  # weight of the k3 KL to the initial model; 0 needs no reference model
+    eval_every: Positive = 50  # iterations between validations
+
+    def __post_init__(self):
+        if self.baseline == "none" and (self.scale_rewards != "none" or self.max_candidates):
+            raise ValueError(
+                "grpo.baseline: got none with scale_rewards or max_candidates, expected a baseline; without one, "
+                "groups of equal rewards carry a gradient, and those two would divide it by 0 or drop it"
+            )
+        if 0 < self.max_candidates < self.num_problems:
+            least = f"at least num_problems={self.num_problems}, or 0 to take any group"
+            raise ValueError(f"grpo.max_candidates: got {self.max_candidates}, expected {least}")
+        rows = self.num_problems * self.num_generations
+        if rows > LARGEST:
+            raise ValueError(f"grpo.num_problems: got {rows} rollouts in an iteration, expected at most {LARGEST}")
 
 
-@dataclass(frozen=True)
+@section("evaluate")
 class EvaluateConfig:
-    batch_size: int = 64  # problems at once
-    num_generations: int = 8  # rollouts per problem for pass@k and the majority
+    batch_size: Positive = 64  # problems per batch
+    num_generations: Positive = 8  # rollouts per problem for pass@k and the majority
 
 
-@dataclass(frozen=True)
+@section("sweep")
 class SweepConfig:
-    seeds: tuple[int, ...] = (0,)  # curriculum seeds
-    arms: tuple[str, ...] = ARMS
-    controls: tuple[str, ...] = ("pause", "direct")
-    learning_rates: tuple[float, ...] = (3.0e-5,)  # tried on the validation set with the first seed's base
-    rates: tuple[float, ...] = (0.1,)  # mask rates tried likewise
-    temperatures: tuple[float, ...] = (1.0,)  # tried likewise, arm `temperature`
-    tune_steps: int = 10  # iterations of each trial
-    workers: int = 2  # one-thread processes side by side
+    seeds: Some[Seed] = (0,)  # curriculum seeds
+    arms: tuple[Arm, ...] = ARMS
+    controls: tuple[Literal["pause", "direct"], ...] = ("pause", "direct")
+    learning_rates: Some[LearningRate] = (3.0e-5,)  # tried with the first seed
+    rates: Some[Rate] = (0.1,)  # mask rates tried likewise
+    temperatures: Some[Above0] = (1.0,)  # tried likewise, arm `temperature`
+    tune_steps: Positive = 10  # iterations of each trial
+    workers: Positive = 2  # one-thread processes in parallel
 
 
-@dataclass(frozen=True)
+@section("")
 class Config:
-    preset: str = "smoke"
-    seed: int = 0
-    max_new_tokens: int = 4  # longest answer, eos included
-    precision: str = "float32"  # of matrix products: float32 | bfloat16 (autocast; weights and log-probs stay float32)
-    data: DataConfig = field(default_factory=DataConfig)
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
-    grpo: GRPOConfig = field(default_factory=GRPOConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    sweep: SweepConfig = field(default_factory=SweepConfig)
+    preset: Name = "smoke"
+    seed: Seed = 0
+    max_new_tokens: Positive = 4  # longest answer, end-of-sequence token included
+    precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products (autocast); weights stay float32
+    data: DataConfig = DataConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    sweep: SweepConfig = SweepConfig()
 
     @property
     def latent_stages(self) -> int:
@@ -130,73 +207,66 @@ class Config:
 
 
 def check_arms(sweep: SweepConfig) -> None:
-    """What a table of arms will need: ValueError unless the main contrast is in it and nothing is there twice."""
+    """Raises ValueError unless the arms allow the main comparison and no seed, arm or control occurs twice."""
     for arm in ("shared", "temperature"):
         if arm not in sweep.arms:
-            raise ValueError(
-                f"sweep.arms: got no {arm}, expected shared and temperature, whose difference is reported; add it"
-            )
+            raise ValueError(f"sweep.arms: got no {arm}, expected shared and temperature, which are compared; add it")
     for name in ("seeds", "arms", "controls"):
         values = getattr(sweep, name)
         if len(set(values)) < len(values):
-            raise ValueError(
-                f"sweep.{name}: got {values}, expected different ones: each is a run folder; drop the repeated"
-            )
+            raise ValueError(f"sweep.{name}: got {values}, expected no repeats: each is a run folder; drop them")
 
 
 def load_preset(name: str) -> Config:
-    """The preset `name` as a checked Config. Raises ValueError with one line for a bad name, key, type or value."""
-    names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    if name not in names:
-        raise ValueError(f"preset: got {name!r}, expected one of {', '.join(names)}")
-    return from_dict({"preset": name, **read_yaml(PRESETS / f"{name}.yaml")})
+    """The preset `name`. Raises ValueError with one line for an unknown name or field, or an invalid value."""
+    values = _read_preset(name)
+    if "inherits" in values:
+        values = _merged(_read_preset(values.pop("inherits")), values)
+    return from_dict({**values, "preset": name})
 
 
-class _OnceLoader(yaml.SafeLoader):
-    """A key given twice is refused: plain YAML keeps the last one and says nothing."""
-
-    def construct_mapping(self, node, deep=False):
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key stands there twice", node.start_mark)
-        return mapping
-
-
-def read_yaml(path: Path) -> dict:
-    """The keys and values of a YAML file. Raises ValueError with one line for anything else."""
+def _read_preset(name: str) -> dict:
+    known = sorted(path.stem for path in PRESETS.glob("*.toml"))
+    if name not in known:
+        raise ValueError(f"preset: got {name!r}, expected one of {', '.join(known)}")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)  # a SafeLoader: data only, no objects
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:  # ValueError: a date that is none
-        raise ValueError(f"{path.name}: no readable YAML: {' '.join(str(error).split())[:300]}; correct it") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"{path.name}: got {str(values)[:80]!r}, expected `key: value` lines; correct or restore it")
-    return values
+        return tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, nested without end
+        raise ValueError(f"{name}.toml: not valid TOML ({' '.join(str(error).split())[:300]}); correct it") from None
+
+
+def _merged(base: dict, changes: dict) -> dict:
+    """Nested dicts: `changes` over `base`."""
+    nested = {
+        k: _merged(base[k], v) for k, v in changes.items() if isinstance(v, dict) and isinstance(base.get(k), dict)
+    }
+    return {**base, **changes, **nested}
 
 
 def from_dict(values: dict) -> Config:
-    """A checked Config from plain nested dicts, as read from YAML or JSON."""
-    config = _typed(Config, values, "config")
-    check(config)
-    return config
+    """A Config from plain nested dicts, as read from TOML or JSON. Raises ValueError with one line."""
+    try:
+        # As JSON, where a strict dataclass may be an object and a strict tuple an array.
+        return pydantic.TypeAdapter(Config).validate_json(json.dumps(values, default=str))
+    except pydantic.ValidationError as error:
+        raise ValueError(_one_line(error)) from None
 
 
 def to_dict(config: Config) -> dict:
     """Plain nested dicts and lists, as written to JSON."""
-    return dataclasses.asdict(
-        config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
-    )
+    return pydantic.TypeAdapter(Config).dump_python(config, mode="json")
 
 
 def flat(values: dict, where: str = "") -> dict:
-    """Nested dicts as one, {"grpo.steps": 10}."""
-    found = {}
+    """Nested dicts as one dict with dotted keys, {"grpo.steps": 10}."""
+    found: dict = {}
     for key, value in values.items():
         found |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
     return found
 
 
 def changed_words(values: dict, *, but: tuple[str, ...] = ()) -> list[str]:
-    """What a config, as a dict, changes in its preset, as command-line words; fields that start with `but`: none."""
+    """The command-line words that turn a config's preset into it; fields whose names start with `but` are left out."""
     base, words = flat(to_dict(load_preset(values["preset"]))), []
     for key, value in flat(values).items():
         if value != base.get(key) and not key.startswith(but):
@@ -205,138 +275,7 @@ def changed_words(values: dict, *, but: tuple[str, ...] = ()) -> list[str]:
 
 
 def arm_settings(grpo: GRPOConfig, arm: str) -> tuple[MaskSpec | None, float]:
-    """(mask, temperature) of an arm; `supervised` samples nothing and wears the curriculum's mask."""
+    """(mask, temperature) of an arm; `supervised` samples nothing and applies the curriculum's mask."""
     masked = {"shared": "shared", "shared_greedy": "shared", "per_step": "per_step"}
     mask = dataclasses.replace(grpo.mask, scheme=masked[arm]) if arm in masked else None
-    greedy = arm in ("none", "shared_greedy")
-    return mask, 0.0 if greedy else grpo.temperature
-
-
-def check(config: Config) -> None:
-    """Value checks that types cannot make: one ValueError line each."""
-    c, g, s = config.curriculum, config.grpo, config.sweep
-    _among("precision", config.precision, ("float32", "bfloat16"))
-    _among("data.name", config.data.name, ("word_problems", "gsm8k", "gsm8k_aug"))
-    if config.data.copies and config.data.name == "word_problems":
-        raise ValueError(
-            f"data.copies: got {config.data.copies} with word_problems, expected 0; copies need gsm8k or gsm8k_aug"
-        )
-    _among("curriculum.control", c.control, tuple(CONTROLS))
-    for arm in (g.arm, *s.arms):
-        _among("arm", arm, ARMS)
-    _among("grpo.baseline", g.baseline, ("mean", "leave_one_out", "none"))
-    _among("grpo.scale_rewards", g.scale_rewards, ("none", "std"))
-    _among("grpo.loss_type", g.loss_type, ("dr_grpo", "grpo", "bnpo", "dapo"))
-    if g.baseline == "none" and (g.scale_rewards != "none" or g.max_candidates):
-        raise ValueError(
-            "grpo.baseline: got none with scale_rewards or max_candidates, expected a baseline; without one groups of "
-            "equal rewards teach, and those two would divide them by 0 or drop them"
-        )
-    for control in s.controls:
-        _among("sweep.controls", control, ("pause", "direct"))  # coconut is the baseline of every sweep
-    _at_least("grpo.num_generations", g.num_generations, 2, "a group needs two rollouts to compare")
-    if g.max_candidates:
-        _at_least(
-            "grpo.max_candidates", g.max_candidates, g.num_problems, "as many as num_problems, or 0 to take any group"
-        )
-    _at_least("curriculum.steps", len(c.steps), 2, "stage 0 and at least one latent stage")
-    _at_least("curriculum.betas", len(c.betas), 2)
-    for text, (holds, names) in _RANGES.items():
-        for name in names:
-            value = _field(config, name)
-            for item in value if isinstance(value, tuple) else (value,):
-                if item is not None and not holds(item):
-                    raise ValueError(f"{name}: got {item}, expected {text}")
-    _check_sizes(config)
-    for name in ("seeds", "learning_rates", "rates", "temperatures"):
-        _at_least(f"sweep.{name}", len(getattr(s, name)), 1)
-    if config.backbone.n_embd % config.backbone.n_head:
-        raise ValueError(
-            f"backbone.n_head: got {config.backbone.n_head}, expected a divisor of n_embd={config.backbone.n_embd}"
-        )
-
-
-def _check_sizes(config: Config, where: str = "") -> None:
-    """Numbers that no machine can serve: refused here, not after hours or out of memory."""
-    for field_ in dataclasses.fields(config):
-        name, value = where + field_.name, getattr(config, field_.name)
-        if dataclasses.is_dataclass(value):
-            _check_sizes(value, f"{name}.")
-        for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, float) and not math.isfinite(item):
-                raise ValueError(f"{name}: got {item}, expected a finite number")
-            if isinstance(item, int) and field_.name in ("seed", "seeds") and not 0 <= item < 2**31:
-                raise ValueError(f"{name}: got {item}, expected a number from 0 to {2**31 - 1}")
-            if isinstance(item, int) and field_.name not in ("seed", "seeds") and item > LARGEST:
-                raise ValueError(f"{name}: got {item}, expected at most {LARGEST}")
-            if isinstance(item, str) and (not item.strip() or "\0" in item):
-                raise ValueError(f"{name}: got {item!r}, expected a name")
-    if isinstance(config, GRPOConfig) and config.num_problems * config.num_generations > LARGEST:
-        rows = config.num_problems * config.num_generations
-        raise ValueError(f"grpo.num_problems: got {rows} rollouts in an iteration, expected at most {LARGEST}")
-
-
-# What each number, or each item of a list, must be; a NaN fails all of them.
-_RANGES = {
-    "at least 1": (lambda x: x >= 1, (
-        "max_new_tokens", "data.validation_size", "data.test_size", "data.steps", "backbone.n_layer", "backbone.n_embd",
-        "backbone.n_head", "backbone.n_positions", "curriculum.steps", "curriculum.c_thought", "curriculum.batch_size",
-        "curriculum.eval_every", "grpo.steps", "grpo.num_problems", "grpo.num_iterations", "grpo.eval_every",
-        "evaluate.batch_size", "evaluate.num_generations", "sweep.tune_steps", "sweep.workers",
-    )),
-    "at least 0": (lambda x: x >= 0, (
-        "data.train_size", "data.copies", "grpo.max_candidates",
-        "curriculum.micro_batch", "curriculum.warmup_steps", "curriculum.weight_decay", "curriculum.decode_weight",
-        "grpo.micro_batch", "grpo.memory_gib", "grpo.warmup_steps", "grpo.weight_decay", "grpo.epsilon",
-        "grpo.epsilon_high", "grpo.beta",
-    )),
-    "a number above 0": (lambda x: x > 0, ("curriculum.max_grad_norm", "grpo.max_grad_norm")),
-    "a number above 0; greedy answers are arms of their own": (
-        lambda x: x > 0, ("grpo.temperature", "sweep.temperatures")),
-    "a number between 0 and 1, such as 3.0e-5": (
-        lambda x: 0 < x < 1, ("curriculum.learning_rate", "grpo.learning_rate", "sweep.learning_rates"),
-    ),
-    "a number in [0, 1)": (lambda x: 0 <= x < 1, ("curriculum.betas", "sweep.rates")),
-    "a number in [0, 1]": (lambda x: 0 <= x <= 1, ("curriculum.final_lr_fraction",)),
-}  # fmt: skip
-
-
-def _field(config: Config, name: str):
-    """The value of a dotted name, as in "grpo.steps"."""
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def _among(name: str, value, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
-
-
-def _at_least(name: str, value: int, low: int, why: str = "") -> None:
-    if value < low:
-        raise ValueError(f"{name}: got {value}, expected at least {low}" + (f"; {why}" if why else ""))
-
-
-def _typed(kind, value, where: str):
-    """`value` as `kind`, strictly: no unknown keys, no guessing of types."""
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: got {value!r}, expected keys and values")
-        hints = typing.get_type_hints(kind)
-        unknown = sorted(set(value) - set(hints), key=str)
-        if unknown:
-            raise ValueError(f"{where}: got the unknown key {unknown[0]!r}, expected some of {', '.join(hints)}")
-        return kind(**{key: _typed(hints[key], item, f"{where}.{key}") for key, item in value.items()})
-    if isinstance(kind, types.UnionType):
-        return None if value is None else _typed(typing.get_args(kind)[0], value, where)
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where}: got {value!r}, expected a list")
-        return tuple(_typed(typing.get_args(kind)[0], item, where) for item in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, bool) and kind is not bool or not isinstance(value, kind):
-        hint = "; YAML reads 1e-4 as text, write 1.0e-4" if kind is float and isinstance(value, str) else ""
-        raise ValueError(f"{where}: got {value!r}, expected {kind.__name__}{hint}")
-    return value
+    return mask, 0.0 if arm in ("none", "shared_greedy") else grpo.temperature

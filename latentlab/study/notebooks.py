@@ -22,8 +22,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import nbformat
+import yaml
 
-from latentlab.config import read_yaml
 from latentlab.pretrained.smollm2 import index_answers
 from latentlab.runtime import environment, files
 from latentlab.runtime.hub import hub_answers
@@ -82,7 +82,7 @@ def check_parameters(preset: str, notebooks: list[Path], folder: Path) -> dict[s
     if preset not in known:
         raise StudyError(f"got preset {preset!r}, expected one of {', '.join(known)}")
     try:
-        given = read_yaml(path)
+        given = _read_yaml(path)
     except ValueError as error:
         raise StudyError(f"params/{error}") from None
     if given.get("preset") != preset:
@@ -97,6 +97,27 @@ def check_parameters(preset: str, notebooks: list[Path], folder: Path) -> dict[s
         for stem, default in defaults.items():
             _check_type(f"params/{path.name}: {key} of {stem}", value, default)
     return {stem: {key: value for key, value in given.items() if key in values} for stem, values in declared.items()}
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """A key given twice is refused: plain YAML keeps the last one and says nothing."""
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key stands there twice", node.start_mark)
+        return mapping
+
+
+def _read_yaml(path: Path) -> dict:
+    """The keys and values of a YAML file. Raises ValueError with one line for anything else."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _OnceLoader)  # a SafeLoader: data only, no objects
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:  # ValueError: a date that is none
+        raise ValueError(f"{path.name}: no readable YAML: {' '.join(str(error).split())[:300]}; correct it") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path.name}: got {str(values)[:80]!r}, expected `key: value` lines; correct or restore it")
+    return values
 
 
 def _declared(notebook: Path) -> dict:

@@ -1,14 +1,15 @@
 """config.py: presets load, arms mean what they say, and every wrong value is one clear line."""
 
+import dataclasses
 import json
+import tomllib
 
 import pytest
-import yaml
 
-from latentlab.config import CONTROLS, PRESETS, Config, from_dict, load_preset, to_dict
+from latentlab.config import CONTROLS, PRESETS, Config, GRPOConfig, flat, from_dict, load_preset, to_dict
 from latentlab.model import FEEDBACKS
 
-NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+NAMES = sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -17,6 +18,18 @@ def test_presets_load_and_survive_json(name):
     assert config.preset == name
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
     assert json.loads(json.dumps(to_dict(config))) == to_dict(config)
+
+
+def read(name):
+    return tomllib.loads((PRESETS / f"{name}.toml").read_text())
+
+
+def test_smoke_is_tiny_but_for_what_its_file_says():
+    tiny, smoke, said = (
+        flat(values) for values in (to_dict(load_preset("tiny")), to_dict(load_preset("smoke")), read("smoke"))
+    )
+    assert said.pop("inherits") == "tiny"
+    assert smoke == {**tiny, **said, "preset": "smoke"}
 
 
 def test_every_number_of_a_preset_reaches_the_config():
@@ -28,7 +41,7 @@ def test_every_number_of_a_preset_reaches_the_config():
             )
 
     for name in NAMES:
-        holds(to_dict(load_preset(name)), yaml.safe_load((PRESETS / f"{name}.yaml").read_text()))
+        holds(to_dict(load_preset(name)), {k: v for k, v in read(name).items() if k != "inherits"})
 
 
 def test_thoughts_follow_from_the_stages():
@@ -57,23 +70,22 @@ def test_an_unknown_preset_names_the_known_ones():
     [
         ({"grpo": {"baseline": "none", "scale_rewards": "std"}}, "^grpo.baseline: got none with scale_rewards"),
         ({"grpo": {"baseline": "none", "max_candidates": 64}}, "^grpo.baseline: got none with scale_rewards or max_"),
-        ({"sead": 1}, "^config: got the unknown key 'sead'"),
-        ({"grpo": {"learningrate": 1e-4}}, "^config.grpo: got the unknown key 'learningrate'"),
-        ({"grpo": {"mask": {"p": 0.1}}}, "^config.grpo.mask: got the unknown key 'p'"),
-        (
-            {"grpo": {"learning_rate": "1e-4"}},
-            r"^config\.grpo\.learning_rate: got '1e-4', expected float; YAML reads 1e-4",
-        ),
-        ({"seed": "0"}, "^config.seed: got '0', expected int$"),
-        ({"seed": True}, "^config.seed: got True, expected int$"),
-        ({"seed": 1.0}, "^config.seed: got 1.0, expected int$"),
-        ({"grpo": {"steps": None}}, "^config.grpo.steps: got None, expected int$"),
-        ({"grpo": 3}, "^config.grpo: got 3, expected keys and values$"),
-        ({"grpo": None}, "^config.grpo: got None"),
-        ({"curriculum": {"steps": 4}}, "^config.curriculum.steps: got 4, expected a list$"),
-        ({"curriculum": {"steps": ["4"]}}, "^config.curriculum.steps: got '4', expected int$"),
-        ({"grpo": {"mask": {"sites": "mlp"}}}, "^config.grpo.mask.sites: got 'mlp', expected a list$"),
-        ({"grpo": {"epsilon_high": "0.2"}}, "^config.grpo.epsilon_high: got '0.2', expected float"),
+        ({"sead": 1}, "^sead: got 1, expected no such field; correct its name$"),
+        ({"grpo": {"learningrate": 1e-4}}, r"^grpo\.learningrate: got 0.0001, expected no such field"),
+        ({"grpo": {"mask": {"p": 0.1}}}, r"^grpo\.mask\.p: got 0.1, expected no such field"),
+        ({"grpo": {"learning_rate": "1e-4"}}, r"^grpo\.learning_rate: got '1e-4', expected a valid number$"),
+        ({"seed": "0"}, "^seed: got '0', expected a valid integer$"),
+        ({"seed": True}, "^seed: got True, expected a valid integer$"),
+        ({"seed": 1.0}, "^seed: got 1.0, expected a valid integer$"),
+        ({"grpo": {"steps": None}}, r"^grpo\.steps: got None, expected a valid integer$"),
+        ({"grpo": {"temperature": True}}, r"^grpo\.temperature: got True, expected a valid number$"),
+        ({"grpo": 3}, "^grpo: got 3, expected keys and values$"),
+        ({"grpo": None}, "^grpo: got None, expected keys and values$"),
+        ({"curriculum": {"steps": 4}}, r"^curriculum\.steps: got 4, expected a list$"),
+        ({"curriculum": {"steps": ["4"]}}, r"^curriculum\.steps\.0: got '4', expected a valid integer$"),
+        ({"curriculum": {"betas": [0.9, 0.98, 0.99]}}, r"^curriculum\.betas: got .*, expected at most 2 items$"),
+        ({"grpo": {"mask": {"sites": "mlp"}}}, r"^grpo\.mask\.sites: got 'mlp', expected a list$"),
+        ({"grpo": {"epsilon_high": "0.2"}}, r"^grpo\.epsilon_high: got '0.2', expected a valid number$"),
     ],
 )
 def test_unknown_keys_and_wrong_types(values, message):
@@ -86,37 +98,76 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("section", "key", "bad"),
     [
-        ("grpo", "num_generations", (1, 0, -2)), ("grpo", "arm", ("dropout", "")),
+        ("grpo", "num_generations", (1, 0, -2)),
+        ("grpo", "arm", ("dropout", "")),
         ("grpo", "temperature", (0.0, -1.0, NAN)),
-        ("grpo", "loss_type", ("ppo",)), ("grpo", "baseline", ("median",)), ("grpo", "scale_rewards", ("batch",)),
-        ("grpo", "learning_rate", (0.0, -1e-4, 30.0, NAN)), ("grpo", "steps", (0,)), ("grpo", "num_problems", (0,)),
-        ("grpo", "num_iterations", (0,)), ("grpo", "micro_batch", (-1,)), ("grpo", "epsilon", (-0.1, NAN)),
-        ("grpo", "epsilon_high", (-0.1,)), ("grpo", "beta", (-0.1, NAN)), ("grpo", "max_grad_norm", (0.0, NAN)),
-        ("grpo", "weight_decay", (-0.1, NAN)), ("grpo", "warmup_steps", (-1,)), ("grpo", "eval_every", (0,)),
-        ("curriculum", "control", ("none",)), ("curriculum", "steps", ([], [3], [3, 0], [-1, 3])),
-        ("curriculum", "c_thought", (0,)), ("curriculum", "batch_size", (0,)),
+        ("grpo", "loss_type", ("ppo",)),
+        ("grpo", "baseline", ("median",)),
+        ("grpo", "scale_rewards", ("batch",)),
+        ("grpo", "learning_rate", (0.0, -1e-4, 30.0, NAN)),
+        ("grpo", "steps", (0,)),
+        ("grpo", "num_problems", (0,)),
+        ("grpo", "num_iterations", (0,)),
+        ("grpo", "micro_batch", (-1,)),
+        ("grpo", "epsilon", (-0.1, NAN)),
+        ("grpo", "epsilon_high", (-0.1,)),
+        ("grpo", "beta", (-0.1, NAN)),
+        ("grpo", "max_grad_norm", (0.0, NAN)),
+        ("grpo", "weight_decay", (-0.1, NAN)),
+        ("grpo", "warmup_steps", (-1,)),
+        ("grpo", "eval_every", (0,)),
+        ("curriculum", "control", ("none",)),
+        ("curriculum", "steps", ([], [3], [3, 0], [-1, 3])),
+        ("curriculum", "c_thought", (0,)),
+        ("curriculum", "batch_size", (0,)),
         ("curriculum", "learning_rate", (0.0, NAN)),
-        ("curriculum", "betas", ([0.9], [0.9, 1.0], [-0.1, 0.9])), ("curriculum", "weight_decay", (-1.0,)),
-        ("curriculum", "warmup_steps", (-1,)), ("curriculum", "final_lr_fraction", (-0.1, 1.1)),
-        ("curriculum", "max_grad_norm", (0.0,)), ("curriculum", "decode_weight", (-0.1, NAN)),
-        ("curriculum", "eval_every", (0,)), ("data", "name", ("gsm",)), ("data", "train_size", (-1,)),
-        ("data", "validation_size", (0,)), ("data", "test_size", (0,)), ("data", "steps", (0,)),
-        ("evaluate", "batch_size", (0,)), ("evaluate", "num_generations", (0,)), ("backbone", "n_head", (3, 0)),
-        ("backbone", "n_layer", (0,)), ("sweep", "seeds", ([],)), ("sweep", "arms", (["dropout"],)),
-        ("sweep", "controls", (["stop"],)), ("sweep", "learning_rates", ([0.0], [])),
+        ("curriculum", "betas", ([0.9], [0.9, 1.0], [-0.1, 0.9])),
+        ("curriculum", "weight_decay", (-1.0,)),
+        ("curriculum", "warmup_steps", (-1,)),
+        ("curriculum", "final_lr_fraction", (-0.1, 1.1)),
+        ("curriculum", "max_grad_norm", (0.0,)),
+        ("curriculum", "decode_weight", (-0.1, NAN)),
+        ("curriculum", "eval_every", (0,)),
+        ("data", "name", ("gsm",)),
+        ("data", "train_size", (-1,)),
+        ("data", "validation_size", (0,)),
+        ("data", "test_size", (0,)),
+        ("data", "steps", (0,)),
+        ("evaluate", "batch_size", (0,)),
+        ("evaluate", "num_generations", (0,)),
+        ("backbone", "n_head", (3, 0)),
+        ("backbone", "n_layer", (0,)),
+        ("sweep", "seeds", ([],)),
+        ("sweep", "arms", (["dropout"],)),
+        ("sweep", "controls", (["stop"],)),
+        ("sweep", "learning_rates", ([0.0], [])),
         ("sweep", "rates", ([1.0], [-0.1], [])),
-        ("sweep", "temperatures", ([0.0], [])), ("sweep", "workers", (0,)), ("sweep", "tune_steps", (0,)),
+        ("sweep", "temperatures", ([0.0], [])),
+        ("sweep", "workers", (0,)),
+        ("sweep", "tune_steps", (0,)),
     ],
-)  # fmt: skip
+)
 def test_values_out_of_range(section, key, bad):
     for value in bad:
-        refuses({section: {key: value}}, key if key not in ("arms",) else "arm")
+        refuses({section: {key: value}}, rf"^{section}\.{key}(\.\d+)?: got ")
 
 
 @pytest.mark.parametrize("rate", [1.0, -0.1, 2.0, NAN])
 def test_a_mask_rate_out_of_range(rate):
     for section in ("grpo", "curriculum"):
-        refuses({section: {"mask": {"rate": rate}}}, "^mask rate: got")
+        refuses({section: {"mask": {"rate": rate}}}, rf"^(mask rate|{section}\.mask\.rate): got")
+
+
+def test_a_constructor_and_replace_check_their_values():
+    grpo = GRPOConfig()
+    for make in (lambda: GRPOConfig(steps=0), lambda: dataclasses.replace(grpo, steps=0)):
+        with pytest.raises(ValueError, match=r"^grpo\.steps: got 0, expected at least 1$"):
+            make()
+    with pytest.raises(ValueError, match="^seed: got 'x', expected a valid integer$"):
+        dataclasses.replace(Config(), seed="x")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        grpo.steps = 3
+    assert dataclasses.replace(grpo, steps=3).steps == 3
 
 
 def test_whole_numbers_are_fine_where_floats_are_asked():

@@ -1,84 +1,47 @@
-"""The import arrows: leaves stand alone, stages import only earlier ones, the command line starts fast."""
+"""The layers of the package (contracts in pyproject.toml), its public names, and a command line that starts fast."""
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "latentlab"
-MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if not path.stem.startswith("__")}
-# One page each, understood alone: they may import nothing of the package but these two.
-LEAVES = {"problems", "config", "masks", "advantage", "loss", "statistics", "report", "reward"}
-LEAVES |= {"word_problems", "wording", "equations", "smollm2", "hub", "parallel", "attention"}
-SHARED = {"problems", "config"}
-# Modules import only from their left; training evaluates on its validation problems, so `evaluate` comes before it.
-# A new module gets its place here.
-ORDER = (
-    "problems config parallel hub word_problems wording equations perturb sources statistics masks smollm2 published"
-    " backbone attention sites model rollout micro_batch reward evaluate advantage loss report figures copies_report"
-    " checkpoint loop curriculum inputs grpo collapse reference enumeration theory proofs checks verify parts"
-    " gsm8k_report budget reproduce tables study launch compare sweep timing baselines bench cli"
-).split()
-HEAVY = {"torch", "transformers", "datasets", "tyro", "papermill"}
+import latentlab
+from latentlab import cli
+
+ROOT = Path(latentlab.__file__).parents[1]
+HEAVY = {"torch", "transformers", "datasets", "tyro", "pydantic", "papermill", "scipy"}
 
 
-def siblings(path: Path) -> set[str]:
-    """Modules of the package that a file imports, anywhere in it, in any of the import forms."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.removeprefix("latentlab.") for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "latentlab"):
-            module = (node.module or "").removeprefix("latentlab").removeprefix(".")
-            names |= {module} if module else {alias.name for alias in node.names}
-    return {name.split(".")[0] for name in names} & set(MODULES)
+def test_no_layer_imports_a_higher_one_and_the_method_no_sub_package():
+    pytest.importorskip("importlinter", reason="import-linter comes with the extra dev")
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as main; main()", "--no-cache"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stdout
 
 
-IMPORTS = {name: siblings(path) - {name} for name, path in MODULES.items()}
+@pytest.mark.parametrize("words", ["", "-h", "--help", "fly"])
+def test_the_overview_and_unknown_verbs_load_nothing_heavy(words):
+    code = (
+        "import sys, latentlab.cli; code = latentlab.cli.main(sys.argv[1:]);"
+        f" print(); print(*sorted({HEAVY!r} & set(sys.modules)), 'code', code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == f"code {2 if words == 'fly' else 0}", done
 
 
-@pytest.mark.parametrize("name", sorted(LEAVES & set(MODULES)))
-def test_leaves_stand_alone(name):
-    assert IMPORTS[name] <= SHARED, f"{name} is a leaf and may import only {sorted(SHARED)}"
+def test_every_verb_is_a_class_and_stands_in_the_overview():
+    from latentlab import verbs
+
+    assert all(issubclass(getattr(verbs, verb.capitalize()), verbs.Verb) for verb in cli.VERBS)
+    assert [line.split()[0] for line in cli.__doc__.splitlines() if line.startswith("    ")] == list(cli.VERBS)
 
 
-def test_every_module_has_its_place():
-    assert set(MODULES) <= set(ORDER)
+def test_the_public_names_are_those_of_their_modules():
+    from latentlab import grpo, rollouts
 
-
-@pytest.mark.parametrize("name", [name for name in ORDER if name in MODULES])
-def test_stages_import_only_earlier_ones(name):
-    assert IMPORTS[name] <= set(ORDER[: ORDER.index(name)])
-
-
-def test_no_cycles():
-    left = dict(IMPORTS)
-    while free := [name for name, needs in left.items() if not needs & set(left)]:
-        for name in free:
-            del left[name]
-    assert not left, f"these import each other: {sorted(left)}"
-
-
-def top_level(body):
-    """Statements that run at import: not those inside functions."""
-    for node in body:
-        yield node
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield from top_level(list(ast.iter_child_nodes(node)))
-
-
-@pytest.mark.skipif("cli" not in MODULES, reason="the command line does not exist yet")
-def test_heavy_imports_stay_inside_the_verbs():
-    tree = ast.parse(MODULES["cli"].read_text(encoding="utf-8"))
-    found = set()
-    for node in top_level(tree.body):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add((node.module or "").split(".")[0])
-    assert not found & HEAVY
-    code = f"import sys, latentlab.cli; print(*({HEAVY!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
-    assert not done.stdout.split(), f"importing latentlab.cli imports {done.stdout.strip()} through another module"
+    assert latentlab.rollout is rollouts.rollout and latentlab.policy_gradient is grpo.policy_gradient
+    for name in latentlab.__all__:
+        assert getattr(latentlab, name) is not None and name in dir(latentlab)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        latentlab.nothing  # noqa: B018

@@ -30,7 +30,7 @@ from latentlab.data.jsonl import write_jsonl
 from latentlab.data.word_problems import word_problems
 from latentlab.pretrained.loading import save_model
 from latentlab.problems import Problem
-from latentlab.study import results, tables
+from latentlab.study import notebooks, results, tables
 from latentlab.training import preflight
 from tests.conftest import sharpen, tiny_gpt2
 
@@ -111,21 +111,21 @@ class Payload:
         ("grpo --grpo.beta nan", "grpo.beta: got nan"),
         ("grpo --grpo.learning-rate -0", "grpo.learning_rate: got -0.0, expected"),
         ("curriculum --seed 99999999999999999999999", "seed: got 9999"),
-        ("curriculum --seed -1", "seed: got -1, expected a number from 0"),
+        ("curriculum --seed -1", "seed: got -1, expected at least 0"),
         ("curriculum --seed 0x10", "invalid literal"),
-        ("data --data.seed 4294967296", "data.seed: got 4294967296, expected a number from 0 to 2147483647"),
-        ("data --n 999999999999", "--n: got 999999999999, expected at least 0 and at most"),
+        ("data --data.seed 4294967296", "data.seed: got 4294967296, expected a number less than 2147483648"),
+        ("data --n 999999999999", "n: got 999999999999, expected at most"),
         ("curriculum --data.train-size 100000000", "data.train_size: got 100000000, expected at most"),
         ("grpo --grpo.num-problems 1000000 --grpo.num-generations 1000000", "got 1000000000000 rollouts"),
-        ("evaluate --threads 100000", "--threads: got 100000, expected"),
-        ("curriculum --max-minutes nan", "--max-minutes: got nan"),
+        ("evaluate --threads 100000", "threads: got 100000, expected at most 1024"),
+        ("curriculum --max-minutes nan", "max_minutes: got nan"),
         ("curriculum --device tpu", "device: got 'tpu', expected auto, cpu"),
         ("verify --device cuda:99", "device: got cuda:99, but torch sees"),
         ("bench --device moon", "device: got 'moon', expected"),
-        ("sweep compare --sweep.controls coconut pause", "sweep.controls: got 'coconut', expected one of pause"),
-        ("sweep compare --retries -1", "--retries: got -1"),
-        ("sweep compare --executor cloud", "invalid choice 'cloud'"),
-        ("sweep reproduce --budget-minutes -3", "--budget-minutes: got -3"),
+        ("sweep --sweep.controls coconut pause", "invalid choice 'coconut' for argument '--sweep.controls'"),
+        ("sweep --retries -1", "retries: got -1"),
+        ("sweep --executor cloud", "invalid choice 'cloud'"),
+        ("reproduce --budget-minutes -3", "budget_minutes: got -3"),
         ("study --only 99", "--only 99: expected the beginning of one of 00_tour"),
         ("curriculum --backbone.n-head 3", "backbone.n_head: got 3, expected a divisor"),
     ],
@@ -193,20 +193,23 @@ def test_preset_files(misuse, tmp_path, monkeypatch):
     presets = tmp_path / "presets"
     shutil.copytree(config.PRESETS, presets)
     monkeypatch.setattr(config, "PRESETS", presets)
-    text = (presets / "smoke.yaml").read_bytes()
+    text = (presets / "smoke.toml").read_bytes()
     for content in (
-        b"", b"\xff\xfe", b"- a", b"seed", b"1: 2", b"? [a]\n: 1", b"seed: 1\nseed: 2", b"data: {name: gsm8k",
-        b"data: {steps: 1, steps: 2}", b"!!python/object/apply:os.system ['touch payload']", b"seed: 0000-99-99",
-        b"preset: other\nsead: 1", b"&a [*a]", b"seed: &s [*s]", b"\x00", text[: len(text) // 2] + b"{", b"[" * 5000,
-        b"grpo: {learning_rate: 1e-5}", b"grpo: {learning_rate: .nan}", b"seed: yes", b"grpo:", b"sweep: {seeds: 1}",
+        b"\xff\xfe", b"- a", b"seed", b"1 = 2", b"[a] = 1", b"seed = 1\nseed = 2", b"data = {name = 'gsm8k'",
+        b"data = {steps = 1, steps = 2}", b"!!python/object/apply:os.system ['touch payload']", b"seed = 0000-99-99",
+        b"seed = 1979-05-27", b"preset = 'other'\nsead = 1", b"\x00", text[: len(text) // 2] + b"{",
+        b"a = " + b"[" * 5000,
+        b"grpo = {learning_rate = '1e-5'}", b"grpo = {learning_rate = nan}", b"seed = true", b"grpo =",
+        b"sweep = {seeds = 1}", b"seed = 1e400", b"inherits = 'nothing'", b"inherits = 5", b"inherits = 'odd'",
+        b"inherits = '../tiny'", b"inherits = 'smoke'", b"inherits = 'tiny'\nmax_new_tokens = {}", b"[[data]]",
     ):  # fmt: skip
-        (presets / "odd.yaml").write_bytes(content)
+        (presets / "odd.toml").write_bytes(content)
         misuse("preset file", "data", "--preset", "odd")
 
     @few
     @given(st.binary(max_size=30), st.integers(0, len(text)))
     def check(junk, where):
-        (presets / "odd.yaml").write_bytes(text[:where] + junk + text[where:])
+        (presets / "odd.toml").write_bytes(text[:where] + junk + text[where:])
         misuse("preset file", "data", "--n", "1", "--preset", "odd", may_pass=True)
 
     check()
@@ -462,7 +465,7 @@ def test_damaged_json_of_a_checkpoint(misuse, checkpoint, tmp_path):
 WRITERS = {
     "curriculum": ["curriculum", *SMALL, "--out", "{}"],
     "grpo": ["grpo", *SMALL, "--out", "{}"],
-    "sweep": ["sweep", "compare", *SMALL, "--out", "{}"],
+    "sweep": ["sweep", *SMALL, "--out", "{}"],
     "evaluate": ["evaluate", *SMALL, "--json", "{}/result.json"],
     "verify": ["verify", "--json", "{}/table.json"],
     "data": ["data", "--out", "{}/rows.jsonl"],
@@ -626,7 +629,8 @@ def test_text_of_models_and_data_is_text_in_tables(text, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     "words",
     [
-        ["fly"], ["data", "--data.name", "gsm8k"], ["curriculum", "--seed", "1e400"], ["data", "--out", "/dev/null/x.jsonl"],
+        ["fly"], ["data", "--data.name", "gsm8k"], ["curriculum", "--seed", "1e400"],
+        ["data", "--out", "/dev/null/x.jsonl"],
     ],
 )  # fmt: skip
 def test_as_a_process(tmp_path, words, record_property):
@@ -646,7 +650,7 @@ def test_as_a_process(tmp_path, words, record_property):
 
 
 def calls():
-    for path in sorted(PACKAGE.glob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 yield (
@@ -669,7 +673,7 @@ def test_nothing_is_evaluated_unpickled_or_given_to_a_shell():
         if name.endswith(("AutoTokenizer.from_pretrained", "AutoModelForCausalLM.from_pretrained")):
             assert options.get("trust_remote_code") == "False" or "gguf_file" in options, where
         if name == "yaml.load":
-            assert ast.unparse(node.args[1]) == "_OnceLoader" and issubclass(config._OnceLoader, SafeLoader)
+            assert issubclass(getattr(notebooks, ast.unparse(node.args[1])), SafeLoader)
 
 
 def test_names_in_the_settings_of_a_sweep_are_words_of_a_list():

@@ -1,0 +1,255 @@
+"""The verbs of the command line: cli.py parses one of these classes with tyro and calls it.
+
+The comment behind a field is its help text. What only one verb needs is imported inside it.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import Field
+
+from latentlab.config import Config, Count, Positive, load_preset, section
+from latentlab.data import datasets, jsonl
+from latentlab.runtime import distributed, environment, files
+
+Minutes = Annotated[float, Field(ge=0, le=10_000_000)]
+Threads = Annotated[int, Field(ge=0, le=1024)]
+
+
+@section("")
+class Verb:
+    config: Annotated[Config, tyro.conf.arg(name="")]
+
+
+@section("")
+class Shared(Verb):
+    """A verb whose work several processes may share: `torchrun ... -m latentlab VERB`."""
+
+    device: str = "auto"  # auto (CUDA if there is one) | cpu | cuda | cuda:1
+    threads: Threads = 0  # torch threads; 0 leaves torch's default
+
+    def __call__(self) -> None:
+        with distributed.joined(self.device):
+            result = self.run()
+            if distributed.rank() == 0:
+                self.report(result)
+
+    def run(self) -> dict:
+        raise NotImplementedError
+
+    def report(self, result: dict) -> None:
+        print(json.dumps(result))
+
+
+@section("")
+class Training(Shared):
+    out: str = ""  # run folder; default runs/<preset>/curriculum-<control>-s<seed> or grpo-<arm>-s<seed>
+    init_from: str = ""  # run folder, checkpoint or Hub id to start from; default the preset's
+    resume: bool = False  # continue an interrupted run from its last checkpoint
+    max_minutes: Minutes = 0.0  # stop after this many minutes, saved and ready for --resume; 0 is no limit
+    checkpoint_minutes: Minutes = 10.0  # minutes between checkpoints: the most work that a kill can lose
+
+    def fit(self, fit, name: str, load_model, *, curriculum: bool) -> dict:
+        """Pre-flight checks, then `fit` in its run folder."""
+        from latentlab.training import preflight
+
+        config, out = self.config, self.out or f"runs/{self.config.preset}/{name}-s{self.config.seed}"
+        files.expect_writable(Path(out))
+        model = load_model().place(self.device, config.precision)
+        train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))
+        preflight.expect_together(model, [*train, *validation], config, curriculum=curriculum)
+        limits = {"max_minutes": self.max_minutes, "checkpoint_minutes": self.checkpoint_minutes}
+        summary = fit(model, train, validation, config, out=out, resume=self.resume, **limits)
+        return {"out": out, **summary, "peak_memory_gib": environment.peak_memory_gib()}
+
+
+@section("")
+class Curriculum(Training):
+    """Train the curriculum: stage 0 with explicit steps, then one latent stage after another."""
+
+    def run(self) -> dict:
+        from latentlab.pretrained.loading import model_from_config
+        from latentlab.training.curriculum import fit_curriculum
+
+        def load():
+            return model_from_config(self.config, init_from=self.init_from)
+
+        return self.fit(fit_curriculum, f"curriculum-{self.config.curriculum.control}", load, curriculum=True)
+
+
+@section("")
+class Grpo(Training):
+    """Train one GRPO arm from a checkpoint, by default the one shipped for the preset."""
+
+    def run(self) -> dict:
+        from latentlab.pretrained.loading import load_model, shipped_checkpoint
+        from latentlab.training.arms import fit_grpo
+
+        def load():
+            return load_model(self.init_from or shipped_checkpoint(self.config.preset))
+
+        return self.fit(fit_grpo, f"grpo-{self.config.grpo.arm}", load, curriculum=False)
+
+
+@section("")
+class Evaluate(Shared):
+    """Accuracy of a checkpoint: greedy pass@1, and pass@k and the majority over masks."""
+
+    checkpoint: tyro.conf.Positional[str] = ""  # run folder, checkpoint or Hub id; default the one shipped
+    benchmark: str = ""  # gsm8k | gsm8k_perturb(able|ed) | svamp | multiarith | gsm_hard; default: preset's test split
+    limit: Count = 0  # problems; 0 takes all
+    json: str = ""  # write the result to this file as well
+
+    def run(self) -> dict:
+        from latentlab.evaluation import accuracy
+        from latentlab.pretrained.loading import load_model, shipped_checkpoint
+        from latentlab.training import preflight
+
+        config = self.config
+        files.expect_file(self.json)
+        checkpoint = self.checkpoint or shipped_checkpoint(config.preset)
+        problems = datasets.benchmark(self.benchmark) if self.benchmark else datasets.load(config.data, "test")
+        problems = problems[: self.limit or None]
+        model = load_model(checkpoint).place(self.device, config.precision)
+        preflight.expect_together(model, problems, config)
+        return accuracy.summary(model, problems, config, mask=config.grpo.mask, temperature=config.grpo.temperature)
+
+    def report(self, result: dict) -> None:
+        text = json.dumps(result, indent=1) + "\n"
+        print(text, end="")
+        if self.json:
+            files.write_atomically(Path(self.json), text.encode())
+
+
+@section("")
+class Study(Verb):
+    """Run notebooks 00-04 in order with papermill; finished ones are not run again."""
+
+    only: str = ""  # number or name of one notebook, such as 02
+
+    def __call__(self) -> None:
+        from latentlab.study import notebooks
+
+        if self.config != load_preset(self.config.preset):
+            raise ValueError("study: got a changed field, expected an unchanged preset; put the change into its file")
+        notebooks.run_study(self.config.preset, only=self.only or None)
+
+
+@section("")
+class Sweep(Verb):
+    """Arms x seeds as independent runs, one process each."""
+
+    out: str = ""  # folder of the runs; default runs/<preset>/sweep
+    executor: Literal["local", "slurm"] = "local"  # processes on this machine, or SLURM jobs through submitit
+    slurm: tuple[str, ...] = ()  # options of sbatch, as partition=gpu time=600 (minutes) gpus_per_node=1
+    retries: Count = 1  # further tries of a failed run
+
+    def __call__(self) -> None:
+        from latentlab.study import launch, sweep
+
+        out = _study_folder(self.out, self.config, "sweep")
+        launcher = launch.Launcher(self.executor, self.slurm, self.retries)
+        sweep.run_sweep("compare", self.config, out=out, launcher=launcher)
+
+
+@section("")
+class Reproduce(Verb):
+    """The GSM8K study: curriculum, arms and their answers in one process, inside a time budget."""
+
+    out: str = ""  # folder of the run; default runs/<preset>/reproduce
+    budget_minutes: Minutes = 24.0  # the parts are sized to fit; 0 takes the preset's own steps
+    backbone: str = ""  # folder or Hub id instead of the preset's backbone
+    init_from: str = ""  # a trained Coconut checkpoint, straight into the arms
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    threads: Threads = 0  # torch threads; 0 leaves torch's default
+
+    def __call__(self) -> None:
+        from latentlab.study.reproduce import reproduce
+
+        options = {"device": self.device, "weights": self.backbone, "init_from": self.init_from}
+        out = _study_folder(self.out, self.config, "reproduce")
+        print("wrote", reproduce(self.config, out=out, budget_minutes=self.budget_minutes, **options))
+
+
+def _study_folder(out: str, config: Config, name: str) -> str:
+    """The folder of a study's runs, checked to be writable, as is the folder of its report."""
+    from latentlab.study import results
+
+    out = out or f"runs/{config.preset}/{name}"
+    files.expect_writable(Path(out))
+    files.expect_writable(results.reports_folder() / config.preset)
+    return out
+
+
+@section("")
+class Verify(Verb):
+    """Check the theory exactly, and that this machine replays rollouts to rounding error."""
+
+    device: str = "cpu"  # cpu | cuda
+    dtype: Literal["float64", "float32", "bfloat16"] = "float32"
+    json: str = ""  # write the table to this file as well
+
+    def __call__(self) -> int:
+        from latentlab import model
+        from latentlab.verify import table
+
+        device = str(model.torch_device(self.device))
+        return table.main(device, self.dtype, files.expect_file(self.json))
+
+
+@section("")
+class Bench(Verb):
+    """Time the engine against other ways to make rollouts and against the floor; gpt2 takes twenty minutes."""
+
+    shape: Literal["tiny", "gpt2", "smollm2"] = "gpt2"
+    json: str = ""  # write the result to this file as well
+    device: str = "cpu"  # cpu | cuda
+    threads: Threads = 0  # torch threads; 0 leaves torch's default
+
+    def __call__(self) -> int:
+        from latentlab import model
+        from latentlab.bench import engine
+        from latentlab.study import results
+
+        path = files.expect_file(self.json)
+        files.expect_writable(results.reports_folder() / "bench")
+        return engine.main(self.shape, str(model.torch_device(self.device)), path)
+
+
+@section("")
+class Data(Verb):
+    """Print problems as JSON lines, or write them to a file."""
+
+    split: Literal["train", "validation", "test"] = "test"
+    n: Positive = 5  # problems
+    out: str = ""  # file to write; default stdout
+    copies_report: str = ""  # measure the perturbed copies of GSM8K; write perturb/perturb.json into this folder
+
+    def __call__(self) -> None:
+        from latentlab.study import copies_report
+
+        if self.copies_report:
+            return copies_report.write(self.config, self.copies_report)
+        files.expect_file(self.out)
+        size: dict[str, Any] = {f"{self.split}_size": self.n}
+        rows = datasets.load(dataclasses.replace(self.config.data, **size), self.split)
+        if self.out:
+            jsonl.write_jsonl(rows, self.out)
+        else:
+            print(*(json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rows), sep="\n")
+
+
+@section("")
+class Report(Verb):
+    """Rebuild RESULTS.md, and with --publish the committed results and what README and docs quote of them."""
+
+    publish: bool = False  # for maintainers: copy the results over into reports/published
+
+    def __call__(self) -> None:
+        from latentlab.study import results, tables
+
+        files.expect_writable(results.reports_folder())
+        print(tables.publish() if self.publish else tables.build_report())
