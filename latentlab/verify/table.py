@@ -16,7 +16,8 @@ import torch
 import transformers
 
 from latentlab.runtime.files import write_atomically
-from latentlab.theory.proofs import PROOFS, Property, example
+from latentlab.theory.enumeration import example
+from latentlab.theory.proofs import PROOFS, Property
 from latentlab.verify.engine import BOUNDS, CHECKS, Engine
 
 NAMES = (*PROOFS, *CHECKS)
