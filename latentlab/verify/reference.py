@@ -16,6 +16,7 @@ import torch
 from latentlab.masks import Masks, MaskSpec, uniforms
 
 
+@torch.no_grad()
 def naive_rollout(
     model, question: str, temperature: float, seed: torch.Tensor, masks: Masks | None = None, tokens=None
 ) -> tuple[list[int], list[float]]:
