@@ -88,11 +88,10 @@ def run_bench(
 def print_figures(metrics: dict) -> None:
     """One line per measured number: its dotted path and value."""
     for path, value in flat(metrics).items():
-        for name, x in (
-            [(f"{path}.{i}", x) for i, x in enumerate(value)] if isinstance(value, list) else [(path, value)]
-        ):
-            if isinstance(x, float):
-                print(f"{name:<44}{x:>12.4g}")
+        several = isinstance(value, list)
+        for i, number in enumerate(value if several else [value]):
+            if isinstance(number, float):
+                print(f"{f'{path}.{i}' if several else path:<44}{number:>12.4g}")
 
 
 def build(shape: str, device: str = "cpu") -> LatentReasoner:
@@ -145,27 +144,25 @@ def timed_runs(model: LatentReasoner, count: int, k: int) -> dict[str, Callable[
     prompts, seeds, early = unshared.prompt_ids, recorded.seeds.to(model.device), variant(model, EarlyEnd)
     dense = (count * k, count * (QUESTION - 1) + count * k * (1 + THOUGHTS + ANSWER), ANSWER)
     masks, tokens = recorded.masks and recorded.masks.take(slice(1)), recorded.tokens[0].tolist()
-    runs: dict[str, Callable[[], object]] = {
+    others = {name: variant(model, kind) for name, kind in VARIANTS.items()}
+    updated = {name: other for name, other in others.items() if name != "cache_grown"}  # it grows in an update anyway
+    return {
         "rollout": partial(sample, model, problems, k),
         "unmasked": partial(sample, model, problems, k, None),
         "official": lambda: [official(model, prompts[:1]) for _ in range(OFFICIAL_ROWS)],
         "definition": partial(naive_rollout, model, problems[0].question, 1.0, seeds[:1], masks, tokens),
         "plain": torch.no_grad()(partial(plain, model, prompts, seeds)),
         "prefix_per_row": partial(sample, model, separate, 1),
+        **{name: partial(sample, other, problems, k) for name, other in others.items()},
         "ends_early": partial(sample, early, problems, k),
         "floor": partial(floor, model, *dense, update=False),
         "update": partial(update, model, partial(score, model, recorded)),
         "update_plain": partial(update, model, partial(plain, model, prompts, seeds, recorded.tokens)),
         "update_prefix_per_row": partial(update, model, partial(score, model, unshared)),
+        **{f"update_{name}": partial(update, x, partial(score, x, recorded)) for name, x in updated.items()},
         "update_floor": partial(floor, model, *dense, update=True),
         "mask_drawing": partial(draw_masks, SPEC, model, recorded.seeds),
     }
-    for name, kind in VARIANTS.items():
-        other = variant(model, kind)
-        runs[name] = partial(sample, other, problems, k)
-        if name != "cache_grown":  # with gradient nothing is written in place
-            runs[f"update_{name}"] = partial(update, other, partial(score, other, recorded))
-    return runs
 
 
 def ratios(seconds: dict[str, float], rows: int) -> dict[str, Any]:
