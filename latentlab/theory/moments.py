@@ -167,7 +167,7 @@ def direction_error(estimate: torch.Tensor, target: torch.Tensor) -> float:
 
 
 def baseline_bound(policy: Policy, rewards: torch.Tensor) -> float:
-    """2 E[r |s|²] / E[|s|²]: a constant baseline b lowers the variance if 0 < b < it only."""
+    """2 E[r |s|²] / E[|s|²]: a constant baseline b lowers the variance iff 0 < b < this."""
     norms = policy.score_products.sum((1, 2)) * policy.probs  # p |s|², [N]
     return (2 * (norms @ rewards.repeat(len(policy.mask_probs))) / norms.sum()).item()
 
