@@ -212,11 +212,17 @@ class Bench(Verb):
     def __call__(self) -> int:
         from latentlab import model
         from latentlab.bench import engine
-        from latentlab.study import results
+        from latentlab.study import figures, results
 
-        path = files.expect_file(self.json)
-        files.expect_writable(results.reports_folder() / "bench")
-        return engine.main(self.shape, str(model.torch_device(self.device)), path)
+        copy, folder = files.expect_file(self.json), results.reports_folder()
+        files.expect_writable(folder / "bench")
+        result = engine.run_bench(self.shape, str(model.torch_device(self.device)))
+        path = results.write_result(**result)
+        figures.draw_bench(result, folder)
+        if copy:
+            files.write_atomically(copy, path.read_bytes())
+        print("wrote", path)
+        return 0
 
 
 @section("")

@@ -1,15 +1,16 @@
-"""What the engine is timed against: other ways to make the same rollouts, and how fast a rollout could be at all.
+"""What the engine is timed against: other ways to make the same rollouts, and a lower bound.
 
-    official        the official Coconut code's scheme: one rollout at a time, thoughts cached, the whole sequence
-                    passed anew for every answer token, logits at all positions
-    definition      nothing cached at all (reference.py)
-    plain           batched, with transformers' own cache and attention and nothing else: the question is run for every
-                    rollout, logits at all positions
-    floor           one dense pass over as many positions as the engine takes, [R, positions / R], the head at the
-                    answer's positions: thoughts follow one another, so no rollout can be one pass
-    VARIANTS        the engine with one trick switched off
+    official     the official Coconut scheme: one rollout at a time, thoughts cached, the whole
+                 sequence passed again for every answer token, logits at all positions
+    definition   nothing cached at all (verify/reference.py)
+    plain        batched, with the cache and attention of transformers: the question is run for
+                 every rollout, logits at all positions
+    floor        one dense pass over as many positions as the engine takes, [R, positions / R], head
+                 at the answer's positions: thoughts are sequential, so no rollout is that fast
+    VARIANTS     the engine without one of its optimizations
 
-None of them wears masks but the variants: what masks cost is measured by itself.
+Only the variants and the definition apply masks; the cost of masks is measured separately.
+Source of the official scheme: facebookresearch/coconut, arXiv 2412.06769.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from latentlab.rollouts import choose
 
 @torch.no_grad()
 def official(model: LatentReasoner, prompt: torch.Tensor) -> list[int]:
-    """One greedy answer of max_new_tokens tokens (eos does not end it) to prompt [1, Q], by the official scheme."""
+    """One greedy answer of max_new_tokens tokens to prompt [1, Q]; eos does not end it."""
     inputs = model.embed(prompt)
     out = model.lm(inputs_embeds=inputs, use_cache=True, output_hidden_states=True)
     for i in range(model.num_thoughts):
@@ -45,9 +46,9 @@ def official(model: LatentReasoner, prompt: torch.Tensor) -> list[int]:
 
 
 def plain(model: LatentReasoner, prompts: torch.Tensor, seeds: torch.Tensor, tokens: torch.Tensor | None = None):
-    """Log-probs [R, A] of sampled answers, or of `tokens` [R, A] with gradient, for prompts [R, Q] without padding.
+    """Log-probs [R, A] of sampled answers, or of `tokens` [R, A]; prompts [R, Q] without padding.
 
-    Unmasked, at temperature 1; eos does not end an answer.
+    No masks, temperature 1; eos does not end an answer.
     """
     cache = DynamicCache(config=model.lm.config)
 
@@ -71,7 +72,7 @@ def plain(model: LatentReasoner, prompts: torch.Tensor, seeds: torch.Tensor, tok
 
 
 def floor(model: LatentReasoner, rows: int, positions: int, answer: int, *, update: bool) -> None:
-    """The dense pass, and its backward pass for an update: `positions` in all, the head at `answer` of each row."""
+    """A dense pass of `positions` in all, head at `answer` of each row; backward in an update."""
     ids = torch.full((rows, round(positions / rows)), model.end_id, device=model.device)
     with torch.set_grad_enabled(update), model._autocast():
         hidden = model.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -answer:]
@@ -83,23 +84,20 @@ def floor(model: LatentReasoner, rows: int, positions: int, answer: int, *, upda
     token_logps(model.head(hidden), ids[:, -answer:], 1.0).sum().backward()
 
 
-# -- the engine with one trick switched off ---------------------------------------------------------------------------
-
-
 class PrefixRepeated(LatentReasoner):
-    """The question is run once per problem, then its keys and values are copied for each of its rows."""
+    """The question is run once per problem; its keys and values are copied for each of its rows."""
 
     def prefix(self, prompt_ids, prompt_valid, *, num_generations: int, masks: Masks | None) -> State:
         state = super().prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
         cache, k = state.cache, state.cache.width  # 1 where the mask covers the question: nothing is shared
-        cache.prefix = [tuple(x.repeat_interleave(k, 0) for x in layer) for layer in cache.prefix]
+        cache.prefix = [(key.repeat_interleave(k, 0), value.repeat_interleave(k, 0)) for key, value in cache.prefix]
         cache.valid, cache.width = cache.valid.repeat_interleave(k, 0), 1
         cache.problem = torch.arange(len(cache.valid), device=cache.valid.device)
         return state
 
 
 class CacheGrown(LatentReasoner):
-    """No keys and values are set aside: the cache is copied whenever it grows."""
+    """The cache is not preallocated: it is copied whenever it grows."""
 
     def prefix(self, *args, **kwargs) -> State:
         state = super().prefix(*args, **kwargs)
@@ -121,7 +119,7 @@ class EndApart(LatentReasoner):
 
 
 class EarlyEnd(LatentReasoner):
-    """No trick is off here: each token is eos with a chance of one in four, so that rows leave the batch."""
+    """The engine, but every token is eos with probability 1/4, so that rows leave the batch."""
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = super().head(hidden)
@@ -130,7 +128,7 @@ class EarlyEnd(LatentReasoner):
 
 
 class HeadEverywhere(LatentReasoner):
-    """Logits at all positions, wanted or not."""
+    """Logits at all positions, not only where they are needed."""
 
     def _pass(self, *args) -> torch.Tensor:
         hidden = super()._pass(*args)
@@ -138,7 +136,5 @@ class HeadEverywhere(LatentReasoner):
         return hidden
 
 
-VARIANTS = {
-    "prefix_repeated": PrefixRepeated, "cache_grown": CacheGrown, "end_apart": EndApart,
-    "head_everywhere": HeadEverywhere,
-}  # fmt: skip
+VARIANTS = {"prefix_repeated": PrefixRepeated, "cache_grown": CacheGrown}
+VARIANTS |= {"end_apart": EndApart, "head_everywhere": HeadEverywhere}

@@ -1,9 +1,10 @@
-"""How fast is the engine? Rollouts and updates against other ways to make them, and against the floor (baselines.py).
+"""How fast is the engine? Rollouts and updates against other ways to make them (baselines.py).
 
-Random weights of the named shape; questions of exactly 48 tokens, 6 thoughts, answers of exactly 8 tokens, so that all
-variants do equal work; K = 16 rollouts of each of 4 problems. Everything runs in one process, interleaved, so that a
-busy machine slows all variants alike; a figure is a median of five rounds (timing.py: CPU time with one thread).
-Compare ratios of one run, never seconds of two. `official` and `definition` are timed on a few rollouts and scaled.
+Random weights of the named shape; questions of exactly 48 tokens, 6 thoughts, answers of exactly 8
+tokens, so that all variants do equal work; K = 16 rollouts of each of 4 problems. All run in one
+process, interleaved, so that other load slows all of them alike; a figure is the median of five
+rounds (timing.py). Compare ratios within one run, never seconds of two runs. `official` and
+`definition` are timed on a few rollouts and scaled up.
 """
 
 from __future__ import annotations
@@ -11,67 +12,86 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from latentlab.bench.baselines import VARIANTS, EarlyEnd, floor, official, plain
 from latentlab.bench.timing import measure, wait
+from latentlab.config import flat
 from latentlab.data.word_problems import WORDS
 from latentlab.masks import MaskSpec, draw_masks
 from latentlab.model import LatentReasoner
 from latentlab.pretrained.scratch import word_tokenizer
 from latentlab.problems import Problem
 from latentlab.rollouts import Rollouts, rollout
-from latentlab.runtime import files
-from latentlab.study import results
-from latentlab.study.figures import save_figure
+from latentlab.theory.moments import relative_error
 from latentlab.verify.reference import naive_rollout
 
-IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+NO_DROPOUT: dict[str, Any] = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+SMOLLM2: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
 SHAPES = {
     "tiny": GPT2Config(vocab_size=128, n_layer=1, n_embd=128, n_head=4, n_positions=256, **NO_DROPOUT, **IDS),
     "gpt2": GPT2Config(**NO_DROPOUT, **IDS),  # GPT-2 small, vocabulary 50,257
-    "smollm2": LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, **IDS,
-    ),
-}  # fmt: skip
+    "smollm2": LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **SMOLLM2, **IDS),
+}
 QUESTION, THOUGHTS, ANSWER = 48, 6, 8  # tokens of a prompt, <start> included; thoughts; answer tokens
 SPEC = MaskSpec(rate=0.1)
-OFFICIAL_ROWS, DEFINITION_ROWS = 2, 1  # rollouts of these that are timed
-AXES = {
-    "num_generations": (1, 2, 4, 8, 16, 32, 64), "question": (16, 32, 64, 128), "thoughts": (0, 3, 6, 12),
-    "answer": (2, 4, 8, 16),
-}  # fmt: skip
+OFFICIAL_ROWS = 2  # rollouts of the official scheme that are timed; of the definition one
+AXES = {"num_generations": (1, 2, 4, 8, 16, 32, 64), "question": (16, 32, 64, 128)}
+AXES |= {"thoughts": (0, 3, 6, 12), "answer": (2, 4, 8, 16)}
 
 
 def run_bench(
-    *, shape: str, device: str = "cpu", num_problems: int = 4, num_generations: int = 16, repeats: int = 5, axes=AXES
+    shape: str, device: str = "cpu", *, num_problems: int = 4, num_generations: int = 16, repeats: int = 5, axes=AXES
 ) -> dict:
-    """Seconds, ratios, peak memory and scaling at `num_problems` x `num_generations` rollouts, as nested metrics.
+    """Time everything and print the figures; returns the arguments of `study.results.write_result`.
 
-    `axes` names what is scaled, and its values. On CUDA matrix products are in bfloat16, and whole iterations are timed
-    too. Raises ValueError for an unknown shape.
+    `axes`: what is scaled, and its values. On CUDA matrix products are in bfloat16, and whole
+    iterations are timed too. Raises ValueError for an unknown shape.
     """
     if shape not in SHAPES:
         raise ValueError(f"shape: got {shape!r}, expected one of {', '.join(SHAPES)}")
-    model = build(shape, device)
-    rollouts, updates, recorded = variants(model, num_problems, num_generations)
-    draw = {"mask_drawing": lambda: draw_masks(SPEC, model, recorded.seeds)}
-    seconds, memory = measure({**rollouts, **updates, **draw}, repeats, device)
-    rows = num_problems * num_generations
+    given = {"shape": shape, "device": device, "num_problems": num_problems, "num_generations": num_generations}
+    given |= {"repeats": repeats, "question": QUESTION, "thoughts": THOUGHTS, "answer": ANSWER}
+    started, kind = time.time(), torch.device(device).type
+    model, rows = build(shape, device), num_problems * num_generations
+    seconds, memory = measure(timed_runs(model, num_problems, num_generations), repeats, device)
     seconds["official"] *= rows / OFFICIAL_ROWS
-    seconds["definition"] *= rows / DEFINITION_ROWS
+    seconds["definition"] *= rows
     metrics = {**ratios(seconds, rows), "gradient_error": gradient_error(model)}
-    metrics["peak_memory_gib"], metrics["seconds"] = memory, seconds
-    metrics["scaling"] = {name: scale(model, name, values, repeats, device) for name, values in axes.items()}
-    if device.startswith("cuda"):
-        metrics["all_in"] = all_in(model)
-    return metrics
+    metrics |= {"peak_memory_gib": memory, "seconds": seconds}
+    metrics["scaling"] = {name: scaling(model, name, values, repeats, device) for name, values in axes.items()}
+    if kind == "cuda":
+        metrics["all_in"] = whole_iterations(model)
+    print_figures(metrics)
+    floors = metrics["floor_fraction"]
+    return {
+        "name": kind if shape == "gpt2" else f"{kind}_{shape}",
+        "preset": "bench",
+        "parameters": given | {"threads": torch.get_num_threads()},
+        "metrics": metrics,
+        "started": started,
+        "seconds": time.time() - started,
+        "question": "How fast is the engine?",
+        "headline": f"{shape} shape on {kind}: {metrics['speedup_vs_official_scheme']:.0f} times the official scheme, "
+        f"{metrics['speedup_vs_plain_batched']:.1f} times plain batching; rollout at {floors['rollout']:.0%}, "
+        f"update at {floors['update']:.0%} of the floor",
+    }
+
+
+def print_figures(metrics: dict) -> None:
+    """One line per measured number: its dotted path and value."""
+    for path, value in flat(metrics).items():
+        several = isinstance(value, list)
+        for i, number in enumerate(value if several else [value]):
+            if isinstance(number, float):
+                print(f"{f'{path}.{i}' if several else path:<44}{number:>12.4g}")
 
 
 def build(shape: str, device: str = "cpu") -> LatentReasoner:
@@ -80,21 +100,17 @@ def build(shape: str, device: str = "cpu") -> LatentReasoner:
         torch.manual_seed(0)
         lm = AutoModelForCausalLM.from_config(SHAPES[shape])
     model = LatentReasoner(lm, word_tokenizer(WORDS), num_thoughts=THOUGHTS, max_new_tokens=ANSWER)
-    return never_ending(model.place(device, "bfloat16" if device.startswith("cuda") else "float32"))
+    model.eos_id = -1  # no token is eos: answers have max_new_tokens tokens
+    return model.place(device, "bfloat16" if device.startswith("cuda") else "float32")
 
 
-def never_ending(model: LatentReasoner) -> LatentReasoner:
-    """No token is eos, so that answers have max_new_tokens tokens."""
-    model.eos_id = -1
-    return model
-
-
-def variant(model: LatentReasoner, kind: type = LatentReasoner, **settings) -> LatentReasoner:
+def variant(model: LatentReasoner, kind: type[LatentReasoner] = LatentReasoner, **sizes: Any) -> LatentReasoner:
     """The same weights in a model of another class, or with other numbers of thoughts or tokens."""
-    sizes = {"num_thoughts": model.num_thoughts, "max_new_tokens": model.max_new_tokens, **settings}
+    sizes = {"num_thoughts": model.num_thoughts, "max_new_tokens": model.max_new_tokens, **sizes}
     other = kind(model.lm, model.tokenizer, **sizes)
     other.autocast_dtype = model.autocast_dtype
-    return other if kind is EarlyEnd else never_ending(other)
+    other.eos_id = other.eos_id if kind is EarlyEnd else -1
+    return other
 
 
 def questions(count: int, length: int = QUESTION) -> list[Problem]:
@@ -104,65 +120,52 @@ def questions(count: int, length: int = QUESTION) -> list[Problem]:
     return [Problem(f"bench-{i}", text, (), "1", "bench") for i, text in enumerate(texts)]
 
 
-def roll(model: LatentReasoner, problems: list[Problem], k: int, masks=SPEC) -> Rollouts:
+def sample(model: LatentReasoner, problems: list[Problem], k: int, masks: MaskSpec | None = SPEC) -> Rollouts:
     """K rollouts of each problem at temperature 1."""
     return rollout(model, problems, num_generations=k, masks=masks, temperature=1.0, run_seed=0, step=0)
 
 
-def update(model: LatentReasoner, recorded: Rollouts) -> None:
+def update(model: LatentReasoner, log_probs: Callable[[], torch.Tensor]) -> None:
     """Forward and backward pass of an update; no optimizer."""
     model.zero_grad(set_to_none=True)
-    model.score(recorded, masks=recorded.masks).sum().backward()
+    log_probs().sum().backward()
 
 
-def variants(model: LatentReasoner, count: int, k: int) -> tuple[dict, dict, Rollouts]:
-    """What is timed: rollouts by name, updates by name ("update" first), and the rollouts that updates score."""
+def score(model: LatentReasoner, recorded: Rollouts) -> torch.Tensor:
+    """Log-probs of `recorded` under its own masks, with gradient."""
+    return model.score(recorded, masks=recorded.masks)
+
+
+def timed_runs(model: LatentReasoner, count: int, k: int) -> dict[str, Callable[[], object]]:
+    """What is timed at `count` problems and K rollouts, by name; updates begin with "update"."""
     problems = questions(count)
-    alone = [p for p in problems for _ in range(k)]  # each rollout a problem of its own: no prefix is shared
-    recorded, unshared = roll(model, problems, k), roll(model, alone, 1)
-    rows, prompts, seeds = count * k, unshared.prompt_ids, recorded.seeds.to(model.device)
-    positions = count * (QUESTION - 1) + rows * (1 + THOUGHTS + ANSWER)
+    separate = [p for p in problems for _ in range(k)]  # each rollout a problem of its own: no shared prefix
+    recorded, unshared = sample(model, problems, k), sample(model, separate, 1)
+    prompts, seeds, early = unshared.prompt_ids, recorded.seeds.to(model.device), variant(model, EarlyEnd)
+    dense = (count * k, count * (QUESTION - 1) + count * k * (1 + THOUGHTS + ANSWER), ANSWER)
+    masks, tokens = recorded.masks and recorded.masks.take(slice(1)), recorded.tokens[0].tolist()
     others = {name: variant(model, kind) for name, kind in VARIANTS.items()}
-    early = variant(model, EarlyEnd)
-
-    def plain_update():
-        model.zero_grad(set_to_none=True)
-        plain(model, prompts, seeds, recorded.tokens).sum().backward()
-
-    @torch.no_grad()
-    def definition():
-        for row in range(DEFINITION_ROWS):
-            naive_rollout(
-                model.lm, model.tokenizer, problems[0].question, thoughts=THOUGHTS, limit=ANSWER, temperature=1.0,
-                seed=seeds[row : row + 1], mask=recorded.masks.values[row], spec=SPEC, tokens=recorded.tokens[row],
-            )  # fmt: skip
-
-    rollouts = {
-        "rollout": lambda: roll(model, problems, k),
-        "unmasked": lambda: roll(model, problems, k, None),
+    updated = {name: other for name, other in others.items() if name != "cache_grown"}  # it grows in an update anyway
+    return {
+        "rollout": partial(sample, model, problems, k),
+        "unmasked": partial(sample, model, problems, k, None),
         "official": lambda: [official(model, prompts[:1]) for _ in range(OFFICIAL_ROWS)],
-        "definition": definition,
-        "plain": torch.no_grad()(lambda: plain(model, prompts, seeds)),
-        "prefix_per_row": lambda: roll(model, alone, 1),
-        **{name: lambda other=other: roll(other, problems, k) for name, other in others.items()},
-        "ends_early": lambda: roll(early, problems, k),
-        "floor": lambda: floor(model, rows, positions, ANSWER, update=False),
+        "definition": partial(naive_rollout, model, problems[0].question, 1.0, seeds[:1], masks, tokens),
+        "plain": torch.no_grad()(partial(plain, model, prompts, seeds)),
+        "prefix_per_row": partial(sample, model, separate, 1),
+        **{name: partial(sample, other, problems, k) for name, other in others.items()},
+        "ends_early": partial(sample, early, problems, k),
+        "floor": partial(floor, model, *dense, update=False),
+        "update": partial(update, model, partial(score, model, recorded)),
+        "update_plain": partial(update, model, partial(plain, model, prompts, seeds, recorded.tokens)),
+        "update_prefix_per_row": partial(update, model, partial(score, model, unshared)),
+        **{f"update_{name}": partial(update, x, partial(score, x, recorded)) for name, x in updated.items()},
+        "update_floor": partial(floor, model, *dense, update=True),
+        "mask_drawing": partial(draw_masks, SPEC, model, recorded.seeds),
     }
-    updates = {
-        "update": lambda: update(model, recorded),
-        "update_plain": plain_update,
-        "update_prefix_per_row": lambda: update(model, unshared),
-        **{
-            f"update_{name}": lambda other=other: update(other, recorded)
-            for name, other in others.items()
-            if name != "cache_grown"  # with gradient nothing is written in place
-        },
-        "update_floor": lambda: floor(model, rows, positions, ANSWER, update=True),
-    }
-    return rollouts, updates, recorded
 
 
-def ratios(seconds: dict[str, float], rows: int) -> dict:
+def ratios(seconds: dict[str, float], rows: int) -> dict[str, Any]:
     """The named figures, all from `seconds`; `tricks`: how many times slower without each."""
     s = seconds
     switched = ("prefix_per_row", *VARIANTS)
@@ -184,99 +187,49 @@ def ratios(seconds: dict[str, float], rows: int) -> dict:
 
 
 def gradient_error(model: LatentReasoner) -> float:
-    """Relative difference of the engine's gradient from that of plain transformers, on two rollouts."""
-    recorded = roll(model, questions(1), 2, None)
-    grads = []
-    for logp in (
-        lambda: model.score(recorded, masks=None),
-        lambda: plain(model, recorded.prompt_ids.expand(2, -1), recorded.seeds, recorded.tokens),
-    ):
-        model.zero_grad(set_to_none=True)
-        logp().sum().backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    return ((grads[0] - grads[1]).norm() / grads[1].norm()).item()
+    """Relative error of the engine's gradient against plain transformers, on two rollouts."""
+    recorded, weights = sample(model, questions(1), 2, None), list(model.parameters())
+    ours = score(model, recorded)
+    theirs = plain(model, recorded.prompt_ids.expand(2, -1), recorded.seeds, recorded.tokens)
+    grads = (torch.autograd.grad(logp.sum(), weights) for logp in (ours, theirs))
+    return relative_error(*(torch.cat([g.flatten() for g in parts]) for parts in grads))
 
 
-def scale(model: LatentReasoner, axis: str, values: tuple[int, ...], repeats: int, device: str) -> dict:
-    """Seconds of a rollout of one problem (K = 16 unless K is scaled) along an axis, and the line through it."""
-    runs = {}
+def scaling(model: LatentReasoner, axis: str, values: tuple[int, ...], repeats: int, device: str) -> dict:
+    """Seconds of a rollout of one problem along an axis and the fitted line; K = 16 by default."""
+    runs: dict[str, Callable[[], object]] = {}
     for value in values:
-        sizes = {"thoughts": {"num_thoughts": value}, "answer": {"max_new_tokens": value}}.get(axis, {})
+        sizes: dict[str, Any] = {"thoughts": {"num_thoughts": value}, "answer": {"max_new_tokens": value}}.get(axis, {})
         problems = questions(1, value if axis == "question" else QUESTION)
         k = value if axis == "num_generations" else 16
-        runs[str(value)] = partial(roll, variant(model, **sizes), problems, k)
+        runs[str(value)] = partial(sample, variant(model, **sizes), problems, k)
     seconds = list(measure(runs, repeats, device)[0].values())
     slope, intercept = statistics.linear_regression(values, seconds)
     r2 = statistics.correlation(values, seconds) ** 2
     return {"values": list(values), "seconds": seconds, "slope": slope, "intercept": intercept, "r2": r2}
 
 
-def all_in(model: LatentReasoner, k: int = 32, most: int = 2**20) -> dict:
-    """Whole iterations, rollout and update with AdamW, at ever more problems until memory or `most` rows end it."""
+def whole_iterations(model: LatentReasoner, k: int = 32, most: int = 2**20) -> dict:
+    """Rollout and update with AdamW, at ever more problems until memory or `most` rows end it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    found: dict = {"num_generations": k, "rows": [], "rollouts_per_second": []}
-    count = 1
+    rows, speeds, count = [], [], 1
     try:
         while count * k <= most:
             for _ in range(3):  # the last of three counts
                 wait(model.device.type)
                 start = time.perf_counter()
-                update(model, roll(model, questions(count), k))
+                update(model, partial(score, model, sample(model, questions(count), k)))
                 optimizer.step()
                 wait(model.device.type)
                 seconds = time.perf_counter() - start
-            found["rows"].append(count * k)
-            found["rollouts_per_second"].append(count * k / seconds)
+            rows.append(count * k)
+            speeds.append(count * k / seconds)
             count *= 2
     except torch.OutOfMemoryError:
         model.zero_grad(set_to_none=True)
-    found |= {"best_rollouts_per_second": max(found["rollouts_per_second"]), "largest_rows": max(found["rows"])}
     try:
-        found["utilisation_percent"] = torch.cuda.utilization()
+        utilisation: Any = torch.cuda.utilization()
     except (ModuleNotFoundError, RuntimeError, AssertionError):  # needs NVIDIA's library
-        found["utilisation_percent"] = {"skipped": "torch.cuda.utilization needs the package nvidia-ml-py"}
-    return found
-
-
-def main(shape: str, device: str, json_path: Path | None = None) -> int:
-    """Run the bench, print its table, write reports/bench/<device>.json (other shapes: <device>_<shape>) and figure."""
-    started, kind = time.time(), torch.device(device).type
-    name = kind if shape == "gpt2" else f"{kind}_{shape}"
-    parameters = {"shape": shape, "device": device, "num_problems": 4, "num_generations": 16, "repeats": 5}
-    metrics = run_bench(**parameters)
-    for key, value in results.leaves(metrics):
-        if isinstance(value, float):
-            print(f"{key:<44}{value:>12.4g}")
-    threads = torch.get_num_threads()
-    path = results.write_result(
-        name, preset="bench", metrics=metrics, started=started, seconds=time.time() - started,
-        parameters={**parameters, "question": QUESTION, "thoughts": THOUGHTS, "answer": ANSWER, "threads": threads},
-        question="How fast is the engine?",
-        headline=f"{shape} shape on {kind}: {metrics['speedup_vs_official_scheme']:.0f} times the official scheme, "
-        f"{metrics['speedup_vs_plain_batched']:.1f} times plain batching; rollout at "
-        f"{metrics['floor_fraction']['rollout']:.0%}, update at {metrics['floor_fraction']['update']:.0%} of the floor",
-    )  # fmt: skip
-    draw(metrics["scaling"], name)
-    if json_path:
-        files.write_atomically(json_path, path.read_bytes())
-    print("wrote", path)
-    return 0
-
-
-AXES = {"num_generations": "rollouts K", "question": "question tokens", "answer": "answer tokens"}
-
-
-def draw(scaling: dict, name: str) -> None:
-    """One panel per axis: measured seconds and the fitted line."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 2.8), layout="constrained")
-    for axes, (axis, found) in zip(figure.subplots(1, len(scaling), squeeze=False)[0], scaling.items(), strict=True):
-        values = found["values"]
-        axes.plot(values, found["seconds"], "o", color="black")
-        axes.plot(values, [found["intercept"] + found["slope"] * v for v in values], "-", color="0.5")
-        axes.set_xlabel(AXES.get(axis, axis))
-        axes.set_title(f"{1000 * found['slope']:.3g} ms each, R² {found['r2']:.3f}", fontsize=9)
-        axes.set_ylim(bottom=0)
-    figure.axes[0].set_ylabel("seconds, one problem")
-    save_figure(figure, name, "bench")
+        utilisation = {"skipped": "torch.cuda.utilization needs the package nvidia-ml-py"}
+    found = {"num_generations": k, "rows": rows, "rollouts_per_second": speeds, "utilisation_percent": utilisation}
+    return found | {"best_rollouts_per_second": max(speeds), "largest_rows": max(rows)}

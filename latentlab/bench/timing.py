@@ -1,4 +1,4 @@
-"""Seconds and peak memory of several ways to do one thing, on a machine that others may be using too."""
+"""Seconds and peak memory of several functions, on a machine that may have other load."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 
 def measure(runs: dict[str, Callable], repeats: int, device: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds over interleaved rounds, and the peak memory (GiB) of each run, read in the first round.
+    """Median seconds over interleaved rounds, and peak memory (GiB) of each run in the first round.
 
-    With one thread on a CPU these are seconds of CPU time, which other processes stretch least; else of the clock.
+    With one thread on a CPU the seconds are CPU time, least affected by other load; else wall time.
     """
     alone = device == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
@@ -28,25 +28,24 @@ def measure(runs: dict[str, Callable], repeats: int, device: str) -> tuple[dict[
         seconds[name].append(clock() - start)
 
     memory = {name: peak_memory(lambda name=name: timed(name), device) for name in runs}
-    for _ in range(repeats - 1):
-        for name in runs:
-            timed(name)
+    for name in list(runs) * (repeats - 1):
+        timed(name)
     known = {name: gib for name, gib in memory.items() if gib is not None}
     return {name: statistics.median(values) for name, values in seconds.items()}, known
 
 
 def peak_memory(run: Callable, device: str) -> float | None:
-    """Most GiB that `run` holds on top of what was held before; None where the system does not tell."""
+    """Peak memory of `run` beyond what was held before, GiB; None if the system has no measure."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated()
         run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
+        return (torch.cuda.max_memory_allocated() - held) / 2**30
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = _status("VmRSS")
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         run()
         return None
     run()
@@ -60,6 +59,6 @@ def _status(key: str) -> float:
 
 
 def wait(device: str) -> None:
-    """Until the device has done all it was told to: CUDA answers before."""
+    """Wait until the device is idle: CUDA calls are asynchronous."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()

@@ -10,6 +10,7 @@ from latentlab.runtime.files import write_atomically
 from latentlab.study.results import result_path
 
 LINES = (("-", "o", "black"), ("--", "s", "0.35"), (":", "^", "black"), ("-.", "D", "0.35"), ("-", "v", "0.6"))
+BENCH_AXES = {"num_generations": "rollouts K", "question": "question tokens", "answer": "answer tokens"}
 
 
 def save_figure(figure, name: str, preset: str, directory=None) -> Path:
@@ -17,6 +18,23 @@ def save_figure(figure, name: str, preset: str, directory=None) -> Path:
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     return write_atomically(result_path(name, preset, ".png", directory), picture.getvalue())
+
+
+def draw_bench(result: dict, folder: Path) -> Path:
+    """The figure of a bench result, one panel per axis: measured seconds and the fitted line."""
+    from matplotlib.figure import Figure
+
+    scaling = result["metrics"]["scaling"]
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    for axes, (axis, found) in zip(figure.subplots(1, len(scaling), squeeze=False)[0], scaling.items(), strict=True):
+        values = found["values"]
+        axes.plot(values, found["seconds"], "o", color="black")
+        axes.plot(values, [found["intercept"] + found["slope"] * v for v in values], "-", color="0.5")
+        axes.set_xlabel(BENCH_AXES.get(axis, axis))
+        axes.set_title(f"{1000 * found['slope']:.3g} ms each, R² {found['r2']:.3f}", fontsize=9)
+        axes.set_ylim(bottom=0)
+    figure.axes[0].set_ylabel("seconds, one problem")
+    return save_figure(figure, result["name"], result["preset"], folder)
 
 
 def plot_arms(ax, arms: list[dict]) -> None:

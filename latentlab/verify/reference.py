@@ -1,7 +1,10 @@
-"""The definitions, written as plainly as possible, for `verify` to compare the engine with. Slow on purpose.
+"""The definitions, written as plainly as possible, for `verify` and tests to compare with. Slow.
 
-`naive_rollout` is one rollout: no batch, no cache, the whole sequence passed anew for every thought and token.
-`naive_loss` is the GRPO loss in Python floats. Neither shares code with model.py, rollout.py or loss.py.
+    naive_rollout    z_{i+1} = h(question <start> z_1 ... z_i), masked at the scope's positions;
+                     one row, no cache: every thought and token is a pass of the whole sequence
+    naive_loss       the GRPO loss (loss.py) in Python floats
+
+Neither shares code with model.py, rollouts.py or loss.py. Source: Coconut, arXiv 2412.06769.
 """
 
 from __future__ import annotations
@@ -10,41 +13,35 @@ import math
 
 import torch
 
-from latentlab.masks import uniforms
+from latentlab.masks import Masks, MaskSpec, uniforms
 
 
+@torch.no_grad()
 def naive_rollout(
-    lm,
-    tokenizer,
-    question: str,
-    *,
-    thoughts: int,
-    limit: int,
-    temperature: float,
-    seed,
-    mask=None,
-    spec=None,
-    tokens=None,
+    model, question: str, temperature: float, seed: torch.Tensor, masks: Masks | None = None, tokens=None
 ) -> tuple[list[int], list[float]]:
-    """One answer of at most `limit` tokens and its log-probs; `tokens` forces what is said, not what would be chosen.
+    """One answer and its log-probs; `tokens`, a list of ids, forces what is passed on next.
 
-    mask: one row's values [S, D], per_step [slots, S, D]. seed: the row's, an int64 tensor [1].
+    Of `model` only lm, tokenizer, num_thoughts and max_new_tokens are used. seed: int64 [1]; masks:
+    of this row, values [1, S, D], or per_step [1, slots, S, D].
     """
+    lm, tokenizer = model.lm, model.tokenizer
     ids = tokenizer(question + "\n<|start-latent|>", add_special_tokens=False)["input_ids"]
     embed, start = lm.get_input_embeddings(), len(ids) - 1
     sequence = list(embed(torch.tensor(ids, device=lm.device)))  # input vectors [D]
 
     def hidden() -> torch.Tensor:  # [D], of the last position
-        factors = None
-        if mask is not None:
-            factors = torch.stack([_factor(i - start, thoughts, mask, spec) for i in range(len(sequence))])
-        return _last_hidden(lm, torch.stack(sequence), factors, spec)
+        if masks is None:
+            return _last_hidden(lm, torch.stack(sequence))
+        factors = [_factor(i - start, model.num_thoughts, masks.values[0], masks.spec) for i in range(len(sequence))]
+        return _last_hidden(lm, torch.stack(sequence), torch.stack(factors), masks.spec.sites)
 
-    for _ in range(thoughts):
+    for _ in range(model.num_thoughts):
         sequence.append(hidden())
     sequence.append(embed.weight[tokenizer.convert_tokens_to_ids("<|end-latent|>")])
-    answer, logps = [], []
-    for t in range(limit):
+    answer: list[int] = []
+    logps: list[float] = []
+    for t in range(model.max_new_tokens):
         logits = lm.get_output_embeddings()(hidden())
         logits = logits if logits.dtype == torch.float64 else logits.float()
         answer.append(_choose(logits, seed, t, temperature))
@@ -56,21 +53,21 @@ def naive_rollout(
     return answer, logps
 
 
-def _factor(offset: int, thoughts: int, mask: torch.Tensor, spec) -> torch.Tensor:
+def _factor(offset: int, thoughts: int, mask: torch.Tensor, spec: MaskSpec) -> torch.Tensor:
     """What multiplies the sites at `offset` positions behind <|start-latent|>: [S, D]."""
     inside = {"latent": 0 <= offset <= thoughts, "prompt+latent": offset <= thoughts, "all": True}[spec.scope]
-    if spec.scheme == "shared":
-        return mask if inside else torch.ones_like(mask)
-    return mask[max(offset, 0)] if inside else torch.ones_like(mask[0])
+    slot = max(offset, 0) if inside else 0
+    mask = mask if spec.scheme == "shared" else mask[slot]
+    return mask if inside else torch.ones_like(mask)
 
 
-def _last_hidden(lm, inputs: torch.Tensor, factors: torch.Tensor | None, spec) -> torch.Tensor:
-    """One pass over inputs [T, D], sites multiplied by factors [T, S, D]: the last position's hidden state [D]."""
+def _last_hidden(lm, inputs: torch.Tensor, factors: torch.Tensor | None = None, sites=()) -> torch.Tensor:
+    """One pass of inputs [T, D], sites multiplied by factors [T, S, D]: last hidden state [D]."""
     hooks = []
     if factors is not None:
-        for s, linear in enumerate(branches(lm, spec.sites)):
+        for s, linear in enumerate(branches(lm, sites)):
             hooks.append(linear.register_forward_hook(lambda _, __, out, f=factors[:, s]: out * f))
-        if "embedding" in spec.sites:
+        if "embedding" in sites:
             inputs = inputs * factors[:, -1]
     hidden = lm.base_model(inputs_embeds=inputs[None], use_cache=False).last_hidden_state[0, -1]
     for hook in hooks:
@@ -79,7 +76,7 @@ def _last_hidden(lm, inputs: torch.Tensor, factors: torch.Tensor | None, spec) -
 
 
 def branches(lm, sites) -> list:
-    """The last linear maps of the named branches, layer by layer, by the names that GPT-2 and Llama give them."""
+    """The last linear maps of the branches, layer by layer, by their names in GPT-2 and Llama."""
     base = lm.base_model
     if hasattr(base, "h"):
         pairs = [{"attention": block.attn.c_proj, "mlp": block.mlp.c_proj} for block in base.h]
@@ -89,7 +86,7 @@ def branches(lm, sites) -> list:
 
 
 def _choose(logits: torch.Tensor, seed: torch.Tensor, t: int, temperature: float) -> int:
-    """The argmax, or the first token whose cumulative probability exceeds the row's uniform number."""
+    """The argmax, or the first token whose cumulative probability exceeds the uniform number."""
     if temperature == 0:
         return int(logits.argmax())
     target, total = uniforms(seed, t).item(), 0.0
@@ -101,26 +98,23 @@ def _choose(logits: torch.Tensor, seed: torch.Tensor, t: int, temperature: float
     return len(probs) - 1
 
 
-def naive_loss(
-    logp, old_logp, ref_logp, advantages, lengths, *, loss_type, epsilon, epsilon_high, beta, limit
-) -> tuple[float, float]:
+def naive_loss(logp, old_logp, ref_logp, advantages, lengths, *, loss_type, epsilon, epsilon_high, beta, limit):
     """(loss, its KL part) in Python floats: nested lists [R][A], R advantages, R answer lengths."""
-    policy, kl = [], []  # one list of token terms per row
+    policy: list[list[float]] = []  # token terms of each row
+    kl: list[list[float]] = []
     for row, length in enumerate(lengths):
-        policy.append([])
-        kl.append([])
-        for t in range(length):
-            ratio = math.exp(logp[row][t] - old_logp[row][t])
-            clipped = max(1 - epsilon, min(1 + epsilon_high, ratio))
-            policy[row].append(-min(ratio * advantages[row], clipped * advantages[row]))
-            delta = ref_logp[row][t] - logp[row][t]
-            kl[row].append(beta * (math.exp(delta) - delta - 1))
+        ratios = [math.exp(logp[row][t] - old_logp[row][t]) for t in range(length)]
+        clipped = [max(1 - epsilon, min(1 + epsilon_high, ratio)) for ratio in ratios]
+        gain = advantages[row]
+        policy.append([-min(ratio * gain, clip * gain) for ratio, clip in zip(ratios, clipped, strict=True)])
+        deltas = [ref_logp[row][t] - logp[row][t] for t in range(length)]
+        kl.append([beta * (math.exp(delta) - delta - 1) for delta in deltas])
 
-    def normalise(terms) -> float:
+    def normalise(terms: list[list[float]]) -> float:
         if loss_type == "grpo":
             return sum(sum(row) / len(row) for row in terms) / len(terms)
         if loss_type == "dr_grpo":
             return sum(map(sum, terms)) / (len(terms) * limit)
-        return sum(map(sum, terms)) / sum(lengths)  # bnpo; dapo with all rows at hand
+        return sum(map(sum, terms)) / sum(lengths)  # bnpo; dapo with all rows in one batch
 
     return normalise(policy) + normalise(kl), normalise(kl)

@@ -1,4 +1,4 @@
-"""loss.py: against numbers derived by hand with plain Python floats."""
+"""loss.py: against numbers derived by hand and the same formulas in plain Python floats."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from latentlab.loss import LOSS_TYPES, grpo_loss, k3_kl, loss_denominator
+from latentlab.verify.reference import naive_loss
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
 ADVANTAGES = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
@@ -106,6 +107,30 @@ def test_micro_batches_under_the_global_denominator_add_up(loss_type, sizes):
         for a, b, c, d, e in parts
     )
     assert total == pytest.approx(whole.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_plain_formulas_give_the_same_value_kl_part_and_sum_of_micro_batches(loss_type):
+    """Both clip bounds, k3 KL, ragged answers and a length limit beyond the longest one, to 1e-12."""
+    g = torch.Generator().manual_seed(0)
+    old = -torch.rand(4, 5, generator=g, dtype=torch.float64)
+    logp, ref = (old + torch.randn(4, 5, generator=g, dtype=torch.float64) * 0.4 for _ in range(2))
+    lengths, advantages = [5, 2, 3, 1], [1.5, -0.5, -1.0, 2.0]
+    mask, a = torch.arange(5) < torch.tensor(lengths)[:, None], torch.tensor(advantages, dtype=torch.float64)
+    settings = {"epsilon": 0.2, "epsilon_high": 0.3, "loss_type": loss_type}
+    rows = [x.tolist() for x in (logp, old, ref)]
+    want, kl = naive_loss(*rows, advantages, lengths, limit=6, beta=0.04, **settings)
+    settings["max_completion_length"] = 6
+    got, _ = grpo_loss(logp, old, a, mask, ref_logp=ref, beta=0.04, **settings)
+    policy, _ = grpo_loss(logp, old, a, mask, **settings)
+    settings["denominator"] = loss_denominator(mask, loss_type, 6)
+    parts = sum(
+        grpo_loss(logp[s], old[s], a[s], mask[s], ref_logp=ref[s], beta=0.04, **settings)[0]
+        for s in (slice(0, 1), slice(1, 4))
+    )
+    assert abs(got.item() - want) <= 1e-12
+    assert abs(parts.item() - want) <= 1e-12
+    assert abs((got - policy).item() - kl) <= 1e-12
 
 
 def test_k3_is_never_negative_zero_at_equality_and_unbiased():

@@ -2,18 +2,50 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from latentlab.pretrained import coconut, loading
 from latentlab.pretrained.loading import load_model, save_model
 from latentlab.problems import Problem
 from latentlab.rollouts import rollout
-from latentlab.verify.engine import published_examples
+from latentlab.verify.engine import WORDS
 
 TEXT = "one two ?\n<|start-latent|><|latent|><|end-latent|>"
+
+
+def published_examples(folder: Path) -> dict:
+    """Write a small GPT-2 with native dropout as base/, meta/checkpoint_3 and hf/; return its lm and tokenizer."""
+    vocabulary = {word: i for i, word in enumerate(("<eos>", "<unk>", *WORDS))}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(" ", behavior="removed")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_layer=2, n_embd=16, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+    )  # with GPT-2's native dropout of 0.1
+    config.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    tokenizer.add_tokens(list(coconut.TOKENS))  # the official order: start, end, latent
+    config.vocab_size = len(tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        lm = GPT2LMHeadModel(config)
+    state = {f"{coconut.PREFIX}{key}": value for key, value in lm.state_dict().items()}
+    (folder / "meta").mkdir()
+    torch.save(
+        {**state, "embedding.weight": lm.get_input_embeddings().weight.detach()}, folder / "meta" / "checkpoint_3"
+    )
+    for key, token in zip(coconut.CONFIG_IDS, coconut.TOKENS, strict=True):
+        setattr(lm.config, key, tokenizer.convert_tokens_to_ids(token))
+    logging.disable_progress_bar()
+    lm.save_pretrained(folder / "hf")
+    tokenizer.save_pretrained(folder / "hf")
+    return {"lm": lm, "tokenizer": tokenizer}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +100,7 @@ def test_a_loaded_checkpoint_rolls_out_and_its_latent_tokens_are_not_text(load):
 
 
 @pytest.mark.parametrize("layout", ["meta", "hf"])
-def test_export_is_bit_exact_for_plain_transformers_and_for_us(load, layout, tmp_path):
+def test_export_is_bit_exact_for_plain_transformers_and_for_us(source, load, layout, tmp_path):
     model = load(layout, num_thoughts=3, max_new_tokens=5)
     save_model(model, tmp_path)
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
@@ -76,7 +108,9 @@ def test_export_is_bit_exact_for_plain_transformers_and_for_us(load, layout, tmp
     weights = model.lm.state_dict()
     for other in (plain.state_dict(), again.lm.state_dict()):
         assert other.keys() == weights.keys() and all(torch.equal(other[key], weights[key]) for key in weights)
-    assert tokenizer(TEXT)["input_ids"] == model.tokenizer(TEXT)["input_ids"] == again.tokenizer(TEXT)["input_ids"]
+    ids = source["tokenizer"](TEXT)["input_ids"]
+    assert all(t(TEXT)["input_ids"] == ids for t in (tokenizer, model.tokenizer, again.tokenizer))
+    assert torch.equal(logits(plain, ids), logits(source["lm"], ids))
     assert (again.num_thoughts, again.max_new_tokens) == (3, 5)
 
 

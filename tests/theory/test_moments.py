@@ -1,4 +1,4 @@
-"""theory.py and enumeration.py: the enumeration is complete, and equals what training computes on one batch."""
+"""theory/: the enumeration is complete, and equals what training computes on one batch."""
 
 import itertools
 import math
@@ -10,11 +10,12 @@ from latentlab import advantage, loss
 from latentlab.masks import draw_masks, rollout_seeds
 from latentlab.theory import enumeration, moments, proofs
 from latentlab.theory.enumeration import SPEC
+from tests.conftest import tiny_gpt2
 
 
 @pytest.fixture(scope="module")
 def x():
-    return proofs.example()
+    return enumeration.example()
 
 
 def test_all_answers_are_enumerated_once(x):
@@ -38,9 +39,9 @@ def test_enumerated_masks_are_the_drawn_ones(x):
     assert torch.allclose(index.double().mean(0), probs, atol=5 * (probs.max() / 4000).sqrt().item())
 
 
-def test_wrong_number_of_bits_is_refused(x):
-    with pytest.raises(ValueError, match="bits: got 3"):
-        enumeration.mask_space(x.model, SPEC, bits=3)
+def test_a_model_with_too_many_masks_is_refused():
+    with pytest.raises(ValueError, match="masks: got 4 sites x 32 features, expected at most 12"):
+        enumeration.mask_space(tiny_gpt2(), SPEC)
 
 
 def test_scores_average_to_zero_and_reproduce_a_plain_backward(x):
@@ -114,7 +115,7 @@ def test_fresh_masks_on_one_token_answers_are_unbiased_with_token_ratios(x):
     model.max_new_tokens = 1
     policy = enumeration.enumerate_policy(model, x.problems[0], SPEC)
     rewards = enumeration.reward_table(policy, 0.5)
-    _, gradient = enumeration.objective(model, x.problems[0], SPEC, rewards)
+    gradient = enumeration.true_gradient(model, x.problems[0], SPEC, rewards)
     bias = {
         form: moments.relative_error(moments.fresh_mask_moments(policy, rewards, 2, form=form).mean, gradient)
         for form in ("detached", "token_ratio")

@@ -17,7 +17,7 @@ ENGINE = ("replay", "mask_identity", "mask_statistics", "batch_invariance", "nai
 
 def test_every_property_holds_in_float64():
     rows = table.run_verify("cpu", "float64")
-    assert [p.name for p in rows] == list(table.NAMES) and len(rows) == 17
+    assert [p.name for p in rows] == list(table.NAMES) and len(rows) == 14
     assert not [p for p in rows if not p.ok]
 
 
@@ -87,11 +87,13 @@ def test_a_mistake_turns_its_rows_red(mutate, red, monkeypatch):
         assert not [p for p in table.run_verify("cpu", dtype, only=red) if p.ok]
 
 
-def test_a_property_that_cannot_run_is_red(monkeypatch):
-    monkeypatch.setitem(engine.CHECKS, "grading", lambda engine: 1 / 0)
-    (row,) = table.run_verify(only=["grading"])
+def test_a_property_that_cannot_run_is_red(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(engine.CHECKS, "replay", lambda engine: 1 / 0)
+    (row,) = table.run_verify(only=["replay"])
     assert not row.ok and math.isnan(row.value) and "ZeroDivisionError" in row.note
-    assert "NO" in table.table([row]) and json.dumps(table.report([row], "cpu", "float64"), allow_nan=False)
+    monkeypatch.setattr(table, "run_verify", lambda device, dtype: [row])
+    assert table.main("cpu", "float64", tmp_path / "v.json") == 1 and "NO" in capsys.readouterr().out
+    assert json.loads((tmp_path / "v.json").read_text())["properties"][0]["value"] is None
 
 
 def test_main_writes_json_and_returns_the_exit_code(tmp_path, monkeypatch, capsys):
@@ -101,8 +103,10 @@ def test_main_writes_json_and_returns_the_exit_code(tmp_path, monkeypatch, capsy
     assert table.main("cpu", "float32", str(tmp_path / "v.json")) == 1
     written = json.loads((tmp_path / "v.json").read_text())
     assert [(p["name"], p["value"], p["bound"], p["ok"]) for p in written["properties"]] == [
-        ("a", 1e-12, 1e-10, True), ("b", 2.0, 1.0, False),
-    ]  # fmt: skip
+        ("a", 1e-12, 1e-10, True),
+        ("b", 2.0, 1.0, False),
+    ]
+    assert written["environment"]["torch"] == torch.__version__ and written["dtype"] == "float32"
     assert "1 of 2 properties hold" in capsys.readouterr().out
 
 
@@ -112,7 +116,11 @@ def test_nan_is_never_ok():
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"dtype": "float16"}, "dtype: got 'float16'"), ({"only": ["speed"]}, "property 'speed'")],
+    [
+        ({"dtype": "float16"}, "dtype: got 'float16'"),
+        ({"only": ["speed"]}, "property 'speed'"),
+        ({"device": "tpu"}, "device: got 'tpu'"),
+    ],
 )
 def test_bad_arguments_are_one_line(given, message):
     with pytest.raises(ValueError, match=message) as caught:

@@ -1,12 +1,14 @@
-"""bench.py: every figure comes from its own seconds, all variants make the same rollouts, bad shapes are one line."""
+"""bench/: every figure comes from its own seconds, all variants make the same rollouts, bad shapes are one line."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from transformers import GPT2Config
 
 from latentlab.bench import baselines, engine, timing
+from latentlab.cli import main
 from latentlab.masks import MaskSpec
 from latentlab.rollouts import encode_prompts
 from tests.conftest import sharpen
@@ -28,7 +30,7 @@ def model(toy):
 
 def test_figures_are_those_of_the_seconds(toy):
     axes = {"num_generations": (1, 2, 3), "thoughts": (0, 1, 2)}
-    found = engine.run_bench(shape="toy", num_problems=2, num_generations=2, repeats=1, axes=axes)
+    found = engine.run_bench("toy", num_problems=2, num_generations=2, repeats=1, axes=axes)["metrics"]
     s = found["seconds"]
     assert all(value > 0 for value in s.values())
     assert found["rollouts_per_second"] == pytest.approx(4 / s["rollout"])
@@ -51,12 +53,12 @@ def test_a_variant_makes_the_engines_rollouts_and_gradients(model, name):
     problems = engine.questions(3, 12)
     other = engine.variant(model, baselines.VARIANTS[name])
     for spec in (MaskSpec(rate=0.3), MaskSpec("per_step", 0.3, scope="all"), None):
-        ours, theirs = (engine.roll(m, problems, 3, spec) for m in (model, other))
+        ours, theirs = (engine.sample(m, problems, 3, spec) for m in (model, other))
         assert torch.equal(ours.tokens, theirs.tokens) and ours.tokens.shape == (9, engine.ANSWER)
         torch.testing.assert_close(ours.logp, theirs.logp, rtol=0, atol=1e-11)
         grads = []
         for m in (model, other):
-            engine.update(m, ours)
+            engine.update(m, partial(engine.score, m, ours))
             grads.append([p.grad.clone() for p in m.parameters()])
         torch.testing.assert_close(*grads, rtol=0, atol=1e-9)
 
@@ -65,7 +67,7 @@ def test_the_baselines_make_the_engines_rollouts(model):
     """The official scheme's greedy answers, and plain batching's sampled ones, are those of the engine, unmasked."""
     problems = engine.questions(2, 12)
     prompts, _ = encode_prompts(model.tokenizer, problems, "cpu")
-    sampled = engine.roll(model, problems, 3, None)
+    sampled = engine.sample(model, problems, 3, None)
     logp = baselines.plain(model, prompts.repeat_interleave(3, 0), sampled.seeds)
     torch.testing.assert_close(logp.detach(), sampled.logp, rtol=0, atol=1e-11)
     forced = baselines.plain(model, prompts.repeat_interleave(3, 0), sampled.seeds, sampled.tokens)
@@ -81,12 +83,12 @@ def test_prompts_have_the_length_they_are_said_to_have(model):
 
 def test_answers_that_end_early_leave_the_batch(model):
     early = engine.variant(model, baselines.EarlyEnd)
-    lengths = engine.roll(early, engine.questions(4, 12), 16).token_mask.sum(1).double()
+    lengths = engine.sample(early, engine.questions(4, 12), 16).token_mask.sum(1).double()
     assert 2 < lengths.mean() < 6 and lengths.max() == engine.ANSWER  # (1 - 0.75**8) / 0.25 = 3.6 on average
 
 
 def test_whole_iterations_end_at_the_limit(model):
-    found = engine.all_in(model.float(), 2, most=8)
+    found = engine.whole_iterations(model.float(), 2, most=8)
     assert found["rows"] == [2, 4, 8] and found["largest_rows"] == 8
     assert found["best_rollouts_per_second"] == max(found["rollouts_per_second"]) > 0
 
@@ -106,16 +108,18 @@ def test_peak_memory_is_what_a_run_holds():
 
 def test_the_result_and_its_copy_are_written(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LATENTLAB_REPORTS", str(tmp_path))
-    real = engine.run_bench
     small = {"num_problems": 1, "num_generations": 2, "repeats": 1, "axes": {"answer": (1, 2)}}
-    monkeypatch.setattr(engine, "run_bench", lambda shape, device, **_: real(shape=shape, device=device, **small))
-    assert engine.main("toy", "cpu", tmp_path / "copy.json") == 0
-    written = json.loads((tmp_path / "bench" / "cpu_toy.json").read_text())
+    monkeypatch.setattr(engine, "run_bench", partial(engine.run_bench, **small))
+    monkeypatch.setitem(engine.SHAPES, "tiny", engine.SHAPES["toy"])
+    assert main(["bench", "--shape", "tiny", "--json", str(tmp_path / "copy.json")]) == 0
+    written = json.loads((tmp_path / "bench" / "cpu_tiny.json").read_text())
     assert written == json.loads((tmp_path / "copy.json").read_text())
     assert written["parameters"]["threads"] == 1 and "times the official scheme" in written["headline"]
-    assert (tmp_path / "bench" / "cpu_toy.png").exists() and "speedup_vs_definition" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert (tmp_path / "bench" / "cpu_tiny.png").exists()
+    assert "speedup_vs_definition  " in table and "scaling.answer.seconds.1  " in table
 
 
 def test_a_bad_shape_is_one_line():
     with pytest.raises(ValueError, match="expected one of tiny, gpt2, smollm2"):
-        engine.run_bench(shape="huge")
+        engine.run_bench("huge")
