@@ -99,8 +99,8 @@ def restores(problem: Problem) -> bool:
     template = trace(problem)
     if template is None:
         return True
-    results = template.recompute(template.values)
-    return results is not None and template.write(template.values, results) == (problem.question, problem.steps)
+    numbers = template.recompute(template.values)
+    return numbers is not None and template.write(numbers) == (problem.question, problem.steps)
 
 
 def overlap(rows: list[Problem], held_out: list[Problem], key) -> int:
