@@ -12,9 +12,7 @@ from hashlib import sha256
 
 from latentlab.config import Config
 from latentlab.data import datasets
-from latentlab.data.perturb.copies import perturb, trace
-from latentlab.data.perturb.equations import parse_step
-from latentlab.data.perturb.wording import skeleton
+from latentlab.data.perturb import parse_step, perturb, skeleton, trace
 from latentlab.problems import Problem, canonical_answer
 from latentlab.study import results
 
