@@ -165,14 +165,13 @@ def _from_hub(name: str, split: str) -> list[Problem]:
         try:
             question, steps, raw = convert(row)
             question, answer = question.strip(), canonical_answer(raw or "")
+            for text in (question, *steps):
+                refuse_control_tokens(text)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{where}: got fields {sorted(row)} ({type(error).__name__}), expected those of its published form: "
                 "update latentlab or set LATENTLAB_DATA to a folder"
             ) from None
-        try:
-            for text in (question, *steps):
-                refuse_control_tokens(text)
         except ValueError as error:
             raise ValueError(f"{where}: {error}: use another data set") from None
         if answer is not None:
