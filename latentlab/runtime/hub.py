@@ -1,4 +1,4 @@
-"""Is the Hugging Face Hub there? One short request, because its libraries spend half a minute and more on retries."""
+"""Whether the Hugging Face Hub is reachable: one short request, because its libraries retry for half a minute."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def hub_answers() -> bool:
         return True
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except Exception:  # no name, no route, refused, proxy, timeout: the session's library decides the type
+    except Exception:  # no DNS, no route, refused, proxy, timeout: the type depends on the HTTP library
         return False
     return True
