@@ -1,4 +1,4 @@
-"""Intervals, paired tests and power for 0/1 outcomes: thin calls of scipy and statsmodels.
+"""Intervals, paired tests and power for 0/1 outcomes: thin calls of scipy.
 
 Two arms answer the same n problems, so problem i gives d_i = a_i - b_i in {-1, 0, +1}, and
 
@@ -12,12 +12,10 @@ Sources: Wilson 1927; McNemar 1947; Connor 1987 (power for paired proportions); 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import brentq
-from scipy.stats import hypergeom, norm
+from scipy.stats import binomtest, hypergeom, norm
 from scipy.stats import t as student
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.proportion import proportion_confint
 
-FEW_SEEDS = 3  # from so many on Student's interval over seeds is worth asking
+FEW_SEEDS = 3  # the least number of seeds for which Student's interval over seeds is reported
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -28,8 +26,8 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     _check_share("confidence", confidence)
     if not (n >= 1 and 0 <= correct <= n):
         raise ValueError(f"got correct = {correct} of n = {n}, expected 0 <= correct <= n and n >= 1: check the counts")
-    low, high = proportion_confint(correct, n, alpha=1 - confidence, method="wilson")
-    return float(low), float(high)
+    interval = binomtest(correct, n).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def paired_comparison(
@@ -39,9 +37,8 @@ def paired_comparison(
 
     Returns n · difference, low, high (points; percentile bootstrap over problems) · only_a, only_b (problems
     that one arm alone got right: McNemar's b and c) · discordance (their share) · p_value (exact two-sided
-    McNemar). Resampling n problems with replacement is a multinomial draw of the counts of -1, 0 and +1,
-    so that is what is drawn: the same distribution, n times cheaper. Where no problem is discordant
-    the interval is [0, 0] and says only that: see `detectable_difference`.
+    McNemar). Where no problem is discordant the interval is [0, 0] and says only that: see
+    `detectable_difference`.
     Raises ValueError for other values than 0/1, or unequal or empty arrays.
     """
     _check_share("confidence", confidence)
@@ -49,7 +46,6 @@ def paired_comparison(
     only_a, only_b = int(np.sum(a > b)), int(np.sum(a < b))
     means = _bootstrap((a - b)[None], np.random.default_rng(seed), resamples)  # [resamples]
     low, high = _percentiles(means, confidence)
-    table = [[int(np.sum(a * b)), only_a], [only_b, int(np.sum((1 - a) * (1 - b)))]]
     return {
         "n": a.size,
         "difference": 100 * (only_a - only_b) / a.size,
@@ -58,7 +54,7 @@ def paired_comparison(
         "only_a": only_a,
         "only_b": only_b,
         "discordance": (only_a + only_b) / a.size,
-        "p_value": float(mcnemar(table, exact=True).pvalue) if only_a + only_b else 1.0,
+        "p_value": float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0,
     }
 
 
@@ -70,11 +66,11 @@ def seed_comparison(
     Row s of both arms must be the same training seed (hence the same start), column i the same problem.
     Hierarchical bootstrap of the differences d [S, n]: each resample draws S seeds and n problems with
     replacement, the same problems for every seed and both arms, since all answered one test set. The
-    interval therefore has the variability of both, and pairing removes what the arms share.
-    With few seeds it is too short for new seeds: the seed part of the variance is low by (S - 1) / S.
+    interval therefore has the variability of both, and pairing removes what the arms share. With few seeds
+    it is too narrow for new seeds: it underestimates the seed part of the variance by (S - 1) / S.
 
     Returns seeds, n · difference, low, high (points) · seed_differences [S] and their standard deviation
-    seed_sd (points) · t_low, t_high: Student's interval over the seeds alone, honest where they are few.
+    seed_sd (points) · t_low, t_high: Student's interval over the seeds alone, valid for few seeds.
     Raises ValueError for other values than 0/1, unequal shapes, or fewer than 2 seeds.
     """
     _check_share("confidence", confidence)
@@ -102,16 +98,14 @@ def arm_comparison(a: ArrayLike, b: ArrayLike, *, seed: int) -> dict:
     """Arm `a` minus arm `b` over S >= 1 training seeds, a, b [S, n] as in `seed_comparison`; and each seed alone.
 
     Returns difference, low, high · wide_low, wide_high, the interval that decides: over problems for one seed, the
-    bootstrap's for two, of which Student's is 12.7 standard errors wide, and from FEW_SEEDS on the wider of both ·
-    per_seed, the `paired_comparison` of each · with several seeds what else `seed_comparison` says.
+    bootstrap's for two (Student's would be 12.7 standard errors wide), and from FEW_SEEDS on the wider of both ·
+    per_seed, the `paired_comparison` of each · with several seeds all keys of `seed_comparison`.
     """
     a, b = _outcomes(a, b, ndim=2)
     per_seed = [paired_comparison(ours, theirs, seed=seed) for ours, theirs in zip(a, b, strict=True)]
     pooled = {"seeds": 1, **per_seed[0]} if len(a) == 1 else seed_comparison(a, b, seed=seed)
-    bounds = [(pooled["low"], pooled["high"])]
-    if len(a) >= FEW_SEEDS:
-        bounds.append((pooled["t_low"], pooled["t_high"]))
-    wide = {"wide_low": min(low for low, _ in bounds), "wide_high": max(high for _, high in bounds)}
+    bounds = [pooled[key] for key in ("low", "high", "t_low", "t_high")[: 4 if len(a) >= FEW_SEEDS else 2]]
+    wide = {"wide_low": min(bounds), "wide_high": max(bounds)}
     return {**pooled, **wide, "per_seed": per_seed}
 
 
@@ -184,7 +178,7 @@ def verdict(difference_points: float, low: float, high: float, target: float = 1
 def _bootstrap(d: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
     """Means [resamples] of d [S, n] over resampled rows and columns; with one row, over columns alone.
 
-    Columns that are equal are drawn together: a multinomial over the few distinct ones (3 where S = 1).
+    Equal columns are drawn together, as a multinomial over the distinct ones (3 where S = 1): n times cheaper.
     """
     if resamples < 1:
         raise ValueError(f"got resamples = {resamples}, expected at least 1: 10,000 is usual")
