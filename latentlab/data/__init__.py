@@ -1,4 +1,4 @@
-"""Problems to train and evaluate on: synthetic ones, files, data sets of the Hub, copies with other numbers.
+"""Problems for training and evaluation: synthetic, from files, from the Hub, or perturbed copies.
 
 Read datasets.py first, which serves them all; jsonl.py defines the file format.
 """

@@ -1,10 +1,12 @@
 """Data sets: the synthetic word problems, and published sets read from a folder or the Hub.
 
 All become lists of `problems.Problem`. No network is needed where the environment variable
-LATENTLAB_DATA names a folder with gsm8k_train.jsonl, gsm8k_valid.jsonl, gsm8k_test.jsonl, gsm8k_flags.json,
-svamp.jsonl, multiarith.jsonl, gsm_hard.jsonl. Sources: GSM8K (Cobbe et al. 2021, arXiv:2110.14168), GSM8K-Aug
-(Deng et al. 2023, arXiv:2311.01460), SVAMP (arXiv:2103.07191), MultiArith (Roy & Roth 2015, arXiv:1608.01413),
-GSM-Hard (arXiv:2211.10435), ASDiv-A (arXiv:2106.15772, as in Calc-X, arXiv:2305.15017), GSM-Plus (arXiv:2402.19255).
+LATENTLAB_DATA names a folder with gsm8k_train.jsonl, gsm8k_valid.jsonl, gsm8k_test.jsonl,
+gsm8k_flags.json, svamp.jsonl, multiarith.jsonl, gsm_hard.jsonl.
+Sources: GSM8K (Cobbe et al. 2021, arXiv:2110.14168), GSM8K-Aug (Deng et al. 2023,
+arXiv:2311.01460), SVAMP (arXiv:2103.07191), MultiArith (Roy & Roth 2015, arXiv:1608.01413),
+GSM-Hard (arXiv:2211.10435), ASDiv-A (arXiv:2106.15772, as in Calc-X, arXiv:2305.15017), GSM-Plus
+(arXiv:2402.19255).
 """
 
 import json
@@ -42,11 +44,12 @@ _HUB: dict[str, tuple[tuple[str, ...], Callable]] = {
 
 
 def load(data: DataConfig, split: str) -> list[Problem]:
-    """The problems that a preset's `data` section asks for; `<split>_size` 0 takes all. Training rows have steps.
+    """The problems that a preset's `data` section asks for; training rows have steps.
 
-    With `copies`, number-perturbed copies of the training problems follow them (perturb/), drawn from `data.seed`
-    alone, so that every run has the same ones. Validation and test never get copies, and neither does a training
-    problem that differs from one of them in names and numbers alone (GSM8K has one).
+    `<split>_size` 0 takes all. With `copies`, number-perturbed copies of the training problems
+    follow them (perturb/), drawn from `data.seed` alone, so that every run has the same ones.
+    Validation and test never get copies, and neither does a training problem that differs from one
+    of them in names and numbers alone (GSM8K has one).
     """
     _check_name("split", split, SPLITS)
     size = getattr(data, f"{split}_size")
@@ -62,14 +65,16 @@ def load(data: DataConfig, split: str) -> list[Problem]:
 
 
 def gsm8k(split: str, *, data_dir: str | os.PathLike | None = None, with_steps: bool = False) -> list[Problem]:
-    """GSM8K: 6,973 problems for train, 500 for validation, 1,319 for test; train and validation share no question.
+    """GSM8K: 6,973 problems for train, 500 for validation, 1,319 for test.
 
-    Read from the folder `data_dir`, by default LATENTLAB_DATA; without either from the Hub ("openai/gsm8k"). The
-    folder's validation set is that of GSM8K-Aug; without a folder it is the 500 training questions with the
-    smallest blake2b: the two are different sets, never to be mixed in one table.
-    `with_steps` keeps only problems with a chain that ends at the answer (about 94 %), which is what a
-    curriculum over steps can learn from; the reward needs no chain, so by default every problem stays.
-    Raises ValueError for an unknown split or a bad file, FileNotFoundError for a missing file or Hub.
+    Train and validation share no question. Read from the folder `data_dir`, by default
+    LATENTLAB_DATA; without either from the Hub ("openai/gsm8k"). The folder's validation set is
+    that of GSM8K-Aug; without a folder it is the 500 training questions with the smallest blake2b:
+    the two are different sets, never to be mixed in one table. `with_steps` keeps only problems
+    with a chain that ends at the answer (about 94 %), which a curriculum over steps needs; the
+    reward needs no chain, so by default every problem is kept.
+    Raises ValueError for an unknown split or a bad file, FileNotFoundError for a missing file or
+    Hub.
     """
     _check_name("split", split, SPLITS)
     folder = _folder(data_dir)
@@ -78,9 +83,10 @@ def gsm8k(split: str, *, data_dir: str | os.PathLike | None = None, with_steps: 
 
 
 def gsm8k_aug(split: str) -> list[Problem]:
-    """GSM8K-Aug from the Hub ("whynlp/gsm8k-aug"): 385,620 problems for train, 500 for validation, 1,319 for test.
+    """GSM8K-Aug from the Hub ("whynlp/gsm8k-aug").
 
-    The paper's training set. Rows without one numeric answer are left out. Errors as for `gsm8k`.
+    385,620 problems for train, 500 for validation, 1,319 for test. The paper's training set. Rows
+    without one numeric answer are left out. Errors as for `gsm8k`.
     """
     _check_name("split", split, SPLITS)
     return _from_hub("gsm8k-aug", split)
@@ -89,11 +95,12 @@ def gsm8k_aug(split: str) -> list[Problem]:
 def benchmark(name: str, *, data_dir: str | os.PathLike | None = None) -> list[Problem]:
     """The evaluation problems of one data set.
 
-    name: "gsm8k" (test split, folder or Hub) · "gsm8k_perturbable" and "gsm8k_perturbed" (GSM8K's validation problems
-    that can be perturbed, as written and with fresh numbers, one variant each: a model that reasons solves
-    both as often; checkpoints were chosen on the former) · "svamp", "multiarith", "gsm_hard" (folder only) · "asdiv_a",
-    "gsm_plus" (Hub only; rows without one numeric answer, such as GSM-Plus's unanswerable questions, are
-    left out). Raises ValueError for another name, otherwise as `gsm8k`.
+    name: "gsm8k" (test split, folder or Hub) · "gsm8k_perturbable" and "gsm8k_perturbed" (GSM8K's
+    validation problems that can be perturbed, as written and with fresh numbers, one variant each:
+    a model that reasons solves both as often; checkpoints were chosen on the former) · "svamp",
+    "multiarith", "gsm_hard" (folder only) · "asdiv_a", "gsm_plus" (Hub only; rows without one
+    numeric answer, such as GSM-Plus's unanswerable questions, are left out).
+    Raises ValueError for another name, otherwise as `gsm8k`.
     """
     _check_name("benchmark", name, BENCHMARKS)
     if name == "gsm8k":
@@ -157,7 +164,7 @@ def _gsm8k_from_hub(split: str) -> list[Problem]:
 
 
 def _from_hub(name: str, split: str) -> list[Problem]:
-    """Rows of a Hub data set as problems; the index in an id counts all rows, also those without a numeric answer."""
+    """Rows of a Hub data set as problems; ids count all rows, also those without numeric answer."""
     address, convert = _HUB[name]
     problems = []
     for index, row in enumerate(_load_from_hub(address, split)):

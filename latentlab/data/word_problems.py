@@ -1,7 +1,7 @@
 """Templated multi-step arithmetic in plain English: an endless stream of problems from a seed.
 
-Every sentence about an operation has six tokens, the full stop included, with the number third, so that a one-layer
-transformer with absolute positions can learn it:
+Every sentence about an operation has six tokens, the full stop included, with the number third, so
+that a one-layer transformer with absolute positions can learn it:
 
     Leo has 16 books. He gives 2 books away. He splits 2 ways evenly. He finds 4 more books.
     He gets 2 for each. How many books remain?
@@ -37,24 +37,25 @@ WORDS: tuple[str, ...] = (
     *_OBJECTS,
     *_PHRASE_WORDS,
 )
-"""Every token that a synthetic question, step or answer can hold: numbers 0..29, marks, words; no duplicates."""
+"""Every token of synthetic questions, steps and answers: numbers 0..29, marks, words."""
 
 
 def word_problems(split: str, n: int, *, seed: int, steps: int = 4) -> list[Problem]:
     """The first `n` synthetic problems of one endless stream per (split, seed, steps).
 
-    Each has `steps` operations on whole numbers 0..29: the start is uniform in 1..29; then each operation is
-    uniform among those of + - * / that some operand 2..9 keeps within 0..29, and its operand uniform among
-    those operands. "/" is floor division, as in "<<14/4=3>>". Steps are written as in GSM8K, the answer is the
-    last result.
+    Each has `steps` operations on whole numbers 0..29: the start is uniform in 1..29; then each
+    operation is uniform among those of + - * / that some operand 2..9 keeps within 0..29, and its
+    operand uniform among those operands. "/" is floor division, as in "<<14/4=3>>". Steps are
+    written as in GSM8K, the answer is the last result.
 
-    The splits are disjoint by construction: blake2b of the arithmetic chain (start, operations, operands; not
-    names and wording) sends about 10 % of all chains to validation and as many to test. Chains may recur in
-    train, in other words; within one call for validation or test all chains are distinct.
+    The splits are disjoint by construction: blake2b of the arithmetic chain (start, operations,
+    operands; not names and wording) sends about 10 % of all chains to validation and as many to
+    test. Chains may recur in train, in other words; within one call for validation or test all
+    chains are distinct.
 
     The same arguments give the same list, and a longer call begins with the shorter one.
-    Raises ValueError for an unknown split, for n < 0 or steps < 1, and where validation or test has fewer
-    than n distinct chains (possible only for steps = 1 or 2, or an enormous n).
+    Raises ValueError for an unknown split, for n < 0 or steps < 1, and where validation or test has
+    fewer than n distinct chains (possible only for steps = 1 or 2, or an enormous n).
     """
     if split not in SPLITS:
         raise ValueError(f"got split {split!r}, expected one of {', '.join(SPLITS)}")
@@ -87,7 +88,7 @@ def _split_of(chain: str) -> str:
 
 
 def _moves(value: int) -> tuple[list[float], list[tuple[str, int]]]:
-    """All moves ("-2", result) from `value`, with the cumulative probabilities that separate them."""
+    """Bounds of the cumulative probabilities, and all moves ("-2", result) from `value`."""
     results = {"+": value.__add__, "-": value.__sub__, "*": value.__mul__, "/": value.__floordiv__}
     grouped = [[(f"{op}{k}", f(k)) for k in _OPERANDS if 0 <= f(k) <= _LARGEST] for op, f in results.items()]
     grouped = [group for group in grouped if group]

@@ -49,7 +49,7 @@ class Evaluation:
         return float(pass_at_k(self.correct.sum(1), self.correct.shape[1], k).mean())
 
     def correct_by_string(self) -> int:
-        """How many answers equal the problem's as text: the stricter of the two grading rules in use."""
+        """How many answers equal the problem's as text: the stricter of the two grading rules."""
         return sum(answers_match(extract_answer(t), p.answer, "string") for p, texts in self.groups() for t in texts)
 
     def majority(self) -> np.ndarray:

@@ -1,11 +1,11 @@
 """How much the K rollouts of a group differ: the collapse of plain GRPO, in four numbers per arm.
 
-    max_thought_difference   max |z_k - z_1| over rollouts k, latent steps and features; 0.0 means bit-equal thoughts
+    max_thought_difference   max |z_k - z_1| over rollouts k, latent steps, features; 0.0: bit-equal
     distinct_answers         mean number of different answers in a group
     frac_reward_zero_std     share of groups with equal rewards
     grad_norm                norm of the GRPO gradient, backward pass run and read from `.grad`
 
-`spread_by_step` and `principal_plane` describe the thoughts: their spread at each step, and its main directions.
+`spread_by_step` and `principal_plane` describe the thoughts: spread at each step, main directions.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ def measure_groups(
     gradient_problems: int | None = None,
     reward=exact_answer,
 ) -> dict[str, float]:
-    """The four numbers above, plus `reward`, `replay_gap` (nats), `problems` and `num_generations`, over whole batches.
+    """The four numbers above, plus `reward`, `replay_gap` (nats) and the sizes used.
 
-    The gradient is that of one GRPO step on all problems, or, where the backward pass is expensive, on the first
-    `gradient_problems`: batches are summed, each weighted by its share. Gradients are cleared before and after.
+    The gradient is that of one GRPO step on all problems, or, where the backward pass is expensive,
+    on the first `gradient_problems`, rounded up to whole batches: batches are summed, each weighted
+    by its share. Gradients are cleared before and after.
     Raises ValueError for an empty problem list.
     """
     if not problems:
@@ -81,9 +82,9 @@ def measure_groups(
 
 
 def spread_by_step(thoughts: torch.Tensor, num_generations: int) -> torch.Tensor:
-    """Variance across the K rollouts of a group, summed over features, relative to |z|^2: thoughts [R, L, D] -> [L].
+    """Variance across the K rollouts of a group, relative to |z|^2: thoughts [R, L, D] -> [L].
 
-    0 means that all K thoughts are equal; it is averaged over groups.
+    Summed over features, averaged over groups; 0 means that all K thoughts are equal.
     """
     grouped = thoughts.double().unflatten(0, (-1, num_generations))  # [B, K, L, D]
     variance = grouped.var(1, correction=1).sum(-1)  # [B, L]

@@ -2,11 +2,13 @@
 
 Two arms answer the same n problems, so problem i gives d_i = a_i - b_i in {-1, 0, +1}, and
 
-    difference d = mean(d_i),    Var(d) = (discordance - d^2) / n,    discordance = share of d_i != 0.
+    difference d = mean(d_i),  Var(d) = (discordance - d^2) / n,  discordance = share of d_i != 0.
 
-Differences and their bounds are in percentage points (100 x); shares, confidences and powers are in 0..1.
-Sources: Wilson 1927; McNemar 1947; Connor 1987 (power for paired proportions); Efron & Tibshirani 1993
-(bootstrap); Owen 2007 (bootstrap of crossed factors); Chen et al. 2021, arXiv:2107.03374 (pass@k).
+Differences and their bounds are in percentage points (100 x); shares, confidences and powers are in
+0..1.
+Sources: Wilson 1927; McNemar 1947; Connor 1987 (power for paired proportions); Efron & Tibshirani
+1993 (bootstrap); Owen 2007 (bootstrap of crossed factors); Chen et al. 2021, arXiv:2107.03374
+(pass@k).
 """
 
 import numpy as np
@@ -35,10 +37,10 @@ def paired_comparison(
 ) -> dict[str, float | int]:
     """Arm `a` minus arm `b` on the same problems; a, b [n] of 0/1 in the same order.
 
-    Returns n · difference, low, high (points; percentile bootstrap over problems) · only_a, only_b (problems
-    that one arm alone got right: McNemar's b and c) · discordance (their share) · p_value (exact two-sided
-    McNemar). Where no problem is discordant the interval is [0, 0] and says only that: see
-    `detectable_difference`.
+    Returns n · difference, low, high (points; percentile bootstrap over problems) · only_a, only_b
+    (problems that one arm alone got right: McNemar's b and c) · discordance (their share) · p_value
+    (exact two-sided McNemar). Where no problem is discordant the interval is [0, 0] and says only
+    that: see `detectable_difference`.
     Raises ValueError for other values than 0/1, or unequal or empty arrays.
     """
     _check_share("confidence", confidence)
@@ -63,14 +65,16 @@ def seed_comparison(
 ) -> dict[str, float | int | list[float]]:
     """Arm `a` minus arm `b` over training seeds and problems; a, b [S, n] of 0/1.
 
-    Row s of both arms must be the same training seed (hence the same start), column i the same problem.
-    Hierarchical bootstrap of the differences d [S, n]: each resample draws S seeds and n problems with
-    replacement, the same problems for every seed and both arms, since all answered one test set. The
-    interval therefore has the variability of both, and pairing removes what the arms share. With few seeds
-    it is too narrow for new seeds: it underestimates the seed part of the variance by (S - 1) / S.
+    Row s of both arms must be the same training seed (hence the same start), column i the same
+    problem. Hierarchical bootstrap of the differences d [S, n]: each resample draws S seeds and n
+    problems with replacement, the same problems for every seed and both arms, since all answered
+    one test set. The interval therefore has the variability of both, and pairing removes what the
+    arms share. With few seeds it is too narrow for new seeds: it underestimates the seed part of
+    the variance by (S - 1) / S.
 
-    Returns seeds, n · difference, low, high (points) · seed_differences [S] and their standard deviation
-    seed_sd (points) · t_low, t_high: Student's interval over the seeds alone, valid for few seeds.
+    Returns seeds, n · difference, low, high (points) · seed_differences [S] and their standard
+    deviation seed_sd (points) · t_low, t_high: Student's interval over the seeds alone, valid for
+    few seeds.
     Raises ValueError for other values than 0/1, unequal shapes, or fewer than 2 seeds.
     """
     _check_share("confidence", confidence)
@@ -95,11 +99,12 @@ def seed_comparison(
 
 
 def arm_comparison(a: ArrayLike, b: ArrayLike, *, seed: int) -> dict:
-    """Arm `a` minus arm `b` over S >= 1 training seeds, a, b [S, n] as in `seed_comparison`; and each seed alone.
+    """Arm `a` minus arm `b` over S >= 1 training seeds and per seed; a, b as in `seed_comparison`.
 
-    Returns difference, low, high · wide_low, wide_high, the interval that decides: over problems for one seed, the
-    bootstrap's for two (Student's would be 12.7 standard errors wide), and from FEW_SEEDS on the wider of both ·
-    per_seed, the `paired_comparison` of each · with several seeds all keys of `seed_comparison`.
+    Returns difference, low, high · wide_low, wide_high, the interval that decides: over problems
+    for one seed, the bootstrap's for two (Student's would be 12.7 standard errors wide), and from
+    FEW_SEEDS on the wider of both · per_seed, the `paired_comparison` of each · with several seeds
+    all keys of `seed_comparison`.
     """
     a, b = _outcomes(a, b, ndim=2)
     per_seed = [paired_comparison(ours, theirs, seed=seed) for ours, theirs in zip(a, b, strict=True)]
@@ -112,8 +117,9 @@ def arm_comparison(a: ArrayLike, b: ArrayLike, *, seed: int) -> dict:
 def pass_at_k(correct_counts: ArrayLike, n: int, k: int) -> np.ndarray:
     """Unbiased estimate, per problem, that one of k rollouts is right: 1 - C(n - c, k) / C(n, k).
 
-    correct_counts [B]: right rollouts c among the n drawn for each problem. Returns [B], shares in 0..1;
-    their mean is pass@k. Raises ValueError unless 1 <= k <= n and every 0 <= c <= n is whole.
+    correct_counts [B]: right rollouts c among the n drawn for each problem. Returns [B], shares in
+    0..1; their mean is pass@k.
+    Raises ValueError unless 1 <= k <= n and every 0 <= c <= n is whole.
     """
     c = np.asarray(correct_counts)
     if not 1 <= k <= n:
@@ -126,7 +132,8 @@ def pass_at_k(correct_counts: ArrayLike, n: int, k: int) -> np.ndarray:
 def power_at(difference: float, n: int, discordance: float, confidence: float = 0.95) -> float:
     """Probability that a two-sided paired test resolves a true `difference` (points) on n problems.
 
-    discordance: share (0..1) of problems that exactly one arm gets right. Normal approximation (Connor 1987).
+    discordance: share (0..1) of problems that exactly one arm gets right. Normal approximation
+    (Connor 1987).
     Raises ValueError unless n >= 1, 0 < discordance <= 1 and |difference| <= 100 x discordance.
     """
     _check_share("confidence", confidence)
@@ -144,7 +151,8 @@ def power_at(difference: float, n: int, discordance: float, confidence: float = 
 def detectable_difference(n: int, discordance: float, power: float = 0.8, confidence: float = 0.95) -> float:
     """The smallest true difference (points) that n problems resolve with probability `power`.
 
-    Arguments and errors as in `power_at`, which it inverts; ValueError too where no difference suffices.
+    Arguments and errors as in `power_at`, which it inverts; ValueError too where no difference
+    suffices.
     """
     _check_share("power", power)
     largest = 100 * discordance
@@ -162,7 +170,8 @@ def verdict(difference_points: float, low: float, high: float, target: float = 1
     """The study's rule for a paired difference with interval [low, high], all in points.
 
     "reproduced" if low > 0 and high >= target · "smaller gain" if low > 0 and high < target · "not
-    reproduced" if low <= 0 and high < target · else "not resolved". target: the paper's gain, 27.29 -> 29.01 %.
+    reproduced" if low <= 0 and high < target · else "not resolved". target: the paper's gain, 27.29
+    -> 29.01 %.
     Raises ValueError unless low <= difference_points <= high.
     """
     if not low <= difference_points <= high:  # also false for NaN
@@ -176,9 +185,9 @@ def verdict(difference_points: float, low: float, high: float, target: float = 1
 
 
 def _bootstrap(d: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Means [resamples] of d [S, n] over resampled rows and columns; with one row, over columns alone.
+    """Means [resamples] of d [S, n] over resampled rows and columns (columns alone if S = 1).
 
-    Equal columns are drawn together, as a multinomial over the distinct ones (3 where S = 1): n times cheaper.
+    Equal columns are drawn together, as a multinomial over the distinct ones (3 if S = 1).
     """
     if resamples < 1:
         raise ValueError(f"got resamples = {resamples}, expected at least 1: 10,000 is usual")

@@ -22,10 +22,10 @@ def decoded_thoughts(model: LatentReasoner, problems: list[Problem], top: int = 
 
 
 def swap_thoughts(model: LatentReasoner, problems: list[Problem]) -> dict:
-    """Give each problem the thoughts of the next one: how often does the answer change, and become the donor's?
+    """Give each problem the thoughts of the next one: how often does the answer follow the donor?
 
-    Returns n, and shares in [0, 1]: `changed` · `follows_donor`, the answer is the donor's own clean one ·
-    `same_by_chance`, the two clean answers agree anyway.
+    Returns n, and shares in [0, 1]: `changed` · `follows_donor`, the answer is the donor's own
+    clean one · `same_by_chance`, the two clean answers agree anyway.
     """
     clean = _greedy(model, problems)
     given = clean.thoughts.roll(-1, 0)  # [n, L, D]: recorded, so that all L thoughts are the donor's own

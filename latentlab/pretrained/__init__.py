@@ -1,6 +1,7 @@
 """Models: where weights and tokenizers come from, and how they are stored.
 
-Read loading.py first; scratch.py builds small models, coconut.py reads published Coconut checkpoints.
+Read loading.py first; scratch.py builds small models, coconut.py reads published Coconut
+checkpoints.
 """
 
 from latentlab.pretrained.loading import load_model as load_model

@@ -1,14 +1,17 @@
 """Coconut checkpoints as others publish them, read into a plain causal LM and its tokenizer.
 
-    checkpoint_N    the official trainer's torch.save of a state dict. Keys `base_causallm.*`, and `embedding.weight`,
-                    the input embedding once more. The embedding has three rows more than the base model's tokenizer
-                    has tokens: <|start-latent|>, <|end-latent|>, <|latent|>, in this order. Config and tokenizer are
-                    not in it: they come from the base model, a folder or a Hub id.
-    a HF folder     config.json (model_type gpt2) with latent_id, latent_start_id, latent_end_id (negative: not set),
-                    safetensors, and a tokenizer with the three tokens.
+checkpoint_N: the official trainer's torch.save of a state dict, with keys `base_causallm.*`, and
+`embedding.weight`, the input embedding once more. The embedding has three rows more than the base
+model's tokenizer has tokens: <|start-latent|>, <|end-latent|>, <|latent|>, in this order. Config
+and tokenizer come from the base model, a folder or a Hub id.
 
-Neither records the number of thoughts or the answer length: `RECIPE` has those of the published GSM8K checkpoints.
-Sources of the layouts: facebookresearch/coconut, run.py and coconut.py; ModalityDance/latent-tts-coconut.
+HF folder: config.json (model_type gpt2) with latent_id, latent_start_id, latent_end_id (negative:
+not set), safetensors, and a tokenizer with the three tokens.
+
+Neither records the number of thoughts or the answer length: `RECIPE` has those of the published
+GSM8K checkpoints.
+Sources of the layouts: facebookresearch/coconut, run.py and coconut.py;
+ModalityDance/latent-tts-coconut.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ PREFIX = "base_causallm."
 
 
 def state_dict_file(name: str) -> Path | None:
-    """The file of a `checkpoint_N` state dict: `name` itself, or the only one in the folder `name`; else None.
+    """The `checkpoint_N` state dict that `name` means: a file, or the one in a folder; else None.
 
     Raises ValueError for a folder with several.
     """
@@ -45,7 +48,8 @@ def state_dict_file(name: str) -> Path | None:
 def load_state_dict(file: Path, base: str):
     """(lm in float32, tokenizer) from a `checkpoint_N` file and the config and tokenizer of `base`.
 
-    Raises ValueError with one line for a file that is no such state dict or does not fit the base model.
+    Raises ValueError with one line for a file that is no such state dict or does not fit the base
+    model.
     """
     weights = _read(file)
     try:
@@ -106,9 +110,10 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 
 
 def name_latent_tokens(config, tokenizer) -> bool:
-    """Whether `config` is of a published HF folder; its tokenizer then has the three tokens where the config says.
+    """Whether `config` is of a published HF folder; its tokenizer then gets the latent tokens.
 
-    Tokens that the tokenizer lacks are added in the order of the config's ids. ValueError where the two disagree.
+    Tokens that the tokenizer lacks are added in the order of the config's ids. ValueError where the
+    two disagree.
     """
     if not all(hasattr(config, key) for key in CONFIG_IDS):
         return False

@@ -1,13 +1,14 @@
 """Loading and saving models: weights, tokenizer and the settings of latent reasoning.
 
     load_model("tiny")             the checkpoint that comes with the library
-    load_model(name_or_path)       a folder or Hub id: a latentlab checkpoint, or any GPT-2 / Llama-family causal LM
+    load_model(name_or_path)       a folder or Hub id: of latentlab, or any GPT-2 / Llama-family LM
     load_model("…/checkpoint_25")  a published Coconut checkpoint, either layout (coconut.py)
     model_from_config(config)      what a preset asks for
     save_model(model, folder)      safetensors + tokenizer + config + latentlab.json
 
-Foreign checkpoints get the three latent tokens added, their rows initialised from the embedding of "<<" as in the
-official Coconut code. Only safetensors are read, or tensors alone (`weights_only`): no pickle, no remote code.
+Foreign checkpoints get the three latent tokens added, their rows initialised from the embedding of
+"<<" as in the official Coconut code. Only safetensors are read, or tensors alone (`weights_only`):
+no pickle, no remote code.
 """
 
 from __future__ import annotations
@@ -65,14 +66,15 @@ def load_model(
 ) -> LatentReasoner:
     """Load a model in float32: "tiny" (the shipped checkpoint), a folder or a Hub id.
 
-    The run folder of a training run stands for its best/. A folder written by `save_model` knows its number of
-    thoughts and its answer length, a published Coconut checkpoint takes its recipe's; for other checkpoints pass
-    `num_thoughts` and `max_new_tokens`, which also override what is stored. `feedback` as in `LatentReasoner`.
-    `base` is the base model of a Coconut `checkpoint_N` state dict, a folder or a Hub id; default: GPT-2.
+    The run folder of a training run stands for its best/. A folder written by `save_model` knows
+    its number of thoughts and its answer length, a published Coconut checkpoint takes its recipe's;
+    for other checkpoints pass `num_thoughts` and `max_new_tokens`, which also override what is
+    stored. `feedback` as in `LatentReasoner`. `base` is the base model of a Coconut `checkpoint_N`
+    state dict, a folder or a Hub id; default: GPT-2.
 
     Returns a model whose `provenance` has kind, name and sha256 of the weights.
-    Raises FileNotFoundError (no such checkpoint, Hub not reachable) or ValueError (damaged or incomplete checkpoint,
-    settings missing), one line each.
+    Raises FileNotFoundError (no such checkpoint, Hub not reachable) or ValueError (damaged or
+    incomplete checkpoint, settings missing), one line each.
     """
     name = str(shipped_checkpoint(str(name_or_path)) if name_or_path in SHIPPED else name_or_path)
     if os.path.exists(os.path.join(name, "metrics.jsonl")) and os.path.exists(os.path.join(name, "best")):
@@ -133,7 +135,7 @@ def _load_pair(name: str) -> tuple[Any, Any]:
 
 
 def _stored_settings(name: str) -> dict:
-    """What `save_model` wrote beside the weights, in a folder or on the Hub; {} for a foreign checkpoint."""
+    """The contents of STATE_FILE, in a folder or on the Hub; {} for a foreign checkpoint."""
     path = Path(name) / STATE_FILE
     if not os.path.exists(name):
         path = Path(cached_file(name, STATE_FILE, _raise_exceptions_for_missing_entries=False) or path)
@@ -146,7 +148,7 @@ def _stored_settings(name: str) -> dict:
 
 
 def add_latent_tokens(lm, tokenizer) -> None:
-    """Make START, LATENT, END single tokens; new rows start as the row of "<<" (as the official code does)."""
+    """Make START, LATENT, END single tokens; new rows start as the row of "<<", as in Coconut."""
     before, rows = len(tokenizer), lm.get_input_embeddings().weight.shape[0]
     if before > rows:
         raise ValueError(
@@ -164,7 +166,7 @@ def add_latent_tokens(lm, tokenizer) -> None:
 
 
 def no_native_dropout(lm) -> None:
-    """Set every dropout of the backbone to 0: here masks are values, and nothing else may be random."""
+    """Set every dropout of the backbone to 0: masks are values, and nothing else may be random."""
     for name in NATIVE_DROPOUT:
         if getattr(lm.config, name, None):
             setattr(lm.config, name, 0.0)
@@ -176,7 +178,7 @@ def no_native_dropout(lm) -> None:
 
 
 def save_model(model: LatentReasoner, folder: str | Path) -> None:
-    """Write `model` into `folder` (created if missing): what plain transformers loads, plus latentlab.json."""
+    """Write `model` into `folder`: what plain transformers loads, plus latentlab.json."""
     _silence_transformers()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +189,7 @@ def save_model(model: LatentReasoner, folder: str | Path) -> None:
 
 
 def shipped_checkpoint(preset: str) -> Path:
-    """The folder of the trained checkpoint that comes with the library for `preset` (smoke uses tiny's).
+    """The folder of the shipped checkpoint for `preset` (smoke uses tiny's).
 
     Raises FileNotFoundError for a preset without one.
     """
@@ -207,7 +209,7 @@ def _kind(folder: Path) -> str:
 
 
 def weights_hash(name: str | Path) -> dict[str, str]:
-    """{"sha256": …} over a file, or the safetensors of a folder, or of a Hub id's download, in name order; else {}."""
+    """{"sha256": …} of a file, or of the safetensors of a folder or cached Hub id; else {}."""
     if not os.path.exists(name):
         try:
             name = snapshot_download(str(name), local_files_only=True)

@@ -34,7 +34,7 @@ def build_model(
     seed: int,
     feedback: str = "thought",
 ) -> LatentReasoner:
-    """A GPT-2 of the given shape with a word tokenizer, no native dropout, weights drawn from `seed` alone."""
+    """A GPT-2 of the given shape with a word tokenizer; weights depend on `seed` alone."""
     tokenizer = word_tokenizer(words)
     shape: dict[str, Any] = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_positions": n_positions}
     shape |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)

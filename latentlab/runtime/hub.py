@@ -1,4 +1,4 @@
-"""Whether the Hugging Face Hub is reachable: one short request, because its libraries retry for half a minute."""
+"""Whether the Hugging Face Hub is reachable, by one short request: its libraries retry for long."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ TIMEOUT = 5.0  # seconds until a Hub that does not answer counts as unreachable
 
 
 def hub_answers() -> bool:
-    """True if the Hub answers within TIMEOUT, or if HF_HUB_OFFLINE is set: offline mode fails fast by itself."""
+    """True if the Hub answers within TIMEOUT, or if HF_HUB_OFFLINE is set, which fails fast."""
     import huggingface_hub
     from huggingface_hub import constants
 

@@ -1,7 +1,8 @@
-"""Number-perturbed copies of word problems: the same words and steps with other numbers, the chain recomputed.
+"""Copies of word problems with other numbers: the same words and steps, the chain recomputed.
 
-Read copies.py first, which draws new numbers; template.py traces where each number of a chain comes from, with
-equations.py (exact arithmetic) and wording.py (what the words of a question say about its numbers).
+Read copies.py first, which draws new numbers; template.py traces where each number of a chain comes
+from, with equations.py (exact arithmetic) and wording.py (what the words of a question say about
+its numbers).
 """
 
 from latentlab.data.perturb.copies import perturb as perturb

@@ -20,11 +20,13 @@ _ROUND = ((1000, 8000), (500, 4000), (100, 800), (50, 400), (10, 80), (5, 20))  
 
 
 def perturb(problem: Problem, n: int, seed: int) -> list[Problem]:
-    """Up to `n` copies of `problem` with other numbers: fewer where the numbers leave no room, none where in doubt.
+    """Up to `n` copies of `problem` with other numbers.
 
-    Variant k depends on (problem, seed, k) alone, not on n. Its id is "<id>~<k>", its source "<source>/perturbed".
-    All variants differ from one another and from the original, every equation holds exactly, whole numbers stay
-    positive whole numbers, decimals keep their places, and any two numbers of the question keep their order.
+    Fewer where the numbers leave no room, none where the origin of a number is in doubt. Variant k
+    depends on (problem, seed, k) alone, not on n. Its id is "<id>~<k>", its source
+    "<source>/perturbed". All variants differ from one another and from the original, every equation
+    holds exactly, whole numbers stay positive whole numbers, decimals keep their places, and any
+    two numbers of the question keep their order.
     Raises ValueError for n < 0.
     """
     if n < 0:
@@ -60,7 +62,8 @@ def perturbed(problems: Iterable[Problem], n: int, seed: int) -> list[Problem]:
 def _grid(template: Template, i: int) -> tuple[int, Sequence[int]]:
     """(scale, ticks): variable i may become any tick / scale.
 
-    Near the old value, as round, with as many decimals, below its unit's ceiling, and right after its "a" or "an".
+    Values near the old one, as round, with as many decimals, below the ceiling of their unit, and
+    consistent with an "a" or "an" before them.
     """
     old = template.values[i]
     scale = 10 ** decimals(old)
@@ -82,7 +85,7 @@ def _grid(template: Template, i: int) -> tuple[int, Sequence[int]]:
 def _draw(
     rng: random.Random, template: Template, grids: dict[int, tuple[int, Sequence[int]]]
 ) -> tuple[Number, ...] | None:
-    """New values in the order of the old ones, each uniform between its neighbours so far; None where that fails."""
+    """New values in the order of the old, each uniform between its neighbours, or None."""
     known = {i: value for i, value in enumerate(template.values) if i not in grids}
     left = list(grids)
     while left:

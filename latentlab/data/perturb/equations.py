@@ -1,9 +1,10 @@
-"""The equations of a chain, "<<2*(3+4)=14>>": parsed without eval, computed exactly, written as they were written."""
+"""Equations of a chain, "<<2*(3+4)=14>>": parsed without eval, computed exactly."""
 
 import ast
 import operator
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -84,18 +85,14 @@ def decimals(value: Number) -> int:
 
 
 def is_padded(literal: str) -> bool:
-    """Whether the decimals of a literal are filled up with zeros, as in "$2.50", "0.25" or "18.0"."""
+    """Whether the decimals of a literal may be padded with zeros: "$2.50", "0.25" or "18.0"."""
     part = literal.partition(".")[2]
     return part[-1:] == "0" or len(part) == 2
 
 
 def write_like(value: Number, literal: str) -> str:
-    """A value with at most six decimals in the manner of a literal: its separators, zeros at the end and in front."""
-    k = decimals(value)
-    whole, part = divmod(value.numerator * 10**k // value.denominator, 10**k)
-    old_whole, _, old_decimals = literal.partition(".")
-    text = "" if not old_whole and not whole else f"{whole:,}" if "," in literal else str(whole)
-    new_decimals = f"{part:0{k}}" if k else ""
-    if is_padded(literal):
-        new_decimals = new_decimals.ljust(len(old_decimals), "0")
-    return f"{text}.{new_decimals}" if new_decimals else text or "0"
+    """A value of at most six decimals in the format of a literal: separators, padding, zeros."""
+    padded = len(literal.partition(".")[2]) if is_padded(literal) else 0
+    places, separator = max(decimals(value), padded), "," if "," in literal else ""
+    text = f"{Decimal(value.numerator) / value.denominator:{separator}.{places}f}"
+    return text.removeprefix("0") if places and literal.startswith(".") else text

@@ -1,8 +1,9 @@
 """A word problem with holes for its numbers: where each number of the chain comes from.
 
-The distinct digit values of a question are its variables; equal numbers stay tied. Each literal of each equation must
-be traced to a variable, to the result of an earlier step, or to a constant that the wording licenses (wording.py).
-A literal with two possible origins freezes every number that either depends on; one with none rejects the problem.
+The distinct digit values of a question are its variables; equal numbers stay tied. Each literal of
+each equation must be traced to a variable, to the result of an earlier step, or to a constant that
+the wording licenses (wording.py). A literal with two possible origins freezes every number that
+either depends on; one with none rejects the problem.
 """
 
 import itertools
@@ -19,7 +20,7 @@ _CHANCE = 20  # numbers below it, all used by the chain, may add up to one anoth
 
 
 class Origin(NamedTuple):
-    """Where a literal comes from: a + b * numbers[source], numbers being the variables, then the results so far."""
+    """Where a literal comes from: a + b * numbers[source]; `numbers`: variables, then results."""
 
     source: int
     a: Number = 0
@@ -33,7 +34,7 @@ class Origin(NamedTuple):
 
 
 def trace(problem: Problem) -> "Template | None":
-    """The template of a problem, or None where the origin of some literal is in doubt or no number may change."""
+    """The template of a problem; None if an origin is in doubt or no number may change."""
     template = Template(problem)
     if not problem.steps or not all(map(template.trace_step, problem.steps)):
         return None
@@ -49,7 +50,7 @@ def trace(problem: Problem) -> "Template | None":
 
 
 class Template:
-    """A problem with holes: where each number of the question and each literal of the chain comes from."""
+    """A problem with holes: the origin of each number of the question and literal of the chain."""
 
     def __init__(self, problem: Problem):
         text = problem.question
@@ -77,7 +78,7 @@ class Template:
         return {i for i in range(len(self.values)) if self.uses[i]} - self.frozen
 
     def trace_step(self, step: str) -> bool:
-        """Add a step with the origins of its literals; False if it is no true equation or a literal has no origin."""
+        """Add a step; False if it is not a true equation or one of its literals has no origin."""
         equation = parse_step(step)
         if equation is None or not equation.holds():
             return False
@@ -112,7 +113,7 @@ class Template:
         return possible + [Origin(0, value, 0)] * (value in self.constants)
 
     def _in_disguise(self, constant: Number) -> set[int]:
-        """Variables that a constant may stand for: 2 for 50 %, 30 minutes or 6 months; 3 for 90 / 30."""
+        """Variables a constant may stand for: 2 for 50 %, 30 minutes, 6 months; 3 for 90/30."""
         values = self.values
         units = {i for i, whole in self.wholes if whole in (constant * values[i], constant * (whole - values[i]))}
         units |= {i for i, whole in self.wholes if whole * constant == values[i]}
@@ -120,7 +121,7 @@ class Template:
         return units.union(*[{i, j} for i, j in pairs if values[i] > 1 and values[i] * constant == values[j]])
 
     def freeze_redundant(self) -> None:
-        """Freeze redundant givens: 10 boys, 15 girls, 25 children; 3 days and 4 days of a week; a given result."""
+        """Freeze redundant givens: 10 boys, 15 girls, 25 children; 3 and 4 days of a week."""
         values, n = self.values, len(self.values)
         mentions = Counter(i for _, _, i in self.spans)
         # With a mention that does not serve the chain: these add up to nothing by chance.
@@ -142,8 +143,11 @@ class Template:
             self.frozen |= {values.index(rest), *parts} if rest in values else set()
 
     def recompute(self, values: tuple[Number, ...]) -> list[Number] | None:
-        """`numbers` under new values; None where a result leaves 2/5 to 5/2 of the old one,
-        or where sign, wholeness, decimals or an order that decides is not kept.
+        """`numbers` under new values; None if one of these does not hold.
+
+        Results stay within 2/5 and 5/2 of the old ones and gain no decimals; percentages that add up
+        to at most 100 still do; where the wording requires it, what is at most 100 stays so, and
+        variables and results keep their order.
         """
         numbers = list(values)
         for equation, origins in self.steps:
@@ -159,7 +163,7 @@ class Template:
         return numbers if not self.decides or _ranks(numbers) == _ranks(self.numbers) else None
 
     def write(self, numbers: Sequence[Number]) -> tuple[str, tuple[str, ...]]:
-        """(question, steps) with these numbers, each written in the manner of the original."""
+        """(question, steps) with these numbers, each in the format of the original."""
         question = _fill(self.problem.question, [(start, end, numbers[i]) for start, end, i in self.spans])
         steps = []
         for (equation, origins), result in zip(self.steps, numbers[len(self.values) :], strict=True):
@@ -183,7 +187,7 @@ def _ranks(numbers: Sequence[Number]) -> list[int]:
 
 
 def _fill(text: str, holes: list[tuple[int, int, Number]]) -> str:
-    """`text` with the number at each (start, end) replaced by a value, written in the same manner."""
+    """`text` with the number at each (start, end) replaced by a value in the same format."""
     for start, end, value in reversed(holes):
         text = text[:start] + write_like(value, text[start:end]) + text[end:]
     return text

@@ -1,7 +1,8 @@
-"""What the words of a question say about its numbers: the constants they license, names, units, decisions.
+"""What the words of a question say about its numbers: licensed constants, names, units, decisions.
 
-The tables are generous where generosity means caution: a licensed constant that equals a number of the question makes
-`perturb` freeze that number, so a word too many costs a few variants and never a wrong one.
+The tables err on the side of caution: a licensed constant that equals a number of the question
+makes `perturb` freeze that number, so a superfluous word costs a few variants and never gives a
+wrong one.
 """
 
 import itertools
@@ -26,8 +27,8 @@ _MONTHS = (
     r"|dec(?:ember)?)"
 )
 _PARTS = "half third fourth fifth sixth seventh eighth ninth tenth".split()
-# Constants | words that license them; where several patterns stand, the question must hold each. A "~" before the
-# constants: too weak to explain a literal, but reason enough to freeze a number of that value.
+# Constants | words that license them; with several patterns, the question must match each. "~": too
+# weak to explain a literal, but reason enough to freeze a number of that value.
 _TABLE = rf"""
 2 1/2 1         | half|halves|halfway|midway
 2               | twice|doubl\w*|both|pairs?|couples?|twins?|either|bicycles?|motorcycles?|bikes?|round.?trip
@@ -162,7 +163,7 @@ DECISION = _pattern(
 
 
 def constants(question: str) -> tuple[set[Fraction], set[Fraction]]:
-    """The constants that the words of a question license, and those and more that a number should not be mixed up with.
+    """(constants that the words of a question license, these and weaker ones that freeze a number).
 
     Licensed are number words and fractions, half, twice, unit facts, percent, cents.
     """
@@ -192,20 +193,20 @@ def _share(top: int, bottom: int) -> set[Fraction]:
 
 
 def is_name(before: str, number: str, after: str) -> bool:
-    """Whether a number names something (a date, a time, an ordinal, a fraction, a year) or states a fact of anatomy."""
+    """Whether a number is a name (date, time, ordinal, fraction, year) or a fact of anatomy."""
     if re.fullmatch(r"1[5-9]\d\d|20\d\d", number) and re.search(r"(?:^|[a-z,(]\s|\()$", before):
         return True
     return bool(_NAME_BEFORE.search(before) or _NAME_AFTER.match(after))
 
 
 def ceiling(value: int | Fraction, after: str) -> int | None:
-    """The natural ceiling of a value by the unit that follows it, such as 24 for hours; None without one."""
+    """The natural ceiling of a value by the unit after it, such as 24 for hours, or None."""
     limits = next((limits for unit, limits in _CEILINGS.items() if re.match(unit, after, re.I)), ())
     return next((limit for limit in limits if value <= limit), None)
 
 
 def whole(after: str) -> int | None:
-    """What a number is a part of by the unit that follows it: 100 for percent, 60 for minutes; None without one."""
+    """The whole that a number is a part of by the unit after it: 100 for percent, or None."""
     return next((whole for unit, whole in _WHOLES.items() if re.match(rf"[\s-]?(?:{unit})", after, re.I)), None)
 
 
@@ -216,7 +217,7 @@ def takes_an(whole: int) -> bool:
 
 
 def skeleton(question: str) -> str:
-    """A question without its numbers, names and genders: equal for two problems that differ in nothing else."""
+    """A question without numbers, names and genders, which copies and their original share."""
     text = _WORD.sub("#", NUMBER.sub("#", question))
     text = re.sub(r"\b(?:he|she|his|her|him|hers|himself|herself)\b", "they", text, flags=re.I)
     return " ".join(re.findall(r"\w+|#", re.sub(r"\b[A-Z]\w*", "Name", text)))
