@@ -145,8 +145,8 @@ class Template:
     def recompute(self, values: tuple[Number, ...]) -> list[Number] | None:
         """`numbers` under new values; None if one of these does not hold.
 
-        Results stay within 2/5 and 5/2 of the old ones and gain no decimals; percentages that add up
-        to at most 100 still do; where the wording requires it, what is at most 100 stays so, and
+        Results stay within 2/5 and 5/2 of the old ones and gain no decimals; percentages that add
+        up to at most 100 still do; where the wording requires it, what is at most 100 stays so, and
         variables and results keep their order.
         """
         numbers = list(values)
