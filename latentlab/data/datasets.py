@@ -1,10 +1,12 @@
-"""Where problems come from: the synthetic word problems, and data sets read from files or the Hub.
+"""Data sets: the synthetic word problems, and published sets read from a folder or the Hub.
 
-All data sets come out as one schema, `problems.Problem`, and cost no network where the environment variable
-LATENTLAB_DATA names a folder with gsm8k_train.jsonl, gsm8k_valid.jsonl, gsm8k_test.jsonl, gsm8k_flags.json,
-svamp.jsonl, multiarith.jsonl, gsm_hard.jsonl. Sources: GSM8K (Cobbe et al. 2021, arXiv:2110.14168), GSM8K-Aug
-(Deng et al. 2023, arXiv:2311.01460), SVAMP (arXiv:2103.07191), MultiArith (Roy & Roth 2015, arXiv:1608.01413),
-GSM-Hard (arXiv:2211.10435), ASDiv-A (arXiv:2106.15772, as in Calc-X, arXiv:2305.15017), GSM-Plus (arXiv:2402.19255).
+All become lists of `problems.Problem`. No network is needed where the environment variable
+LATENTLAB_DATA names a folder with gsm8k_train.jsonl, gsm8k_valid.jsonl, gsm8k_test.jsonl,
+gsm8k_flags.json, svamp.jsonl, multiarith.jsonl, gsm_hard.jsonl.
+Sources: GSM8K (Cobbe et al. 2021, arXiv:2110.14168), GSM8K-Aug (Deng et al. 2023,
+arXiv:2311.01460), SVAMP (arXiv:2103.07191), MultiArith (Roy & Roth 2015, arXiv:1608.01413),
+GSM-Hard (arXiv:2211.10435), ASDiv-A (arXiv:2106.15772, as in Calc-X, arXiv:2305.15017), GSM-Plus
+(arXiv:2402.19255).
 """
 
 import json
@@ -16,30 +18,45 @@ from pathlib import Path
 
 from latentlab.config import DataConfig
 from latentlab.data.jsonl import read_jsonl, refuse_control_tokens
-from latentlab.data.perturb.copies import perturb, perturbed
-from latentlab.data.perturb.wording import skeleton
+from latentlab.data.perturb import perturb, perturbed, skeleton
 from latentlab.data.word_problems import SPLITS, word_problems
 from latentlab.problems import Problem, canonical_answer, extract_answer, step_result
 from latentlab.runtime.hub import TIMEOUT, hub_answers
 
 BENCHMARKS = ("gsm8k", "gsm8k_perturbable", "gsm8k_perturbed", "svamp", "multiarith", "gsm_hard", "asdiv_a", "gsm_plus")
 
+_FILES = {"train": "gsm8k_train.jsonl", "validation": "gsm8k_valid.jsonl", "test": "gsm8k_test.jsonl"}
 _GSM8K_VALIDATION = 500  # problems taken out of GSM8K's training set, which has no validation split of its own
+
+# name: (address on the Hub, row -> (question, steps, text with the answer))
+_HUB: dict[str, tuple[tuple[str, ...], Callable]] = {
+    "gsm8k": (
+        ("openai/gsm8k", "main"),
+        lambda row: (row["question"], _annotations(row["answer"]), extract_answer(row["answer"])),
+    ),
+    "gsm8k-aug": (
+        ("whynlp/gsm8k-aug",),
+        lambda row: (row["question"], _annotations("".join(row["steps"])), row["answer"]),
+    ),
+    "asdiv_a": (("MU-NLPC/Calc-asdiv_a",), lambda row: (row["question"], (), row["result"])),
+    "gsm_plus": (("qintongli/GSM-Plus",), lambda row: (row["question"], (), row["answer"])),
+}
 
 
 def load(data: DataConfig, split: str) -> list[Problem]:
-    """The problems that a preset's `data` section asks for; `<split>_size` 0 takes all. Training rows have steps.
+    """The problems that a preset's `data` section asks for; training rows have steps.
 
-    With `copies`, the number-perturbed copies of the training problems follow them (perturb.py); they are drawn from
-    `data.seed` alone, so every run has the same ones. Validation and test never get copies, and a training problem that
-    differs from one of them in names and numbers alone (GSM8K has one) gets none either.
+    `<split>_size` 0 takes all. With `copies`, number-perturbed copies of the training problems
+    follow them (perturb/), drawn from `data.seed` alone, so that every run has the same ones.
+    Validation and test never get copies, and neither does a training problem that differs from one
+    of them in names and numbers alone (GSM8K has one).
     """
     _check_name("split", split, SPLITS)
     size = getattr(data, f"{split}_size")
     if data.name == "word_problems":
         return word_problems(split, size, seed=data.seed, steps=data.steps)
     read = gsm8k_aug if data.name == "gsm8k_aug" else gsm8k
-    rows = gsm8k("train", with_steps=True) if (read, split) == (gsm8k, "train") else read(split)
+    rows = gsm8k("train", with_steps=True) if (data.name, split) == ("gsm8k", "train") else read(split)
     rows = rows[: size or None]
     if split != "train" or not data.copies:
         return rows
@@ -48,14 +65,16 @@ def load(data: DataConfig, split: str) -> list[Problem]:
 
 
 def gsm8k(split: str, *, data_dir: str | os.PathLike | None = None, with_steps: bool = False) -> list[Problem]:
-    """GSM8K: 6,973 problems for train, 500 for validation, 1,319 for test; train and validation share no question.
+    """GSM8K: 6,973 problems for train, 500 for validation, 1,319 for test.
 
-    Read from the folder `data_dir`, by default LATENTLAB_DATA; without either from the Hub ("openai/gsm8k"). The
-    folder's validation set is that of GSM8K-Aug; without a folder it is the 500 training questions with the
-    smallest blake2b, so the two are different sets and are never to be mixed in one table.
-    `with_steps` keeps only problems whose chain is there and ends at the answer (about 94 %), which is what a
-    curriculum over steps can learn from; the reward needs no chain, so by default every problem stays.
-    Raises ValueError for an unknown split or a bad file, FileNotFoundError for a missing file or Hub.
+    Train and validation share no question. Read from the folder `data_dir`, by default
+    LATENTLAB_DATA; without either from the Hub ("openai/gsm8k"). The folder's validation set is
+    that of GSM8K-Aug; without a folder it is the 500 training questions with the smallest blake2b:
+    the two are different sets, never to be mixed in one table. `with_steps` keeps only problems
+    with a chain that ends at the answer (about 94 %), which a curriculum over steps needs; the
+    reward needs no chain, so by default every problem is kept.
+    Raises ValueError for an unknown split or a bad file, FileNotFoundError for a missing file or
+    Hub.
     """
     _check_name("split", split, SPLITS)
     folder = _folder(data_dir)
@@ -64,26 +83,24 @@ def gsm8k(split: str, *, data_dir: str | os.PathLike | None = None, with_steps: 
 
 
 def gsm8k_aug(split: str) -> list[Problem]:
-    """GSM8K-Aug from the Hub ("whynlp/gsm8k-aug"): 385,620 problems for train, 500 for validation, 1,319 for test.
+    """GSM8K-Aug from the Hub ("whynlp/gsm8k-aug").
 
-    The paper's training set. Rows without one numeric answer are left out. Errors as for `gsm8k`.
+    385,620 problems for train, 500 for validation, 1,319 for test. The paper's training set. Rows
+    without one numeric answer are left out. Errors as for `gsm8k`.
     """
     _check_name("split", split, SPLITS)
-
-    def convert(row: dict) -> tuple[str, tuple[str, ...], str]:
-        return row["question"], _annotations("".join(row["steps"])), row["answer"]
-
-    return _from_hub(("whynlp/gsm8k-aug",), split, "gsm8k-aug", convert)
+    return _from_hub("gsm8k-aug", split)
 
 
 def benchmark(name: str, *, data_dir: str | os.PathLike | None = None) -> list[Problem]:
     """The evaluation problems of one data set.
 
-    name: "gsm8k" (test split, folder or Hub) · "gsm8k_perturbable" and "gsm8k_perturbed" (GSM8K's validation problems
-    that can be perturbed, as they were written and with fresh numbers, one variant each: a model that reasons solves
-    both as often; checkpoints were chosen on the former) · "svamp", "multiarith", "gsm_hard" (folder only) · "asdiv_a",
-    "gsm_plus" (Hub only; rows without one numeric answer, such as GSM-Plus's unanswerable questions, are
-    left out). Raises ValueError for another name, otherwise as `gsm8k`.
+    name: "gsm8k" (test split, folder or Hub) · "gsm8k_perturbable" and "gsm8k_perturbed" (GSM8K's
+    validation problems that can be perturbed, as written and with fresh numbers, one variant each:
+    a model that reasons solves both as often; checkpoints were chosen on the former) · "svamp",
+    "multiarith", "gsm_hard" (folder only) · "asdiv_a", "gsm_plus" (Hub only; rows without one
+    numeric answer, such as GSM-Plus's unanswerable questions, are left out).
+    Raises ValueError for another name, otherwise as `gsm8k`.
     """
     _check_name("benchmark", name, BENCHMARKS)
     if name == "gsm8k":
@@ -91,10 +108,8 @@ def benchmark(name: str, *, data_dir: str | os.PathLike | None = None) -> list[P
     if name in ("gsm8k_perturbable", "gsm8k_perturbed"):
         pairs = [(problem, perturb(problem, 1, seed=0)) for problem in gsm8k("validation", data_dir=data_dir)]
         return [fresh[0] if name == "gsm8k_perturbed" else problem for problem, fresh in pairs if fresh]
-    if name == "asdiv_a":
-        return _from_hub(("MU-NLPC/Calc-asdiv_a",), "test", name, lambda row: (row["question"], (), row["result"]))
-    if name == "gsm_plus":
-        return _from_hub(("qintongli/GSM-Plus",), "test", name, lambda row: (row["question"], (), row["answer"]))
+    if name in _HUB:
+        return _from_hub(name, "test")
     folder = _folder(data_dir)
     if folder is None:
         raise FileNotFoundError(f"got no data folder, expected one with {name}.jsonl: set LATENTLAB_DATA to it")
@@ -125,31 +140,22 @@ def _ends_at_answer(problem: Problem) -> bool:
 
 
 def _gsm8k_from_folder(split: str, folder: Path) -> list[Problem]:
-    name = {"train": "gsm8k_train.jsonl", "validation": "gsm8k_valid.jsonl", "test": "gsm8k_test.jsonl"}[split]
-    problems = read_jsonl(folder / name)
+    problems = read_jsonl(folder / _FILES[split])
     if split != "train":
         return problems
     flags = folder / "gsm8k_flags.json"
     try:
-        validation = set(json.loads(flags.read_text(encoding="utf-8"))["train"]["gsm8k_aug_valid_500"])
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"no file {flags}: expected the ids of the validation problems, see data/README.md"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{flags}: got {type(error).__name__}, expected JSON with a list of ids at train.gsm8k_aug_valid_500: "
-            "see data/README.md"
+        validation = set(json.loads(flags.read_bytes())["train"]["gsm8k_aug_valid_500"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise (FileNotFoundError if isinstance(error, OSError) else ValueError)(
+            f"{flags}: got {type(error).__name__}, expected JSON with the ids of the validation problems at "
+            "train.gsm8k_aug_valid_500: see data/README.md"
         ) from None
     return [problem for problem in problems if problem.id not in validation]
 
 
 def _gsm8k_from_hub(split: str) -> list[Problem]:
-    def convert(row: dict) -> tuple[str, tuple[str, ...], str | None]:
-        return row["question"], _annotations(row["answer"]), extract_answer(row["answer"])
-
-    hub_split = "test" if split == "test" else "train"
-    problems = _from_hub(("openai/gsm8k", "main"), hub_split, "gsm8k", convert)
+    problems = _from_hub("gsm8k", "test" if split == "test" else "train")
     if split == "test":
         return problems
     ranked = sorted({p.question for p in problems}, key=lambda q: blake2b(q.encode(), digest_size=16).digest())
@@ -157,28 +163,26 @@ def _gsm8k_from_hub(split: str) -> list[Problem]:
     return [problem for problem in problems if (problem.question in held_out) == (split == "validation")]
 
 
-def _from_hub(address: tuple[str, ...], split: str, prefix: str, convert: Callable) -> list[Problem]:
-    """Rows of a Hub data set as problems; `convert(row)` gives (question, steps, raw answer).
-
-    The index in an id counts all rows, also those left out for want of a numeric answer.
-    """
+def _from_hub(name: str, split: str) -> list[Problem]:
+    """Rows of a Hub data set as problems; ids count all rows, also those without numeric answer."""
+    address, convert = _HUB[name]
     problems = []
     for index, row in enumerate(_load_from_hub(address, split)):
+        where = f"{address[0]}, {split}, row {index}"
         try:
             question, steps, raw = convert(row)
             question, answer = question.strip(), canonical_answer(raw or "")
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{address[0]}, {split}, row {index}: got fields {sorted(row)} ({type(error).__name__}), expected the "
-                "fields of its published form: update latentlab or set LATENTLAB_DATA to a folder"
-            ) from None
-        try:
             for text in (question, *steps):
                 refuse_control_tokens(text)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{where}: got fields {sorted(row)} ({type(error).__name__}), expected those of its published form: "
+                "update latentlab or set LATENTLAB_DATA to a folder"
+            ) from None
         except ValueError as error:
-            raise ValueError(f"{address[0]}, {split}, row {index}: {error}: use another data set") from None
+            raise ValueError(f"{where}: {error}: use another data set") from None
         if answer is not None:
-            problems.append(Problem(f"{prefix}-{split}-{index:05d}", question, steps, answer, f"{prefix}/{split}"))
+            problems.append(Problem(f"{name}-{split}-{index:05d}", question, steps, answer, f"{name}/{split}"))
     if not problems:
         raise ValueError(
             f"{address[0]}, {split}: got no row with a numeric answer, expected some: clear the Hub's cache"
@@ -187,22 +191,18 @@ def _from_hub(address: tuple[str, ...], split: str, prefix: str, convert: Callab
 
 
 def _load_from_hub(address: tuple[str, ...], split: str):
-    """One split by `datasets.load_dataset`; whatever goes wrong becomes one line, within seconds."""
+    """One split by `datasets.load_dataset`; every failure becomes one line, within seconds."""
+    import datasets
+
     remedy = (
         "connect to the Hub, or set LATENTLAB_DATA to a folder that holds the data (GSM8K only), "
         "or HF_HUB_OFFLINE=1 to use what is in the Hub's cache"
     )
-    try:
-        import datasets
-    except ImportError:
-        raise FileNotFoundError(
-            f"no package `datasets` to fetch {address[0]} with: pip install it, or {remedy}"
-        ) from None
     if not hub_answers():
         raise FileNotFoundError(f"got no answer from the Hub for {address[0]} within {TIMEOUT:g} s: {remedy}")
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(*address, split=split)
-    except Exception as error:  # connection, permission, cache, format: this is the border to a foreign library
+    except Exception as error:  # connection, permission, cache, format: many types
         reason = " ".join(str(error).split())[:160]
         raise FileNotFoundError(f"could not load {address[0]} ({type(error).__name__}: {reason}): {remedy}") from None

@@ -1,14 +1,13 @@
-"""Templated multi-step arithmetic in plain English, made without end from a seed.
+"""Templated multi-step arithmetic in plain English: an endless stream of problems from a seed.
 
-Every sentence about an operation has six tokens, the full stop included, with the number third, so that a one-layer
-transformer with absolute positions can learn it:
+Every sentence about an operation has six tokens, the full stop included, with the number third, so
+that a one-layer transformer with absolute positions can learn it:
 
     Leo has 16 books. He gives 2 books away. He splits 2 ways evenly. He finds 4 more books.
     He gets 2 for each. How many books remain?
     <<16-2=14>> <<14/2=7>> <<7+4=11>> <<11*2=22>> ### 22
 """
 
-import functools
 import itertools
 import random
 from bisect import bisect
@@ -20,10 +19,7 @@ SPLITS = ("train", "validation", "test")
 
 _LARGEST = 29  # every value is a whole number 0..29, so each number is one token
 _OPERANDS = range(2, 10)
-_NAMES = (
-    ("Leo", "He"), ("Mia", "She"), ("Sam", "He"), ("Ana", "She"),
-    ("Tom", "He"), ("Zoe", "She"), ("Ben", "He"), ("Eva", "She"),
-)  # fmt: skip
+_NAMES = ("Leo", "Mia", "Sam", "Ana", "Tom", "Zoe", "Ben", "Eva")  # he, she, he, …
 _OBJECTS = ("apples", "books", "cards", "coins", "marbles", "pens", "shells", "stamps")
 _PHRASES = {
     "+": ("finds {n} more {objects}", "buys {n} more {objects}"),
@@ -36,36 +32,38 @@ _PHRASE_WORDS = sorted({w for both in _PHRASES.values() for phrase in both for w
 WORDS: tuple[str, ...] = (
     *(str(value) for value in range(_LARGEST + 1)),
     *(".", "?", ",", "+", "-", "*", "/", "=", "<<", ">>", "###", "\n"),
-    *(name for name, _ in _NAMES),
+    *_NAMES,
     *("He", "She", "has", "How", "many", "remain"),
     *_OBJECTS,
     *_PHRASE_WORDS,
 )
-"""Every token that a synthetic question, step or answer can hold: numbers 0..29, marks, words; no duplicates."""
+"""Every token of synthetic questions, steps and answers: numbers 0..29, marks, words."""
 
 
 def word_problems(split: str, n: int, *, seed: int, steps: int = 4) -> list[Problem]:
     """The first `n` synthetic problems of one endless stream per (split, seed, steps).
 
-    Each has `steps` operations on whole numbers 0..29: the start is uniform in 1..29; then each operation is
-    uniform among those of + - * / that some operand 2..9 keeps within 0..29, and its operand uniform among
-    those operands. "/" is floor division, as in "<<14/4=3>>": the leftovers are put aside. Steps are written
-    as in GSM8K, the answer is the last result.
+    Each has `steps` operations on whole numbers 0..29: the start is uniform in 1..29; then each
+    operation is uniform among those of + - * / that some operand 2..9 keeps within 0..29, and its
+    operand uniform among those operands. "/" is floor division, as in "<<14/4=3>>". Steps are
+    written as in GSM8K, the answer is the last result.
 
-    The splits are disjoint by construction: blake2b of the arithmetic chain (start, operations, operands;
-    names and wording do not count) sends about 10 % of all chains to validation and as many to test. Chains
-    may recur in train, in other words; within one call for validation or test all chains are distinct.
+    The splits are disjoint by construction: blake2b of the arithmetic chain (start, operations,
+    operands; not names and wording) sends about 10 % of all chains to validation and as many to
+    test. Chains may recur in train, in other words; within one call for validation or test all
+    chains are distinct.
 
-    Deterministic: the same arguments give the same list, and a longer call begins with the shorter one.
-    Raises ValueError for an unknown split, for n < 0 or steps < 1, and where validation or test has fewer
-    than n distinct chains (possible only for steps = 1 or 2, or an enormous n).
+    The same arguments give the same list, and a longer call begins with the shorter one.
+    Raises ValueError for an unknown split, for n < 0 or steps < 1, and where validation or test has
+    fewer than n distinct chains (possible only for steps = 1 or 2, or an enormous n).
     """
     if split not in SPLITS:
         raise ValueError(f"got split {split!r}, expected one of {', '.join(SPLITS)}")
     if n < 0 or steps < 1:
         raise ValueError(f"got n = {n} and steps = {steps}, expected n >= 0 and steps >= 1: change the arguments")
     rng = random.Random(f"word problems, {split}, seed {seed}, {steps} steps")  # seeded through SHA-512 of the text
-    problems, seen, misses = [], set(), 0
+    problems: list[Problem] = []
+    seen, misses = set(), 0
     while len(problems) < n:
         start, moves = _draw_chain(rng, steps)
         chain = str(start) + "".join([move[0] for move in moves])
@@ -90,7 +88,7 @@ def _split_of(chain: str) -> str:
 
 
 def _moves(value: int) -> tuple[list[float], list[tuple[str, int]]]:
-    """All moves ("-2", result) from `value`, with the cumulative probabilities that separate them."""
+    """Bounds of the cumulative probabilities, and all moves ("-2", result) from `value`."""
     results = {"+": value.__add__, "-": value.__sub__, "*": value.__mul__, "/": value.__floordiv__}
     grouped = [[(f"{op}{k}", f(k)) for k in _OPERANDS if 0 <= f(k) <= _LARGEST] for op, f in results.items()]
     grouped = [group for group in grouped if group]
@@ -116,17 +114,14 @@ def _draw_chain(rng: random.Random, steps: int) -> tuple[int, list[tuple[str, in
 def _tell(rng: random.Random, id: str, split: str, start: int, moves: list[tuple[str, int]]) -> Problem:
     """Put a chain into words."""
     uniform = rng.random
-    name, pronoun = _NAMES[int(uniform() * len(_NAMES))]
+    person = int(uniform() * len(_NAMES))
+    name, pronoun = _NAMES[person], ("He", "She")[person % 2]
     objects = _OBJECTS[int(uniform() * len(_OBJECTS))]
     sentences, steps, value = [f"{name} has {start} {objects}."], [], start
     for move, result in moves:
-        sentences.append(_sentence(move, uniform() < 0.5, pronoun, objects))
+        phrase = _PHRASES[move[0]][uniform() < 0.5].format(n=move[1:], objects=objects)
+        sentences.append(f"{pronoun} {phrase}.")
         steps.append(f"<<{value}{move}={result}>>")
         value = result
     sentences.append(f"How many {objects} remain?")
     return Problem(id, " ".join(sentences), tuple(steps), str(value), f"word/{split}")
-
-
-@functools.cache
-def _sentence(move: str, second: bool, pronoun: str, objects: str) -> str:
-    return f"{pronoun} {_PHRASES[move[0]][second].format(n=move[1:], objects=objects)}."

@@ -3,7 +3,7 @@
 pass@1     greedy answers of the clean model: what is deployed
 mean       average accuracy of K sampled or masked answers: the policy that GRPO optimises
 pass@k     the chance that one of k answers is right, unbiased from K
-majority   the vote of K answers; unparsable ones have no vote
+majority   the most frequent of K answers; unparsable ones are not counted
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,30 +39,27 @@ class Evaluation:
         """Mean over problems and rollouts, in [0, 1]."""
         return float(self.correct.mean())
 
+    def groups(self) -> list[tuple[Problem, tuple[str, ...]]]:
+        """Each problem with its K answers."""
+        k = self.correct.shape[1]
+        return [(problem, self.text[i * k : (i + 1) * k]) for i, problem in enumerate(self.problems)]
+
     def pass_at(self, k: int) -> float:
         """Unbiased pass@k, in [0, 1]."""
         return float(pass_at_k(self.correct.sum(1), self.correct.shape[1], k).mean())
 
     def correct_by_string(self) -> int:
-        """How many answers equal the problem's as text: the stricter of the two grading rules in use."""
-        k = self.correct.shape[1]
-        return sum(
-            answers_match(extract_answer(t), self.problems[i // k].answer, "string") for i, t in enumerate(self.text)
-        )
+        """How many answers equal the problem's as text: the stricter of the two grading rules."""
+        return sum(answers_match(extract_answer(t), p.answer, "string") for p, texts in self.groups() for t in texts)
 
     def majority(self) -> np.ndarray:
         """[n] of 0/1: is the majority answer right?"""
-        k = self.correct.shape[1]
-        votes = [majority_vote(self.text[i * k : (i + 1) * k]) for i in range(len(self.problems))]
-        return np.array(
-            [vote is not None and exact_answer(f"### {vote}", p) for vote, p in zip(votes, self.problems, strict=True)],
-            float,
-        )
+        votes = [(majority_vote(texts), problem) for problem, texts in self.groups()]
+        return np.array([vote is not None and exact_answer(f"### {vote}", p) for vote, p in votes], float)
 
     def distinct_answers(self) -> float:
         """Mean number of different answers among the K of a problem."""
-        k = self.correct.shape[1]
-        return float(np.mean([len(set(self.text[i * k : (i + 1) * k])) for i in range(len(self.problems))]))
+        return float(np.mean([len(set(texts)) for _, texts in self.groups()]))
 
 
 def evaluate(
@@ -76,23 +74,19 @@ def evaluate(
 ) -> Evaluation:
     """Answer every problem `num_generations` times; the default is the clean greedy model.
 
-    Several processes share the batches and all get the whole result: every one of them must call.
+    Distributed processes share the batches and all get the whole result: every process must call.
+    Raises ValueError for an empty problem list.
     """
     if not problems:
         raise ValueError("problems: got an empty list, expected at least one; check the data source and its filters")
-    order = sorted(range(len(problems)), key=lambda i: len(problems[i].question))  # like lengths: little padding
-    places = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    batches = [[problems[i] for i in part] for part in places]
+    order = sorted(range(len(problems)), key=lambda i: len(problems[i].question))  # similar lengths: little padding
+    batches = [[problems[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
+    sampling: dict[str, Any] = {"num_generations": num_generations, "temperature": temperature, "run_seed": run_seed}
 
     def answer() -> list[tuple[torch.Tensor, tuple[str, ...]]]:
-        results = []
-        for batch in distributed.shard(batches):  # whole batches: the numbers are those of one process, bit for bit
-            out = rollout(
-                model, batch, num_generations=num_generations, masks=mask, temperature=temperature,
-                run_seed=run_seed, step=0,
-            )  # fmt: skip
-            results.append((out.rewards(exact_answer), out.text))
-        return results
+        # Whole batches: the numbers are those of one process, bit for bit.
+        outs = (rollout(model, batch, masks=mask, step=0, **sampling) for batch in distributed.shard(batches))
+        return [(out.rewards(exact_answer), out.text) for out in outs]
 
     correct, text = zip(*distributed.in_order(distributed.gather(answer)), strict=True)
     back = np.argsort(order)  # from the order of the batches to that of `problems`
@@ -106,10 +100,8 @@ def summary(
     """Both deployments on one list: the clean greedy model, and K sampled answers under `mask`."""
     e, k = config.evaluate, config.evaluate.num_generations
     clean = evaluate(model, problems, batch_size=e.batch_size)
-    masked = evaluate(
-        model, problems, batch_size=max(1, e.batch_size // k), num_generations=k, mask=mask,
-        temperature=temperature, run_seed=config.seed,
-    )  # fmt: skip
+    sampling: dict[str, Any] = {"num_generations": k, "mask": mask, "temperature": temperature}
+    masked = evaluate(model, problems, batch_size=max(1, e.batch_size // k), run_seed=config.seed, **sampling)
     correct = int(clean.correct.sum())
     return {
         "n": len(problems),

@@ -1,16 +1,17 @@
-"""How much do the K rollouts of a group differ? The collapse of plain GRPO, in four numbers per arm.
+"""How much the K rollouts of a group differ: the collapse of plain GRPO, in four numbers per arm.
 
-    max_thought_difference   max |z_k - z_1| over rollouts k, latent steps and features; 0.0 means bit-equal thoughts
+    max_thought_difference   max |z_k - z_1| over rollouts k, latent steps, features; 0.0: bit-equal
     distinct_answers         mean number of different answers in a group
     frac_reward_zero_std     share of groups with equal rewards
     grad_norm                norm of the GRPO gradient, backward pass run and read from `.grad`
 
-`spread_by_step` and `principal_plane` look inside: how far thoughts lie apart at each step, and along which lines.
+`spread_by_step` and `principal_plane` describe the thoughts: spread at each step, main directions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -37,10 +38,11 @@ def measure_groups(
     gradient_problems: int | None = None,
     reward=exact_answer,
 ) -> dict[str, float]:
-    """The four numbers above, plus `reward`, `replay_gap` (nats), `problems` and `num_generations`, over whole batches.
+    """The four numbers above, plus `reward`, `replay_gap` (nats) and the sizes used.
 
-    The gradient is that of one GRPO step on all problems, or on the first `gradient_problems` where the backward pass
-    is dear: batches are summed, each weighted by its share. The model's gradients are cleared before and after.
+    The gradient is that of one GRPO step on all problems, or, where the backward pass is expensive,
+    on the first `gradient_problems`, rounded up to whole batches: batches are summed, each weighted
+    by its share. Gradients are cleared before and after.
     Raises ValueError for an empty problem list.
     """
     if not problems:
@@ -48,18 +50,11 @@ def measure_groups(
     model.zero_grad(set_to_none=True)
     wanted = len(problems) if gradient_problems is None else gradient_problems
     counted = min(len(problems), -(-wanted // batch_size) * batch_size)  # whole batches
+    sampling: dict[str, Any] = {"num_generations": num_generations, "temperature": temperature, "run_seed": run_seed}
     rewards, spreads, distinct, gap = [], [], [], 0.0
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
-        out = rollout(
-            model,
-            batch,
-            num_generations=num_generations,
-            masks=mask,
-            temperature=temperature,
-            run_seed=run_seed,
-            step=0,
-        )
+        out = rollout(model, batch, masks=mask, step=0, **sampling)
         values = out.rewards(reward)  # [B, K]
         advantages = group_advantages(values, baseline=config.grpo.baseline, scale=config.grpo.scale_rewards)
         if start < counted:
@@ -67,9 +62,8 @@ def measure_groups(
             gap = max(gap, policy_gradient(model, out, weighted, config)["replay_gap"])
         rewards.append(values)
         grouped = out.thoughts.unflatten(0, (-1, num_generations))  # [B, K, L, D]
-        spreads.append(
-            (grouped - grouped[:, :1]).abs().max().item() if grouped.numel() else 0.0
-        )  # control "direct": L = 0
+        # control "direct": L = 0
+        spreads.append((grouped - grouped[:, :1]).abs().max().item() if grouped.numel() else 0.0)
         distinct += [len(set(out.text[i : i + num_generations])) for i in range(0, len(out.text), num_generations)]
     reward_table = torch.cat(rewards)  # [n, K]
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
@@ -88,9 +82,9 @@ def measure_groups(
 
 
 def spread_by_step(thoughts: torch.Tensor, num_generations: int) -> torch.Tensor:
-    """Variance across the K rollouts of a group, summed over features, relative to |z|^2: thoughts [R, L, D] -> [L].
+    """Variance across the K rollouts of a group, relative to |z|^2: thoughts [R, L, D] -> [L].
 
-    0 means that all K thoughts are equal; it is averaged over groups.
+    Summed over features, averaged over groups; 0 means that all K thoughts are equal.
     """
     grouped = thoughts.double().unflatten(0, (-1, num_generations))  # [B, K, L, D]
     variance = grouped.var(1, correction=1).sum(-1)  # [B, L]

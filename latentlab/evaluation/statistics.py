@@ -1,23 +1,23 @@
-"""Intervals, paired tests and power for 0/1 outcomes: thin calls of scipy and statsmodels.
+"""Intervals, paired tests and power for 0/1 outcomes: thin calls of scipy.
 
 Two arms answer the same n problems, so problem i gives d_i = a_i - b_i in {-1, 0, +1}, and
 
-    difference d = mean(d_i),    Var(d) = (discordance - d^2) / n,    discordance = share of d_i != 0.
+    difference d = mean(d_i),  Var(d) = (discordance - d^2) / n,  discordance = share of d_i != 0.
 
-Differences and their bounds are in percentage points (100 x); shares, confidences and powers are in 0..1.
-Sources: Wilson 1927; McNemar 1947; Connor 1987 (power for paired proportions); Efron & Tibshirani 1993
-(bootstrap); Owen 2007 (bootstrap of crossed factors); Chen et al. 2021, arXiv:2107.03374 (pass@k).
+Differences and their bounds are in percentage points (100 x); shares, confidences and powers are in
+0..1.
+Sources: Wilson 1927; McNemar 1947; Connor 1987 (power for paired proportions); Efron & Tibshirani
+1993 (bootstrap); Owen 2007 (bootstrap of crossed factors); Chen et al. 2021, arXiv:2107.03374
+(pass@k).
 """
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import brentq
-from scipy.stats import hypergeom, norm
+from scipy.stats import binomtest, hypergeom, norm
 from scipy.stats import t as student
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.proportion import proportion_confint
 
-FEW_SEEDS = 3  # from so many on Student's interval over seeds is worth asking
+FEW_SEEDS = 3  # the least number of seeds for which Student's interval over seeds is reported
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -28,8 +28,8 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     _check_share("confidence", confidence)
     if not (n >= 1 and 0 <= correct <= n):
         raise ValueError(f"got correct = {correct} of n = {n}, expected 0 <= correct <= n and n >= 1: check the counts")
-    low, high = proportion_confint(correct, n, alpha=1 - confidence, method="wilson")
-    return float(low), float(high)
+    interval = binomtest(correct, n).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def paired_comparison(
@@ -37,11 +37,10 @@ def paired_comparison(
 ) -> dict[str, float | int]:
     """Arm `a` minus arm `b` on the same problems; a, b [n] of 0/1 in the same order.
 
-    Returns n · difference, low, high (points; percentile bootstrap over problems) · only_a, only_b (problems
-    that one arm alone got right: McNemar's b and c) · discordance (their share) · p_value (exact two-sided
-    McNemar). Resampling n problems with replacement is a multinomial draw of the counts of -1, 0 and +1,
-    so that is what is drawn: the same distribution, n times cheaper. Where no problem is discordant
-    the interval is [0, 0] and says only that: see `detectable_difference`.
+    Returns n · difference, low, high (points; percentile bootstrap over problems) · only_a, only_b
+    (problems that one arm alone got right: McNemar's b and c) · discordance (their share) · p_value
+    (exact two-sided McNemar). Where no problem is discordant the interval is [0, 0] and says only
+    that: see `detectable_difference`.
     Raises ValueError for other values than 0/1, or unequal or empty arrays.
     """
     _check_share("confidence", confidence)
@@ -49,7 +48,6 @@ def paired_comparison(
     only_a, only_b = int(np.sum(a > b)), int(np.sum(a < b))
     means = _bootstrap((a - b)[None], np.random.default_rng(seed), resamples)  # [resamples]
     low, high = _percentiles(means, confidence)
-    table = [[int(np.sum(a * b)), only_a], [only_b, int(np.sum((1 - a) * (1 - b)))]]
     return {
         "n": a.size,
         "difference": 100 * (only_a - only_b) / a.size,
@@ -58,7 +56,7 @@ def paired_comparison(
         "only_a": only_a,
         "only_b": only_b,
         "discordance": (only_a + only_b) / a.size,
-        "p_value": float(mcnemar(table, exact=True).pvalue) if only_a + only_b else 1.0,
+        "p_value": float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0,
     }
 
 
@@ -67,14 +65,16 @@ def seed_comparison(
 ) -> dict[str, float | int | list[float]]:
     """Arm `a` minus arm `b` over training seeds and problems; a, b [S, n] of 0/1.
 
-    Row s of both arms must be the same training seed (hence the same start), column i the same problem.
-    Hierarchical bootstrap of the differences d [S, n]: each resample draws S seeds and n problems with
-    replacement, the same problems for every seed and both arms, since all answered one test set. The
-    interval therefore has the variability of both, and pairing removes what the arms share.
-    With few seeds it is too short for new seeds: the seed part of the variance is low by (S - 1) / S.
+    Row s of both arms must be the same training seed (hence the same start), column i the same
+    problem. Hierarchical bootstrap of the differences d [S, n]: each resample draws S seeds and n
+    problems with replacement, the same problems for every seed and both arms, since all answered
+    one test set. The interval therefore has the variability of both, and pairing removes what the
+    arms share. With few seeds it is too narrow for new seeds: it underestimates the seed part of
+    the variance by (S - 1) / S.
 
-    Returns seeds, n · difference, low, high (points) · seed_differences [S] and their standard deviation
-    seed_sd (points) · t_low, t_high: Student's interval over the seeds alone, honest where they are few.
+    Returns seeds, n · difference, low, high (points) · seed_differences [S] and their standard
+    deviation seed_sd (points) · t_low, t_high: Student's interval over the seeds alone, valid for
+    few seeds.
     Raises ValueError for other values than 0/1, unequal shapes, or fewer than 2 seeds.
     """
     _check_share("confidence", confidence)
@@ -99,27 +99,27 @@ def seed_comparison(
 
 
 def arm_comparison(a: ArrayLike, b: ArrayLike, *, seed: int) -> dict:
-    """Arm `a` minus arm `b` over S >= 1 training seeds, a, b [S, n] as in `seed_comparison`; and each seed alone.
+    """Arm `a` minus arm `b` over S >= 1 training seeds and per seed; a, b as in `seed_comparison`.
 
-    Returns difference, low, high · wide_low, wide_high, the interval that decides: over problems for one seed, the
-    bootstrap's for two, of which Student's is 12.7 standard errors wide, and from FEW_SEEDS on the wider of both ·
-    per_seed, the `paired_comparison` of each · with several seeds what else `seed_comparison` says.
+    Returns difference, low, high · wide_low, wide_high, the interval that decides: over problems
+    for one seed, the bootstrap's for two (Student's would be 12.7 standard errors wide), and from
+    FEW_SEEDS on the wider of both · per_seed, the `paired_comparison` of each · with several seeds
+    all keys of `seed_comparison`.
     """
     a, b = _outcomes(a, b, ndim=2)
     per_seed = [paired_comparison(ours, theirs, seed=seed) for ours, theirs in zip(a, b, strict=True)]
     pooled = {"seeds": 1, **per_seed[0]} if len(a) == 1 else seed_comparison(a, b, seed=seed)
-    bounds = [(pooled["low"], pooled["high"])]
-    if len(a) >= FEW_SEEDS:
-        bounds.append((pooled["t_low"], pooled["t_high"]))
-    wide = {"wide_low": min(low for low, _ in bounds), "wide_high": max(high for _, high in bounds)}
+    bounds = [pooled[key] for key in ("low", "high", "t_low", "t_high")[: 4 if len(a) >= FEW_SEEDS else 2]]
+    wide = {"wide_low": min(bounds), "wide_high": max(bounds)}
     return {**pooled, **wide, "per_seed": per_seed}
 
 
 def pass_at_k(correct_counts: ArrayLike, n: int, k: int) -> np.ndarray:
     """Unbiased estimate, per problem, that one of k rollouts is right: 1 - C(n - c, k) / C(n, k).
 
-    correct_counts [B]: right rollouts c among the n drawn for each problem. Returns [B], shares in 0..1;
-    their mean is pass@k. Raises ValueError unless 1 <= k <= n and every 0 <= c <= n is whole.
+    correct_counts [B]: right rollouts c among the n drawn for each problem. Returns [B], shares in
+    0..1; their mean is pass@k.
+    Raises ValueError unless 1 <= k <= n and every 0 <= c <= n is whole.
     """
     c = np.asarray(correct_counts)
     if not 1 <= k <= n:
@@ -132,7 +132,8 @@ def pass_at_k(correct_counts: ArrayLike, n: int, k: int) -> np.ndarray:
 def power_at(difference: float, n: int, discordance: float, confidence: float = 0.95) -> float:
     """Probability that a two-sided paired test resolves a true `difference` (points) on n problems.
 
-    discordance: share (0..1) of problems that exactly one arm gets right. Normal approximation (Connor 1987).
+    discordance: share (0..1) of problems that exactly one arm gets right. Normal approximation
+    (Connor 1987).
     Raises ValueError unless n >= 1, 0 < discordance <= 1 and |difference| <= 100 x discordance.
     """
     _check_share("confidence", confidence)
@@ -150,7 +151,8 @@ def power_at(difference: float, n: int, discordance: float, confidence: float = 
 def detectable_difference(n: int, discordance: float, power: float = 0.8, confidence: float = 0.95) -> float:
     """The smallest true difference (points) that n problems resolve with probability `power`.
 
-    Arguments and errors as in `power_at`, which it inverts; ValueError too where no difference suffices.
+    Arguments and errors as in `power_at`, which it inverts; ValueError too where no difference
+    suffices.
     """
     _check_share("power", power)
     largest = 100 * discordance
@@ -168,7 +170,8 @@ def verdict(difference_points: float, low: float, high: float, target: float = 1
     """The study's rule for a paired difference with interval [low, high], all in points.
 
     "reproduced" if low > 0 and high >= target · "smaller gain" if low > 0 and high < target · "not
-    reproduced" if low <= 0 and high < target · else "not resolved". target: the paper's gain, 27.29 -> 29.01 %.
+    reproduced" if low <= 0 and high < target · else "not resolved". target: the paper's gain, 27.29
+    -> 29.01 %.
     Raises ValueError unless low <= difference_points <= high.
     """
     if not low <= difference_points <= high:  # also false for NaN
@@ -182,9 +185,9 @@ def verdict(difference_points: float, low: float, high: float, target: float = 1
 
 
 def _bootstrap(d: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Means [resamples] of d [S, n] over resampled rows and columns; with one row, over columns alone.
+    """Means [resamples] of d [S, n] over resampled rows and columns (columns alone if S = 1).
 
-    Columns that are equal are drawn together: a multinomial over the few distinct ones (3 where S = 1).
+    Equal columns are drawn together, as a multinomial over the distinct ones (3 if S = 1).
     """
     if resamples < 1:
         raise ValueError(f"got resamples = {resamples}, expected at least 1: 10,000 is usual")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -32,18 +34,15 @@ def build_model(
     seed: int,
     feedback: str = "thought",
 ) -> LatentReasoner:
-    """A GPT-2 of the given shape with a word tokenizer, no native dropout, weights drawn from `seed` alone."""
+    """A GPT-2 of the given shape with a word tokenizer; weights depend on `seed` alone."""
     tokenizer = word_tokenizer(words)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_positions=n_positions,
-        activation_function="gelu_pytorch_tanh",
-        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
-        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
-    )  # fmt: skip
+    shape: dict[str, Any] = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_positions": n_positions}
+    shape |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    shape |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    config = GPT2Config(vocab_size=len(tokenizer), activation_function="gelu_pytorch_tanh", **shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = GPT2LMHeadModel(config)
-    settings = {"num_thoughts": num_thoughts, "max_new_tokens": max_new_tokens, "feedback": feedback}
-    model = LatentReasoner(lm, tokenizer, **settings)
+    model = LatentReasoner(lm, tokenizer, num_thoughts=num_thoughts, max_new_tokens=max_new_tokens, feedback=feedback)
     model.provenance = {"kind": "from scratch", "seed": seed}
     return model

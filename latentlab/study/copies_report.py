@@ -12,9 +12,7 @@ from hashlib import sha256
 
 from latentlab.config import Config
 from latentlab.data import datasets
-from latentlab.data.perturb.copies import perturb, trace
-from latentlab.data.perturb.equations import parse_step
-from latentlab.data.perturb.wording import skeleton
+from latentlab.data.perturb import parse_step, perturb, skeleton, trace
 from latentlab.problems import Problem, canonical_answer
 from latentlab.study import results
 
@@ -99,8 +97,8 @@ def restores(problem: Problem) -> bool:
     template = trace(problem)
     if template is None:
         return True
-    results = template.recompute(template.values)
-    return results is not None and template.write(template.values, results) == (problem.question, problem.steps)
+    numbers = template.recompute(template.values)
+    return numbers is not None and template.write(numbers) == (problem.question, problem.steps)
 
 
 def overlap(rows: list[Problem], held_out: list[Problem], key) -> int:

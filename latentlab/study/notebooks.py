@@ -24,7 +24,6 @@ from urllib.parse import quote
 import nbformat
 import yaml
 
-from latentlab.pretrained.smollm2 import index_answers
 from latentlab.runtime import environment, files
 from latentlab.runtime.hub import hub_answers
 from latentlab.study import results, tables
@@ -193,7 +192,7 @@ def _imported(code: str) -> set[str]:
 
 def _reach(result: Path) -> str:
     """What a skipped section of a result may have waited for: can it be reached now? "" without such a section."""
-    return f" Hub {hub_answers()}, package index {index_answers()}" if _skipped(result) else ""
+    return f" Hub {hub_answers()}" if _skipped(result) else ""
 
 
 def _skipped(result: Path) -> list[str]:

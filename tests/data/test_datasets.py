@@ -1,4 +1,4 @@
-"""sources.py: synthetic problems are right, fixed in length, disjoint and repeatable; data sets share one schema."""
+"""Data sets: synthetic problems are right, fixed in length, disjoint and repeatable; data sets share one schema."""
 
 import json
 import os
@@ -257,7 +257,7 @@ def hub(monkeypatch):
     served = {}
     monkeypatch.delenv("LATENTLAB_DATA", raising=False)
     monkeypatch.setattr(datasets, "hub_answers", lambda: True)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *address, split: served[address, split])
+    monkeypatch.setattr("datasets.load_dataset", lambda *address, split: served[address, split])
     return served
 
 
@@ -318,7 +318,7 @@ def test_whatever_the_hub_raises_is_one_line_with_the_remedy(hub, monkeypatch, e
     def fail(*address, split):
         raise error
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr("datasets.load_dataset", fail)
     for call in (lambda: gsm8k("train"), lambda: gsm8k_aug("train"), lambda: benchmark("asdiv_a")):
         with pytest.raises(FileNotFoundError, match="LATENTLAB_DATA") as caught:
             call()
@@ -336,7 +336,7 @@ def test_an_offline_machine_fails_before_load_dataset_retries(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(socket, "create_connection", no_network)
-    monkeypatch.setattr(datasets, "load_dataset", too_late)
+    monkeypatch.setattr("datasets.load_dataset", too_late)
     with pytest.raises(FileNotFoundError, match="got no answer from the Hub .* set LATENTLAB_DATA"):
         gsm8k("train")
 
@@ -344,7 +344,7 @@ def test_an_offline_machine_fails_before_load_dataset_retries(monkeypatch):
 def test_offline_mode_asks_the_cache_without_a_request(monkeypatch):
     monkeypatch.delenv("LATENTLAB_DATA", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *address, split: gsm8k_rows(3))
+    monkeypatch.setattr("datasets.load_dataset", lambda *address, split: gsm8k_rows(3))
     assert len(gsm8k("test")) == 3
 
 

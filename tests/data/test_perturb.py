@@ -1,4 +1,4 @@
-"""perturb.py: copies hold exactly, repeat byte for byte, and any doubt freezes a number or rejects the problem."""
+"""data/perturb: copies hold exactly, repeat byte for byte, and any doubt freezes a number or rejects the problem."""
 
 import json
 import os
@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from latentlab.config import DataConfig, from_dict, load_preset
 from latentlab.data import datasets
 from latentlab.data.jsonl import read_jsonl, write_jsonl
-from latentlab.data.perturb.copies import perturb, perturbed, trace
-from latentlab.data.perturb.equations import number, parse_step, write_like
-from latentlab.data.perturb.wording import skeleton
+from latentlab.data.perturb import parse_step, perturb, perturbed, skeleton, trace
+from latentlab.data.perturb.equations import number, write_like
 from latentlab.data.word_problems import word_problems
 from latentlab.problems import Problem, canonical_answer
 from latentlab.study import copies_report
@@ -165,8 +164,8 @@ def test_the_copies_are_the_ones_that_results_were_made_with():
 @pytest.mark.parametrize("original", [APPLES, PENS, SALE, REST, WALK])
 def test_the_old_numbers_give_the_original(original):
     template = trace(original)
-    assert template.recompute(template.values) == template.results
-    assert template.write(template.values, template.results) == (original.question, original.steps)
+    assert template.recompute(template.values) == template.numbers
+    assert template.write(template.numbers) == (original.question, original.steps)
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)

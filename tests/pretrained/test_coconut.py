@@ -95,7 +95,7 @@ def test_a_loaded_checkpoint_rolls_out_and_its_latent_tokens_are_not_text(load):
     model = load("meta", num_thoughts=2, max_new_tokens=4)
     out = rollout(
         model, [Problem("a", "one ?", (), "1", "t")], num_generations=8, masks=None, temperature=1.0, run_seed=0, step=0
-    )  # fmt: skip
+    )
     assert out.thoughts.shape == (8, 2, 16) and not any("latent" in text for text in out.text)
 
 

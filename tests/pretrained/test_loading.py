@@ -1,4 +1,4 @@
-"""backbone.py: building, loading and storing, and one clear line for every checkpoint that is none."""
+"""pretrained/: building, loading and storing, and one clear line for every checkpoint that is none."""
 
 import json
 import shutil
@@ -59,8 +59,16 @@ def test_a_number_a_mark_and_a_latent_token_are_one_token_each():
     texts = ["17", "<<", ">>", "###", "\n", START, LATENT, END, "books", "?"]
     assert [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts] == [1] * len(texts)
     assert tokenizer.convert_ids_to_tokens(tokenizer("<<29*2=8>>\n" + START)["input_ids"]) == [
-        "<<", "29", "*", "2", "=", "8", ">>", "\n", START,
-    ]  # fmt: skip
+        "<<",
+        "29",
+        "*",
+        "2",
+        "=",
+        "8",
+        ">>",
+        "\n",
+        START,
+    ]
 
 
 # -- building -------------------------------------------------------------------------------------------------------
@@ -118,8 +126,8 @@ def test_storing_and_loading_write_nothing_to_the_screen(tmp_path):
     code = (
         "import sys, latentlab.pretrained.loading as b\n"
         "shape = dict(n_layer=1, n_embd=8, n_head=1, n_positions=16, seed=0, num_thoughts=1, max_new_tokens=2)\n"
-        "b.save(b.build(('1',), **shape), sys.argv[1])\n"
-        "b.save(b.load(sys.argv[1]), sys.argv[1])"
+        "b.save_model(b.build_model(('1',), **shape), sys.argv[1])\n"
+        "b.save_model(b.load_model(sys.argv[1]), sys.argv[1])"
     )
     root = Path(loading.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], capture_output=True, text=True, cwd=root)
@@ -137,7 +145,7 @@ def test_the_hash_is_of_the_weights(saved):
 def test_weights_of_the_hub_have_a_hash_too(saved, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, **options: asked.append((name, options)) or str(saved)
+        loading, "snapshot_download", lambda name, **options: asked.append((name, options)) or str(saved)
     )
     assert loading.weights_hash("someone/model") == loading.weights_hash(saved) != {}
     assert asked == [("someone/model", {"local_files_only": True})]
@@ -215,7 +223,11 @@ def test_a_hub_out_of_reach(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # it is read at import
     for name in ("latentlab-tests/no-such-model", "no-such-model-anywhere"):
-        refused(FileNotFoundError, name, f"^Hub: could not get {name} .*; connect to the Hub, or pass a folder")
+        refused(
+            FileNotFoundError,
+            name,
+            f"^Hub: could not get {name} .*; connect to the Hub, or pass a folder .*scripts/fetch_smollm2.py",
+        )
 
 
 def test_an_exception_without_words_is_a_line_too(saved, monkeypatch):
@@ -255,7 +267,12 @@ def test_a_tokenizer_of_another_model(saved):
 )
 def test_a_damaged_latentlab_json(saved, text):
     (saved / "latentlab.json").write_bytes(text.encode("latin-1"))
-    refused(ValueError, saved, r"latentlab\.json: got .*expected", num_thoughts=1)
+    refused(
+        ValueError,
+        saved,
+        r"latentlab\.json: .*expected num_thoughts, max_new_tokens, feedback as `save_model` writes them",
+        num_thoughts=1,
+    )
 
 
 def test_no_pickle_is_read(saved, tmp_path):

@@ -164,9 +164,8 @@ def test_a_pipeline_killed_in_notebook_03_resumes_there(tmp_path, record_propert
 def test_a_skipped_section_is_named_and_tried_again_when_what_it_waited_for_comes_back(
     notebooks, monkeypatch, quick, capsys
 ):
-    reach = {"hub": False, "index": False}
+    reach = {"hub": False}
     monkeypatch.setattr(study, "hub_answers", lambda: reach["hub"])
-    monkeypatch.setattr(study, "index_answers", lambda: reach["index"])
     make(notebooks, SECOND)
     path = notebooks / f"{SECOND}.ipynb"
     path.write_text(

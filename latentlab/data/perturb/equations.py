@@ -1,10 +1,12 @@
-"""The equations of a chain, "<<2*(3+4)=14>>": parsed without eval, computed exactly, written as they were written."""
+"""Equations of a chain, "<<2*(3+4)=14>>": parsed without eval, computed exactly."""
 
 import ast
 import operator
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
+from typing import Any
 
 Number = int | Fraction  # int where whole, which is four times as fast
 
@@ -22,15 +24,15 @@ class Equation:
 
     def compute(self, values: list[Number]) -> Number | None:
         """The left side with these values in place of its literals; None for a division by zero."""
-        stack = []
+        stack: list[Number] = []
         for item in self.program:
             if isinstance(item, int):
                 stack.append(values[item])
-            else:
-                right, left = stack.pop(), stack.pop()
-                if item is Fraction and not right:
-                    return None
-                stack.append(item(left, right))
+                continue
+            right, left = stack.pop(), stack.pop()
+            if item is Fraction and not right:
+                return None
+            stack.append(item(left, right))
         return simplest(stack[0])
 
     def holds(self) -> bool:
@@ -48,13 +50,15 @@ def parse_step(step: str) -> Equation | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     shift = len(text) - len(text.lstrip())
-    literals, program = [], []
+    literals: list[tuple[int, int]] = []
+    program: list[Any] = []
 
     def visit(node: ast.expr) -> bool:
         if isinstance(node, ast.Constant):
-            literals.append((shift + node.col_offset, shift + node.end_col_offset))
-            program.append(len(literals) - 1)
-            return re.fullmatch(r"[0-9]*\.?[0-9]+", text[slice(*literals[-1])]) is not None
+            start, end = shift + node.col_offset, shift + (node.end_col_offset or 0)
+            program.append(len(literals))
+            literals.append((start, end))
+            return re.fullmatch(r"[0-9]*\.?[0-9]+", text[start:end]) is not None
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
             known = visit(node.left) and visit(node.right)
             program.append(_OPERATIONS[type(node.op)])
@@ -75,23 +79,20 @@ def simplest(value: Number) -> Number:
     return value.numerator if value.denominator == 1 else value
 
 
-def decimals(value: Number) -> int | None:
-    """The number of decimals of a value, None beyond six."""
-    return 0 if value.denominator == 1 else next((k for k in range(7) if 10**k % value.denominator == 0), None)
+def decimals(value: Number) -> int:
+    """The number of decimals of a value; 7 for more than six."""
+    return next((k for k in range(7) if 10**k % value.denominator == 0), 7)
 
 
 def is_padded(literal: str) -> bool:
-    """Whether the decimals of a literal are filled up with zeros, as in "$2.50", "0.25" or "18.0"."""
+    """Whether the decimals of a literal may be padded with zeros: "$2.50", "0.25" or "18.0"."""
     part = literal.partition(".")[2]
     return part[-1:] == "0" or len(part) == 2
 
 
 def write_like(value: Number, literal: str) -> str:
-    """A value with at most six decimals in the manner of a literal: its separators, zeros at the end and in front."""
-    k = decimals(value)
-    digits = str(value.numerator * 10**k // value.denominator).rjust(k + 1, "0")
-    whole, part = digits[: len(digits) - k], digits[len(digits) - k :]
-    old_whole, _, old_part = literal.partition(".")
-    whole = f"{int(whole):,}" if "," in literal else "" if not old_whole and whole == "0" else whole
-    part = part.ljust(len(old_part), "0") if is_padded(literal) else part
-    return f"{whole}.{part}" if part else whole or "0"
+    """A value of at most six decimals in the format of a literal: separators, padding, zeros."""
+    padded = len(literal.partition(".")[2]) if is_padded(literal) else 0
+    places, separator = max(decimals(value), padded), "," if "," in literal else ""
+    text = f"{Decimal(value.numerator) / value.denominator:{separator}.{places}f}"
+    return text.removeprefix("0") if places and literal.startswith(".") else text

@@ -1,7 +1,8 @@
-"""What the words of a question say about its numbers: the constants they license, names, units, decisions.
+"""What the words of a question say about its numbers: licensed constants, names, units, decisions.
 
-The tables are generous where generosity means caution: a licensed constant that equals a number of the question makes
-`perturb` freeze that number, so a word too many costs a few variants and never a wrong one.
+The tables err on the side of caution: a licensed constant that equals a number of the question
+makes `perturb` freeze that number, so a superfluous word costs a few variants and never gives a
+wrong one.
 """
 
 import itertools
@@ -13,6 +14,7 @@ NUMBER = re.compile(  # up to 12 digits, with separators and decimals; not a par
 )
 PERCENT = re.compile(r"\s?(?:%|percent)")
 CENTS = re.compile(r"\s?(?:cents?\b|¢)")
+ARTICLE = re.compile(r"\b(an?)\s$", re.I)  # right before a number, as in "an 8-foot pole"
 
 
 def _pattern(*alternatives: str, end: str = "") -> re.Pattern:
@@ -24,8 +26,9 @@ _MONTHS = (
     r"(?:jan(?:uary)?|feb(?:ruary)?|march|april|may|june|july|aug(?:ust)?|sept(?:ember)?|oct(?:ober)?|nov(?:ember)?"
     r"|dec(?:ember)?)"
 )
-# Constants | words that license them; where several patterns stand, the question must hold each. A "~" before the
-# constants: too weak to explain a literal, but reason enough to freeze a number of that value.
+_PARTS = "half third fourth fifth sixth seventh eighth ninth tenth".split()
+# Constants | words that license them; with several patterns, the question must match each. "~": too
+# weak to explain a literal, but reason enough to freeze a number of that value.
 _TABLE = rf"""
 2 1/2 1         | half|halves|halfway|midway
 2               | twice|doubl\w*|both|pairs?|couples?|twins?|either|bicycles?|motorcycles?|bikes?|round.?trip
@@ -34,17 +37,8 @@ _TABLE = rf"""
 2 4             | rectang\w*|perimeter|legs?|wheels?|tires?
 4               | squares?|square-shaped|corners?|seasons?|quadrupl\w*
 3               | tripl\w*|thrice|tricycles?|triang\w*
-3 1/3 2 2/3 1   | thirds?
-4 1/4 3/4 3 1   | quarters?|fourths?
-5 1/5 4/5 4 1   | fifths?
-6 1/6 5/6 5     | sixths?
-7 1/7 6/7 6     | sevenths?
-8 1/8 7/8 7     | eighths?
-9 1/9 8/9 8     | ninths?
-10 1/10 9/10 9  | tenths?
 1               | once|single|another|one|(?:him|her|my|your)self|themselves|ourselves|including|percent|first|last
 6 8             | legs?|spiders?|octop\w*|insects?|ants?
-12              | dozens?
 10              | decades?
 100             | century|centuries|hundreds?
 100 1 .01       | percent|percentage
@@ -58,7 +52,7 @@ _TABLE = rf"""
 4               | weeks?|weekly|workweek | months?|monthly
 52              | weeks?|weekly | years?|yearly|annual\w*
 365             | days?|daily | years?|yearly
-12              | months?|monthly
+12              | months?|monthly|dozens?
 30              | days?|daily|nights? | months?|monthly|april|june|september|november
 31              | days?|daily|nights? | january|march|may|july|august|october|december
 28              | days?|daily|nights? | february
@@ -94,21 +88,22 @@ _TABLE = rf"""
 ~2 4 8 16 32 128 | gallons?|quarts?|pints?|cups?
 ~100            | degrees?|dollars?|met(?:er|re)s?
 """
+_FRACTIONS = [
+    f"{n} 1/{n} {n - 1} {n - 1}/{n} {1 if n < 6 else ''} | {part}s?{'|quarters?' if n == 4 else ''}"
+    for n, part in enumerate(_PARTS[1:], 3)
+]
 _LICENCES = [
     (
         [re.compile(rf"\b(?:{words.strip()})\b", re.I) for words in patterns],
         {Fraction(value) for value in constants.strip(" ~").split()},
         not constants.startswith("~"),
     )
-    for constants, *patterns in (re.split(r"\s\|\s", line) for line in _TABLE.strip().splitlines())
+    for constants, *patterns in (re.split(r"\s\|\s", line) for line in [*_TABLE.strip().splitlines(), *_FRACTIONS])
 ]
-_ONES = dict(zip(
-    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen".split(), range(1, 20), strict=True,
-))  # fmt: skip
+_TEENS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+_ONES = {word: i + 1 for i, word in enumerate(f"{_TEENS} eighteen nineteen".split())}
 _TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10), strict=True))
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 1_000_000}
-_PARTS = "half third fourth fifth sixth seventh eighth ninth tenth".split()
 _WORD = re.compile(rf"\b(?:{'|'.join([*_TENS, *sorted(_ONES, key=len, reverse=True)])})", re.I)
 
 _NAMES = (
@@ -143,24 +138,24 @@ _NAME_AFTER = _pattern(
     rf"[\s-]?(?:dollars?|cents?|[€£¢])?[\s-]?(?:{_MONEY})\b",
     rf"\s?(?:{_MEASURE}) (?:per|in an?|in one|in each|in every|to an?) (?:{_MEASURE}|gallons?|pints?|cups?)\b",
 )
-_CEILINGS = [(_pattern(unit), ceilings) for unit, ceilings in (
-    (r"\s?(?:%|percent)", (99,)),
-    (r"[\s-](?:\w+[\s-])?hours?\b", (12, 24)),
-    (r"[\s-](?:\w+[\s-])?(?:minutes?|seconds?)\b", (60,)),
-    (r"\stimes\s(?:a|per|each|every)\sweek|[\s-](?:\w+[\s-])?days?\b", (7, 30, 365)),
-    (r"[\s-](?:\w+[\s-])?weeks?\b", (4, 52)),
-    (r"[\s-](?:\w+[\s-])?months?\b", (12,)),
-    (r"[\s-]years?(?:[\s-]?old| of age)", (12, 18, 25, 35, 50, 70, 100)),
-    (r"\s(?:ft|feet|foot)\stall", (8,)),
-    (r"\s?(?:mph|miles (?:per|an) hour)", (12, 30, 80)),
-    (r"\sinches\stall", (84,)),
-    (r"\s?(?:cm|centimeters?)\b", (200,)),
-)]  # fmt: skip
-_WHOLES = [(_pattern(rf"[\s-]?(?:{unit})"), whole) for unit, whole in (
-    ("%|percent|cents?", 100), ("minutes?|seconds?", 60), ("months?", 12), ("hours?", 24), ("days?", 7), ("weeks?", 52),
-)]  # fmt: skip
-_UP_TO_100 = _pattern(r"\b(?:test|quiz|exam|grade|years? old|years? of age|ages?\b|how old|older|younger|what percent)")
-_DECISIONS = _pattern(
+_CEILINGS = {
+    r"\s?(?:%|percent)": (99,),
+    r"[\s-](?:\w+[\s-])?hours?\b": (12, 24),
+    r"[\s-](?:\w+[\s-])?(?:minutes?|seconds?)\b": (60,),
+    r"\stimes\s(?:a|per|each|every)\sweek|[\s-](?:\w+[\s-])?days?\b": (7, 30, 365),
+    r"[\s-](?:\w+[\s-])?weeks?\b": (4, 52),
+    r"[\s-](?:\w+[\s-])?months?\b": (12,),
+    r"[\s-]years?(?:[\s-]?old| of age)": (12, 18, 25, 35, 50, 70, 100),
+    r"\s(?:ft|feet|foot)\stall": (8,),
+    r"\s?(?:mph|miles (?:per|an) hour)": (12, 30, 80),
+    r"\sinches\stall": (84,),
+    r"\s?(?:cm|centimeters?)\b": (200,),
+}
+_WHOLES = {"%|percent|cents?": 100, "minutes?|seconds?": 60, "months?": 12, "hours?": 24, "days?": 7, "weeks?": 52}
+# Numbers and results up to 100 should stay there: marks, ages, a percentage that is asked for.
+UP_TO_100 = _pattern(r"\b(?:test|quiz|exam|grade|years? old|years? of age|ages?\b|how old|older|younger|what percent)")
+# The chain may depend on which quantity is larger: "the slower one", "at most 40", "after 8 hours".
+DECISION = _pattern(
     r"\b(?:which|who|whichever|whoever|better|best|worst|most|least|max|maximum|minimum|limit|exceed\w*|first|above|below)\b",
     r"\b(?:slow|fast|cheap|larg|small|bigg|great|high|low|heavi|quick)(?:er|est)\b",
     r"\b(?:under|up to|until|only|capacity|hold|fits?|enough|overtime|(?:over|than|past|after|beyond) \$?\d)",
@@ -168,7 +163,7 @@ _DECISIONS = _pattern(
 
 
 def constants(question: str) -> tuple[set[Fraction], set[Fraction]]:
-    """The constants that the words of a question license, and those and more that a number should not be mixed up with.
+    """(constants that the words of a question license, these and weaker ones that freeze a number).
 
     Licensed are number words and fractions, half, twice, unit facts, percent, cents.
     """
@@ -198,37 +193,21 @@ def _share(top: int, bottom: int) -> set[Fraction]:
 
 
 def is_name(before: str, number: str, after: str) -> bool:
-    """Whether a number names something (a date, a time, an ordinal, a fraction, a year) or states a fact of anatomy."""
+    """Whether a number is a name (date, time, ordinal, fraction, year) or a fact of anatomy."""
     if re.fullmatch(r"1[5-9]\d\d|20\d\d", number) and re.search(r"(?:^|[a-z,(]\s|\()$", before):
         return True
     return bool(_NAME_BEFORE.search(before) or _NAME_AFTER.match(after))
 
 
-def ceiling(value: Fraction, after: str) -> int | None:
-    """The natural ceiling of a value by the unit that follows it, such as 24 for hours; None without one."""
-    limits = next((limits for pattern, limits in _CEILINGS if pattern.match(after)), ())
+def ceiling(value: int | Fraction, after: str) -> int | None:
+    """The natural ceiling of a value by the unit after it, such as 24 for hours, or None."""
+    limits = next((limits for unit, limits in _CEILINGS.items() if re.match(unit, after, re.I)), ())
     return next((limit for limit in limits if value <= limit), None)
 
 
-def up_to_100(question: str) -> bool:
-    """Whether numbers and results up to 100 should stay there: marks, ages, a percentage that is asked for."""
-    return _UP_TO_100.search(question) is not None
-
-
 def whole(after: str) -> int | None:
-    """What a number is a part of by the unit that follows it: 100 for percent, 60 for minutes; None without one."""
-    return next((whole for pattern, whole in _WHOLES if pattern.match(after)), None)
-
-
-def decides(question: str) -> bool:
-    """Whether the chain may hang on which quantity is larger: "the slower one", "at most 40", "after 8 hours"."""
-    return _DECISIONS.search(question) is not None
-
-
-def article(before: str) -> str | None:
-    """The "a" or "an" right before a number, as in "an 8-foot pole"."""
-    match = re.search(r"\b(an?)\s$", before, re.I)
-    return match and match[1].lower()
+    """The whole that a number is a part of by the unit after it: 100 for percent, or None."""
+    return next((whole for unit, whole in _WHOLES.items() if re.match(rf"[\s-]?(?:{unit})", after, re.I)), None)
 
 
 def takes_an(whole: int) -> bool:
@@ -238,7 +217,7 @@ def takes_an(whole: int) -> bool:
 
 
 def skeleton(question: str) -> str:
-    """A question without its numbers, names and genders: equal for two problems that differ in nothing else."""
+    """A question without numbers, names and genders, which copies and their original share."""
     text = _WORD.sub("#", NUMBER.sub("#", question))
     text = re.sub(r"\b(?:he|she|his|her|him|hers|himself|herself)\b", "they", text, flags=re.I)
     return " ".join(re.findall(r"\w+|#", re.sub(r"\b[A-Z]\w*", "Name", text)))
