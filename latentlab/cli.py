@@ -269,14 +269,16 @@ class Data:
 
 @dataclass
 class Report:
-    """Rebuild reports/RESULTS.md and the README's tables and figure from the result files."""
+    """Rebuild RESULTS.md from the result files; --publish also updates the committed results, README and docs."""
+
+    publish: bool = False  # for maintainers: copy results to reports/published, regenerate README and docs
 
     def __call__(self, config: Config) -> None:
         from latentlab.runtime import files
         from latentlab.study import results, tables
 
         files.expect_writable(results.reports_folder())
-        print(tables.build_report())
+        print(tables.publish() if self.publish else tables.build_report())
 
 
 VERBS = {

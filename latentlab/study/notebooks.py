@@ -1,40 +1,34 @@
-"""The pipeline: notebooks 00, 01, … in order through papermill, one HTML each, an index, the report.
+"""Run notebooks 00, 01, … in order through papermill; write one HTML page each, an index and RESULTS.md.
 
     notebooks/NN_name.ipynb + params/<preset>.yaml  →  <reports>/<preset>/NN_name.{ipynb,html} beside the notebook's own
     NN_name.json and .png, then index.html and RESULTS.md
 
 A notebook is finished when `.NN_name.done` beside its executed copy holds the hash of everything it depends on:
-its source, its parameters, the modules of this library that it imports, directly or through others, the presets that it
-names, the versions, the shipped data, and the results of others that it reads. One with a skipped section runs again
-once the Hub or the package index can be reached, or no longer can.
+its source, its parameters, this package, the versions, the shipped data, and the results of others that it names. One
+with a skipped section runs again once the Hub or the package index becomes reachable or unreachable.
+What a kernel process prints itself, outside of cells, is in `.NN_name.log`.
 """
 
 import ast
 import hashlib
-import html
 import json
 import os
-import re
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote
 
 import nbformat
+import yaml
+from jupyter_client import AsyncKernelManager
 
-from latentlab.config import read_yaml
 from latentlab.pretrained.smollm2 import index_answers
 from latentlab.runtime import environment, files
 from latentlab.runtime.hub import hub_answers
 from latentlab.study import results, tables
 
 PACKAGE = Path(__file__).parents[1]
-
 NOTEBOOKS = "[0-9][0-9]_*.ipynb"
 SAFE_OUTPUTS = {"text/plain", "image/png"}
-# Log level 50: "running over TCP without encryption" and an interrupt at the end are not for users; errors show.
-KERNEL_ARGUMENTS = ["--IPKernelApp.log_level=50"]
 
 
 class StudyError(RuntimeError):
@@ -65,8 +59,6 @@ def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, repor
         _run_unless_finished(path, parameters[path.stem], folder, f"[{i}/{len(chosen)}] {path.stem}")
     index = _write_index(preset, notebooks, folder)
     tables.build_report(reports)
-    if preset not in tables.LEFT_OUT and (reports.parent / "README.md").is_file():
-        print(f"updated: README.md and {reports.name}/; `git checkout README.md {reports.name}` restores them")
     print(f"report: {index}")
     return index
 
@@ -81,10 +73,7 @@ def check_parameters(preset: str, notebooks: list[Path], folder: Path) -> dict[s
     known = sorted(p.stem for p in folder.glob("*.yaml"))
     if preset not in known:
         raise StudyError(f"got preset {preset!r}, expected one of {', '.join(known)}")
-    try:
-        given = read_yaml(path)
-    except ValueError as error:
-        raise StudyError(f"params/{error}") from None
+    given = _read_yaml(path)
     if given.get("preset") != preset:
         raise StudyError(f"params/{path.name}: expected `preset: {preset}` and notebook switches, as `key: value`")
     declared = {notebook.stem: _declared(notebook) for notebook in notebooks}
@@ -97,6 +86,27 @@ def check_parameters(preset: str, notebooks: list[Path], folder: Path) -> dict[s
         for stem, default in defaults.items():
             _check_type(f"params/{path.name}: {key} of {stem}", value, default)
     return {stem: {key: value for key, value in given.items() if key in values} for stem, values in declared.items()}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain data, no objects; a key that stands there twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        values = super().construct_mapping(node, deep)
+        if len(values) < len(node.value):
+            raise yaml.YAMLError("a key stands there twice")
+        return values
+
+
+def _read_yaml(path: Path) -> dict:
+    """The keys and values of a file of `key: value` lines; StudyError for anything else."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: not UTF-8, an invalid date
+        raise StudyError(f"params/{path.name}: no readable YAML: {_one_line(error)}; correct it") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise StudyError(f"params/{path.name}: got {str(values)[:80]!r}, expected `key: value` lines; correct it")
+    return values
 
 
 def _declared(notebook: Path) -> dict:
@@ -121,53 +131,20 @@ def _check_type(where: str, value, default) -> None:
 
 
 # ---------------------------------------------------------------- what a notebook depends on
-def _notebook_hash(notebook: Path, parameters: dict, folder: Path) -> str:
-    """Hash of a notebook's source (not its outputs), parameters, the files it depends on, and the results it names."""
+def _notebook_hash(notebook: Path, parameters: dict, reports: Path) -> str:
+    """Hash of a notebook's source (not its outputs), its parameters, and the content of the files it depends on."""
     cells = [(c.cell_type, c.source) for c in nbformat.read(notebook, as_version=4).cells]
-    code = [source for kind, source in cells if kind == "code"]
-    named = "\n".join([*code, *map(str, parameters.values())])
-    read = [p for p in sorted(folder.glob("*.json")) if p.stem != notebook.stem and p.stem in named]
-    results = [(p.stem, p.read_text(encoding="utf-8")) for p in read]
+    code = "\n".join(source for kind, source in cells if kind == "code")
     data = os.environ.get("LATENTLAB_DATA", "")  # a section skipped for want of data runs again
-    files = sorted((p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in _files(code, named))
-    return hashlib.sha256(json.dumps([cells, parameters, data, files, results]).encode()).hexdigest()
-
-
-def _files(code: list[str], named: str) -> list[Path]:
-    """The files that these cells depend on: modules, presets that `named` names, constraints, shipped checkpoints."""
+    digest = hashlib.sha256(json.dumps([cells, parameters, data]).encode())
     root = environment.repository_root()
-    files = [PACKAGE / f"{name}.py" for name in _modules(code)]
-    files += [p for p in (PACKAGE / "presets").glob("*.yaml") if re.search(rf"\b{re.escape(p.stem)}\b", named)]
-    files += [p for kind in ("*.safetensors", "*.json") for p in (root / "data" / "checkpoints").rglob(kind)]
-    return [path for path in (*files, root / "constraints.txt") if path.is_file()]
-
-
-def _modules(code: list[str]) -> set[str]:
-    """Modules of this package that the cells import, and those that these import; all where a cell is no Python."""
-    everything = {path.stem for path in PACKAGE.glob("*.py")}
-    try:
-        waiting = set().union(*map(_imported, code))
-        found = set()
-        while waiting:
-            found |= waiting
-            texts = [(PACKAGE / f"{name}.py").read_text(encoding="utf-8") for name in waiting & everything]
-            waiting = (set().union(*map(_imported, texts)) & everything) - found
-        return found
-    except SyntaxError:  # a magic
-        return everything
-
-
-def _imported(code: str) -> set[str]:
-    """Names imported from this package anywhere in some code."""
-    names = set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names if alias.name.startswith("latentlab.")}
-        elif isinstance(node, ast.ImportFrom) and node.module == "latentlab":
-            names |= {f"latentlab.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("latentlab."):
-            names.add(node.module)
-    return {name.split(".")[1] for name in names}
+    depends = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".yaml", ".toml")]
+    depends += [path for path in (root / "data" / "checkpoints").rglob("*") if path.is_file()]
+    found = [path for folder in (reports, results.published_folder()) for path in folder.glob("*/*.json")]
+    depends += [path for path in found if path.stem != notebook.stem and f'"{path.stem}' in code]
+    for path in sorted([*depends, *root.glob("constraints.txt")]):
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _reach(result: Path) -> str:
@@ -184,8 +161,8 @@ def _skipped(result: Path) -> list[str]:
 # ---------------------------------------------------------------- running
 def _run_unless_finished(path: Path, parameters: dict, folder: Path, label: str) -> None:
     executed, marker, result = (folder / n for n in (path.name, f".{path.stem}.done", f"{path.stem}.json"))
-    state, there = _notebook_hash(path, parameters, folder), all(p.is_file() for p in (marker, executed, result))
-    if there and marker.read_bytes() == (state + _reach(result)).encode():
+    state, there = _notebook_hash(path, parameters, folder.parent), all(p.is_file() for p in (marker, executed, result))
+    if there and marker.read_text() == state + _reach(result):
         print(f"{label}: finished before, nothing it depends on has changed; to run it again delete {marker}")
         return
     marker.unlink(missing_ok=True)
@@ -196,9 +173,7 @@ def _run_unless_finished(path: Path, parameters: dict, folder: Path, label: str)
     if _identity(result) == before:
         raise StudyError(f"{path.stem}: ran, but wrote no {result}; its last section must call write_result")
     _write_html(executed)
-    files.write_atomically(
-        marker, (state + _reach(result)).encode()
-    )  # last: whatever is killed before this line runs again
+    files.write_atomically(marker, (state + _reach(result)).encode())  # last: a run killed before this runs again
     skipped = "; skipped: ".join(["", *_skipped(result)])
     print(f"{label}: done in {time.monotonic() - start:.0f} s{skipped}", flush=True)
 
@@ -212,34 +187,48 @@ def _execute(path: Path, executed: Path, parameters: dict, reports: Path) -> Non
     """Run one notebook in its own folder; StudyError names notebook, cell and error."""
     import papermill
 
-    bar = sys.stderr.isatty() and os.environ.get("TQDM_DISABLE") != "1"
+    log = executed.with_name(f".{path.stem}.log")
     try:
-        with _kernel_environment(reports):
+        with log.open("wb") as printed:
             papermill.execute_notebook(
-                str(path), str(executed), parameters, kernel_name="python3", cwd=str(path.parent),
-                progress_bar=bar, extra_arguments=KERNEL_ARGUMENTS,
-            )  # fmt: skip
+                str(path),
+                str(executed),
+                parameters,
+                kernel_name="python3",
+                cwd=str(path.parent),
+                progress_bar=sys.stderr.isatty() and os.environ.get("TQDM_DISABLE") != "1",
+                kernel_manager_class=_kernels(_kernel_environment(reports), printed),
+            )
     except papermill.PapermillExecutionError as error:
         first = next((line for line in error.source.splitlines() if line.strip()), "")
         what = f"{error.ename}: {_one_line(error.evalue)}"
         raise StudyError(f"{path.stem}, cell [{error.exec_count}] `{first}`: {what}; all of it in {executed}") from None
     except Exception as error:  # a dead kernel, no kernel, a full disk: one line like every other failure
-        raise StudyError(f"{path.stem}: {type(error).__name__}: {_one_line(error)}") from error
+        raise StudyError(f"{path.stem}: {type(error).__name__}: {_one_line(error)}; see {log}") from error
 
 
-@contextmanager
-def _kernel_environment(reports: Path):
-    """What kernels inherit while this is open: the result folder, data, no bars, no debugger notes, no MPLBACKEND."""
-    before = dict(os.environ)
-    os.environ |= {"LATENTLAB_REPORTS": str(reports), "TQDM_DISABLE": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    if data := before.get("LATENTLAB_DATA"):
-        os.environ["LATENTLAB_DATA"] = str(Path(data).resolve())  # kernels run in the notebooks' folder
-    os.environ.pop("MPLBACKEND", None)  # with Agg the figures vanish and the run still succeeds
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+def _kernels(variables: dict, log) -> type[AsyncKernelManager]:
+    """A class of kernels with these environment variables, whose processes print into the open file `log`.
+
+    ipykernel closes sockets that its other threads may still use when it shuts down: now and then libzmq then aborts
+    with `Assertion failed` on stderr, after the last cell. Users need not see it.
+    """
+
+    class Kernels(AsyncKernelManager):
+        async def start_kernel(self, **options):
+            await super().start_kernel(**options, env=variables, stdout=log, stderr=log)
+
+    return Kernels
+
+
+def _kernel_environment(reports: Path) -> dict[str, str]:
+    """This environment with the result folder and data as absolute paths, no bars, no debugger notes."""
+    variables = os.environ | {"LATENTLAB_REPORTS": str(reports), "TQDM_DISABLE": "1"}
+    variables["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    if data := variables.get("LATENTLAB_DATA"):
+        variables["LATENTLAB_DATA"] = str(Path(data).resolve())  # kernels run in the notebooks' folder
+    variables.pop("MPLBACKEND", None)  # with Agg the figures vanish and the run still succeeds
+    return variables
 
 
 def _one_line(text) -> str:
@@ -261,21 +250,10 @@ def _write_html(executed: Path) -> None:
 
 
 def _write_index(preset: str, notebooks: list[Path], folder: Path) -> Path:
-    """A page that links what exists, with seconds and headline of each result."""
+    """A page that links the executed notebooks, with question, seconds and headline of each result."""
     rows = []
     for path in notebooks:
-        try:
-            result = results.read_result(path.stem, preset, folder.parent)
-        except (FileNotFoundError, ValueError):
-            result = {}
-        name = html.escape(path.stem)
-        link = f'<a href="{quote(path.stem)}.html">{name}</a>' if (folder / f"{path.stem}.html").is_file() else name
-        texts = [result.get(key, "") for key in ("question", "seconds", "headline")]
-        texts[1] = f"{float(texts[1] or 0):.0f}" if result else "not run"
-        rows.append(f"<tr><td>{link}</td>" + "".join(f"<td>{html.escape(str(text))}</td>" for text in texts) + "</tr>")
-    title = f"latentlab, preset {html.escape(preset)}"
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><h1>{title}</h1><table>'
-        f"<tr><th>Notebook</th><th>Question</th><th>Seconds</th><th>Result</th></tr>{''.join(rows)}</table></html>\n"
-    )
+        result = results.load_result(folder / f"{path.stem}.json") if (folder / f"{path.stem}.json").is_file() else None
+        rows.append((path.stem, (folder / f"{path.stem}.html").is_file(), result))
+    page = tables.render("index.html", preset=preset, notebooks=rows)
     return files.write_atomically(folder / "index.html", page.encode())
