@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import nbformat
@@ -207,18 +208,14 @@ def _execute(path: Path, executed: Path, parameters: dict, reports: Path) -> Non
         raise StudyError(f"{path.stem}: {type(error).__name__}: {_one_line(error)}; see {log}") from error
 
 
-def _kernels(variables: dict, log) -> type[AsyncKernelManager]:
+def _kernels(variables: dict, log) -> type:
     """A class of kernels with these environment variables, whose processes print into the open file `log`.
 
     ipykernel closes sockets that its other threads may still use when it shuts down: now and then libzmq then aborts
     with `Assertion failed` on stderr, after the last cell. Users need not see it.
     """
-
-    class Kernels(AsyncKernelManager):
-        async def start_kernel(self, **options):
-            await super().start_kernel(**options, env=variables, stdout=log, stderr=log)
-
-    return Kernels
+    start = partialmethod(AsyncKernelManager.start_kernel, env=variables, stdout=log, stderr=log)
+    return type("Kernels", (AsyncKernelManager,), {"start_kernel": start})
 
 
 def _kernel_environment(reports: Path) -> dict[str, str]:

@@ -2,13 +2,10 @@
 
 A result is `<reports>/<preset>/<name>.json`:
 
-    {"schema_version": 1, "name": "01_deterministic_collapse", "preset": "tiny",
-     "question": "...", "headline": "...",
-     "parameters": {...},
-     "metrics": {"none": {...}, "real": {"skipped": "no Hub", "last_measured": {...}}},
-     "arms": [{"name": "shared", "seed": 0, "n": 4000, "correct": 3200, "interval": [0.787, 0.812],
-               "difference": {"points": 4.1, "low": 3.2, "high": 5.0, "discordant": 310},
-               "rollouts": ..., "seconds": ...}],
+    {"schema_version": 1, "name": "01_deterministic_collapse", "preset": "tiny", "question": "...", "headline": "...",
+     "parameters": {...}, "metrics": {"none": {...}, "real": {"skipped": "no Hub", "last_measured": {...}}},
+     "arms": [{"name": "shared", "seed": 0, "n": 4000, "correct": 3200, "interval": [0.787, 0.812], "rollouts": ...,
+               "difference": {"points": 4.1, "low": 3.2, "high": 5.0, "discordant": 310}, "seconds": ...}],
      "environment": {...}, "commit": "<sha>[-dirty]", "started": "<UTC>", "seconds": 61.2}
 
 `interval` and `accuracy` are fractions, `difference` is in percentage points. An arm may lack every key but `name`.
@@ -24,15 +21,14 @@ import re
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, NotRequired, Required
+from typing import Annotated, Literal, NotRequired, Required
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from latentlab.runtime import environment as runtime
 from latentlab.runtime.files import write_atomically
 
-SCHEMA_VERSION = 1
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -56,8 +52,9 @@ class Arm(TypedDict, total=False):
 
 
 class Result(TypedDict):
-    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]  # read by pydantic
+    """The keys that every result has, and the optional ones that tables use."""
 
+    schema_version: Literal[1]
     name: str
     preset: str
     parameters: dict
@@ -67,9 +64,6 @@ class Result(TypedDict):
     question: NotRequired[str]
     headline: NotRequired[str]
     seconds: NotRequired[Number]
-
-
-RESULT = TypeAdapter(Result)
 
 
 def reports_folder() -> Path:
@@ -122,7 +116,7 @@ def write_result(
         started = datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds")
     about = {"name": name, "preset": preset, "question": question, "headline": headline, "parameters": parameters}
     made = {"commit": runtime.commit(), "started": started, "seconds": seconds}
-    result = {"schema_version": SCHEMA_VERSION, **about, "metrics": metrics, "arms": list(arms)}
+    result = {"schema_version": 1, **about, "metrics": metrics, "arms": list(arms)}
     result |= {"environment": environment or runtime.environment(), **made}
     result = json.loads(json.dumps(result, default=lambda value: value.tolist()))  # arrays and tensors become lists
     for where, value in leaves(result):
@@ -158,7 +152,7 @@ def read_result(name: str, preset: str, directory=None) -> dict:
         if path.is_file():
             result = load_result(path)
             if result is None:
-                raise ValueError(f"{path}: expected a result of schema {SCHEMA_VERSION}; delete it and run it again")
+                raise ValueError(f"{path}: expected a result of schema 1; delete it and run it again")
             return {**result, "folder": path.parent}
     raise FileNotFoundError(f"no result {preset}/{name}.json; run `latentlab study --preset {preset}` first")
 
@@ -175,19 +169,19 @@ def load_result(path: Path) -> dict | None:
     """The result in a file, or None if it is not one of this schema."""
     try:
         result = json.loads(path.read_bytes())
-        RESULT.validate_python(result)
-    except (ValueError, RecursionError, ValidationError):
+        TypeAdapter(Result).validate_python(result, strict=True)
+    except (ValueError, RecursionError):
         return None
-    return result if result.get("schema_version") == SCHEMA_VERSION else None
+    return result
 
 
 def write_outcomes(path: Path, outcomes: dict) -> Path:
     """Write {run: [n] of 0/1}, right or wrong on the same n problems, as an .npz of packed bits."""
     import numpy as np
 
-    packed, n = BytesIO(), len(next(iter(outcomes.values())))
-    np.savez_compressed(packed, n=n, **{name: np.packbits(x.astype(bool)) for name, x in outcomes.items()})
-    return write_atomically(path, packed.getvalue())
+    packed, file = {name: np.packbits(x.astype(bool)) for name, x in outcomes.items()}, BytesIO()
+    np.savez_compressed(file, n=len(next(iter(outcomes.values()))), **packed)  # type: ignore[arg-type]  # its flags
+    return write_atomically(path, file.getvalue())
 
 
 def read_outcomes(path: Path) -> dict:

@@ -17,7 +17,7 @@ from latentlab.study.figures import draw_arms, estimate
 from latentlab.study.results import leaves, load_result, published_folder, reports_folder
 
 PRESET_ORDER = ("tiny", "smol-cpu", "smol", "paper")
-LEFT_OUT = ("smoke",)  # shows only that everything runs
+LEFT_OUT = ("smoke",)
 BLOCKS = re.compile(r"(<!-- (notebooks|results|cost|bench):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 
 
@@ -60,32 +60,26 @@ def fill_blocks(text: str, results: list[dict], root: str) -> str:
 
 
 def collect(folder: Path) -> tuple[list[dict], list[str]]:
-    """Results in the order (preset, name), and the relative paths of the JSON files that are none."""
+    """Results in the order (preset, name), and the relative paths of the JSON files that are none.
+
+    Results of LEFT_OUT and rehearsals of budgeted runs on synthetic problems show only that everything runs: no result.
+    """
     results, unknown = [], []
     for path in (*sorted(folder.glob("*.json")), *sorted(folder.glob("*/*.json"))):
         result, preset = load_result(path), "" if path.parent == folder else path.parent.name
-        if result and (result["name"], result["preset"]) == (path.stem, preset) and _is_plain(path.stem + preset):
-            results.append(result)
+        plain = re.fullmatch(r"\w[\w-]*", path.stem + preset, re.ASCII)  # as it stands in links
+        if result and plain and (result["name"], result["preset"]) == (path.stem, preset):
+            rehearsal = is_budgeted(result) and result["metrics"].get("data") == "word_problems"
+            results += [] if rehearsal or preset in LEFT_OUT else [result]
         elif preset != "published" and not path.stem.endswith("_samples"):  # samples: beside a result
             unknown.append(f"{preset}/{path.name}".lstrip("/"))
-    results = [result for result in results if result["preset"] not in LEFT_OUT and not _is_rehearsal(result)]
     rank = {preset: i for i, preset in enumerate(PRESET_ORDER)}
     return sorted(results, key=lambda r: (rank.get(r["preset"], len(rank)), r["preset"], r["name"])), unknown
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a name can stand in links as it is."""
-    return re.fullmatch(r"\w[\w-]*", name, re.ASCII) is not None
 
 
 def is_budgeted(result: dict) -> bool:
     """Whether a result is that of a run inside a time budget (`latentlab reproduce`)."""
     return result["name"] == "arms" and "budget_minutes" in result["metrics"].get("cost", {})
-
-
-def _is_rehearsal(result: dict) -> bool:
-    """Whether a budgeted run used synthetic problems: it shows only that the command works."""
-    return is_budgeted(result) and result["metrics"].get("data") == "word_problems"
 
 
 # ---------------------------------------------------------------- what templates use
@@ -118,7 +112,7 @@ def table(head: list, rows: list[list]) -> Markup:
 def arms_by_seed(arms: list[dict]) -> Markup:
     """Arms × seeds: pass@1, and the paired difference to the baseline with its 95 % interval."""
     names, seeds = (list(dict.fromkeys(arm.get(key) for arm in arms)) for key in ("name", "seed"))
-    found = {name: {seed: [] for seed in seeds} for name in names}
+    found: dict = {name: {seed: [] for seed in seeds} for name in names}
     for arm in arms:
         found[arm["name"]][arm.get("seed")].append(_score(arm))
     rows = [[name, *("; ".join(scores) for scores in row.values())] for name, row in found.items()]
@@ -189,4 +183,4 @@ TEMPLATES = jinja2.Environment(
 )
 TEMPLATES.globals |= {f.__name__: f for f in (arms_by_seed, arms_table, command, provenance, table)}
 TEMPLATES.globals |= {f.__name__: f for f in (scalar_metrics, skipped_sections)}
-TEMPLATES.tests |= {"budgeted": is_budgeted, "notebook": lambda name: re.match(r"\d\d_", name)}
+TEMPLATES.tests["budgeted"] = is_budgeted
