@@ -79,7 +79,7 @@ def collect(folder: Path) -> tuple[list[dict], list[str]]:
 
 def is_budgeted(result: dict) -> bool:
     """Whether a result is that of a run inside a time budget (`latentlab reproduce`)."""
-    return result["name"] == "arms" and "budget_minutes" in result["metrics"].get("cost", {})
+    return result["name"] == "arms" and dict(leaves(result["metrics"])).get("cost.budget_minutes") is not None
 
 
 # ---------------------------------------------------------------- what templates use
