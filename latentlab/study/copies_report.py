@@ -1,7 +1,8 @@
-"""Number-perturbed copies of GSM8K: how many there are, whether they are right, and 100 of them for reading.
+"""Number-perturbed copies of GSM8K: their number, their correctness, and a sample of 100 to read.
 
-`latentlab data --preset smol --copies-report reports` prints these 100 as JSON lines and writes `perturb/perturb.json`
-into that folder. A person's verdict on each of them: reports/published/perturb/reading.md.
+`latentlab data --preset smol --copies-report reports` prints the sample as JSON lines and writes
+`perturb/perturb.json` into that folder. A person's verdict on each copy of the sample is in
+reports/published/perturb/reading.md.
 """
 
 import json
@@ -24,7 +25,10 @@ PINNED = 500  # the first training problems: their copies have a sha256 of their
 
 
 def write(config: Config, folder: str) -> None:
-    """Measure `config.data.copies` copies of every GSM8K training problem; ValueError for another data set."""
+    """Measure `config.data.copies` copies of every GSM8K training problem.
+
+    Raises ValueError for another data set or no copies.
+    """
     data, started = config.data, time.time()
     if data.name != "gsm8k" or not data.copies:
         got = f"data {data.name} with {data.copies} copies"

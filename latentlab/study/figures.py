@@ -1,4 +1,4 @@
-"""Figures from result files: drawn from dicts, legible in greyscale, equal bytes for equal results."""
+"""Figures of results: legible in greyscale, equal bytes for equal results."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ BENCH_AXES = {"num_generations": "rollouts K", "question": "question tokens", "a
 
 
 def save_figure(figure, name: str, preset: str, directory=None) -> Path:
-    """Save a matplotlib figure as `<reports>/<preset>/<name>.png`; equal figures give equal bytes."""
+    """Save a figure as `<reports>/<preset>/<name>.png`; equal figures give equal bytes."""
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     return write_atomically(result_path(name, preset, ".png", directory), picture.getvalue())
 
 
 def draw_arms(result: dict, folder: Path) -> Path:
-    """The figure of a result's trained arms, beside the result in the result folder `folder`."""
+    """Draw the trained arms of a result, next to its file in the result folder `folder`."""
     from matplotlib.figure import Figure  # no pyplot: drawing changes no global state
 
     figure = Figure(figsize=(7, 4))
@@ -30,7 +30,7 @@ def draw_arms(result: dict, folder: Path) -> Path:
 
 
 def draw_bench(result: dict, folder: Path) -> Path:
-    """The figure of a bench result, one panel per axis: measured seconds and the fitted line."""
+    """Draw a bench result, one panel per axis: measured seconds and the fitted line."""
     from matplotlib.figure import Figure
 
     scaling = result["metrics"]["scaling"]
@@ -47,7 +47,10 @@ def draw_bench(result: dict, folder: Path) -> Path:
 
 
 def plot_arms(ax, arms: list[dict]) -> None:
-    """Horizontal 95 % intervals, one line per arm, one marker per seed; differences where there are any."""
+    """Horizontal 95 % intervals, one line per arm, one marker per seed.
+
+    Draws differences to the baseline where any arm has one, else accuracies.
+    """
     value = "difference" if any(arm.get("difference") for arm in arms) else "accuracy"
     drawn = [(arm, found) for arm in arms if (found := estimate(arm, value))]
     names = list(dict.fromkeys(arm["name"] for arm, _ in drawn))
@@ -70,7 +73,7 @@ def plot_arms(ax, arms: list[dict]) -> None:
 
 
 def plot_curves(ax, curves: dict, *, xlabel: str, ylabel: str) -> None:
-    """Lines from {label: (x, y)}, distinguished by dash and marker so that they survive greyscale."""
+    """Lines from {label: (x, y)}, distinguished by dash and marker."""
     for (label, (x, y)), (line, marker, grey) in zip(curves.items(), cycle(LINES), strict=False):
         ax.plot(x, y, line, marker=marker, markevery=max(1, len(x) // 8), color=grey, label=label)
     ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -78,9 +81,9 @@ def plot_curves(ax, curves: dict, *, xlabel: str, ylabel: str) -> None:
 
 
 def estimate(arm: dict, value: str) -> tuple[float, float, float] | None:
-    """(middle, low, high) of an arm's "accuracy" or "difference" in percentage points, None where it has none.
+    """(middle, low, high) of an arm's "accuracy" or "difference", in percentage points.
 
-    Without an interval, low and high equal the middle.
+    None where the arm has no such value; without an interval, low and high equal the middle.
     """
     if value == "difference":
         difference = arm.get("difference") or {}

@@ -1,12 +1,12 @@
-"""Run notebooks 00, 01, … in order through papermill; write one HTML page each, an index and RESULTS.md.
+"""The notebooks in order through papermill, one HTML page each, then an index and RESULTS.md.
 
-    notebooks/NN_name.ipynb + params/<preset>.yaml  →  <reports>/<preset>/NN_name.{ipynb,html} beside the notebook's own
-    NN_name.json and .png, then index.html and RESULTS.md
+    notebooks/NN_name.ipynb, notebooks/params/<preset>.yaml
+    → <reports>/<preset>/NN_name.{ipynb,html}, beside the notebook's own NN_name.{json,png}
 
-A notebook is finished when `.NN_name.done` beside its executed copy holds the hash of everything it depends on:
-its source, its parameters, this package, the versions, the shipped data, and the results of others that it names. One
-with a skipped section runs again once the Hub or the package index becomes reachable or unreachable.
-What a kernel process prints itself, outside of cells, is in `.NN_name.log`.
+A notebook is finished when `.NN_name.done` holds the hash of everything it depends on: its source,
+its parameters, this package, the pinned versions, the shipped data, and the results of others that
+it names. A notebook with a skipped section also runs again when the Hub or the package index becomes
+reachable or unreachable. Output of the kernel process itself goes to `.NN_name.log`.
 """
 
 import ast
@@ -38,10 +38,11 @@ class StudyError(RuntimeError):
 
 
 def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, reports_dir=None) -> Path:
-    """Run the notebooks of a preset that are not finished, in the order of their file names; return index.html.
+    """Run the unfinished notebooks of a preset, in the order of their names; return index.html.
 
-    `only` is the beginning of a file name ("02"). Parameters of all notebooks are checked before any runs.
-    Folders default to `notebooks` at the repository root and the result folder. Raises StudyError.
+    `only` is the beginning of a file name ("02"). The parameters of all notebooks are checked before
+    any runs. Folders default to `notebooks` in the repository and the user's own result folder.
+    Raises StudyError.
     """
     notebooks_dir = Path(notebooks_dir or environment.repository_root() / "notebooks").resolve()
     reports = Path(reports_dir or results.reports_folder()).resolve()
@@ -67,9 +68,9 @@ def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, repor
 
 # ---------------------------------------------------------------- parameters
 def check_parameters(preset: str, notebooks: list[Path], folder: Path) -> dict[str, dict]:
-    """{notebook: the parameters it declares} from `<folder>/<preset>.yaml`, with every key and type checked.
+    """{notebook: {parameter: value}} from `<folder>/<preset>.yaml`, each where it is declared.
 
-    Raises StudyError on an unknown preset, unreadable YAML, a key that no notebook declares, or a wrong type.
+    Raises StudyError for an unknown preset, unreadable YAML, an undeclared key or a wrong type.
     """
     path = folder / f"{preset}.yaml"
     known = sorted(p.stem for p in folder.glob("*.yaml"))
@@ -86,17 +87,21 @@ def check_parameters(preset: str, notebooks: list[Path], folder: Path) -> dict[s
             has = ", ".join(declared[missing])
             raise StudyError(f"params/{path.name}: no parameter {key!r} in {missing}; it has {has}")
         for stem, default in defaults.items():
-            _check_type(f"params/{path.name}: {key} of {stem}", value, default)
+            expected = type(default)
+            if default is not None and type(value) is not expected and (expected, type(value)) != (float, int):
+                trap = "; YAML reads 1e-4 as text: write 1.0e-4" if expected is float and isinstance(value, str) else ""
+                got = f"got {value!r} ({type(value).__name__}), expected {expected.__name__}"
+                raise StudyError(f"params/{path.name}: {key} of {stem}: {got}{trap}")
     return {stem: {key: value for key, value in given.items() if key in values} for stem, values in declared.items()}
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Plain data, no objects; a key that stands there twice is an error."""
+    """Loads plain data, no objects; a duplicate key is an error."""
 
     def construct_mapping(self, node, deep=False):
         values = super().construct_mapping(node, deep)
         if len(values) < len(node.value):
-            raise yaml.YAMLError("a key stands there twice")
+            raise yaml.YAMLError("a key is given twice")
         return values
 
 
@@ -124,17 +129,9 @@ def _declared(notebook: Path) -> dict:
         ) from None
 
 
-def _check_type(where: str, value, default) -> None:
-    expected = type(default)
-    if default is None or type(value) is expected or (expected is float and type(value) is int):
-        return
-    trap = "; YAML reads 1e-4 as text: write 1.0e-4" if expected is float and isinstance(value, str) else ""
-    raise StudyError(f"{where}: got {value!r} ({type(value).__name__}), expected {expected.__name__}{trap}")
-
-
 # ---------------------------------------------------------------- what a notebook depends on
 def _notebook_hash(notebook: Path, parameters: dict, reports: Path) -> str:
-    """Hash of a notebook's source (not its outputs), its parameters, and the content of the files it depends on."""
+    """Hash of a notebook's source without outputs, its parameters and the files it depends on."""
     cells = [(c.cell_type, c.source) for c in nbformat.read(notebook, as_version=4).cells]
     code = "\n".join(source for kind, source in cells if kind == "code")
     data = os.environ.get("LATENTLAB_DATA", "")  # a section skipped for want of data runs again
@@ -150,14 +147,14 @@ def _notebook_hash(notebook: Path, parameters: dict, reports: Path) -> str:
 
 
 def _reach(result: Path) -> str:
-    """What a skipped section of a result may have waited for: can it be reached now? "" without such a section."""
+    """Whether Hub and index are reachable, for a result with skipped sections; else ""."""
     return f" Hub {hub_answers()}, package index {index_answers()}" if _skipped(result) else ""
 
 
 def _skipped(result: Path) -> list[str]:
     """The skipped sections of a result, each with its reason."""
-    leaves = results.leaves((results.load_result(result) or {}).get("metrics", {}))
-    return [f"{path.rpartition('.')[0]} ({why})" for path, why in leaves if path.split(".")[-1] == "skipped"]
+    found = results.load_result(result)
+    return [f"{section} ({why})" for section, why in (tables.skipped_sections(found) if found else [])]
 
 
 # ---------------------------------------------------------------- running
@@ -175,7 +172,7 @@ def _run_unless_finished(path: Path, parameters: dict, folder: Path, label: str)
     if _identity(result) == before:
         raise StudyError(f"{path.stem}: ran, but wrote no {result}; its last section must call write_result")
     _write_html(executed)
-    files.write_atomically(marker, (state + _reach(result)).encode())  # last: a run killed before this runs again
+    files.write_atomically(marker, (state + _reach(result)).encode())  # last: marks a whole run
     skipped = "; skipped: ".join(["", *_skipped(result)])
     print(f"{label}: done in {time.monotonic() - start:.0f} s{skipped}", flush=True)
 
@@ -205,27 +202,27 @@ def _execute(path: Path, executed: Path, parameters: dict, reports: Path) -> Non
         first = next((line for line in error.source.splitlines() if line.strip()), "")
         what = f"{error.ename}: {_one_line(error.evalue)}"
         raise StudyError(f"{path.stem}, cell [{error.exec_count}] `{first}`: {what}; all of it in {executed}") from None
-    except Exception as error:  # a dead kernel, no kernel, a full disk: one line like every other failure
+    except Exception as error:  # a dead kernel, no kernel, a full disk
         raise StudyError(f"{path.stem}: {type(error).__name__}: {_one_line(error)}; see {log}") from error
 
 
 def _kernels(variables: dict, log) -> type:
-    """A class of kernels with these environment variables, whose processes print into the open file `log`.
+    """A kernel manager class: kernels get these variables, their processes print into `log`.
 
-    ipykernel closes sockets that its other threads may still use when it shuts down: now and then libzmq then aborts
-    with `Assertion failed` on stderr, after the last cell. Users need not see it.
+    When ipykernel shuts down, its main thread closes sockets that other threads may still be using;
+    libzmq then sometimes aborts with `Assertion failed` on stderr. All cells have run by then.
     """
     start = partialmethod(AsyncKernelManager.start_kernel, env=variables, stdout=log, stderr=log)
     return type("Kernels", (AsyncKernelManager,), {"start_kernel": start})
 
 
 def _kernel_environment(reports: Path) -> dict[str, str]:
-    """This environment with the result folder and data as absolute paths, no bars, no debugger notes."""
+    """The environment of kernels: absolute folders, no progress bars, no debugger warnings."""
     variables = os.environ | {"LATENTLAB_REPORTS": str(reports), "TQDM_DISABLE": "1"}
     variables["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     if data := variables.get("LATENTLAB_DATA"):
         variables["LATENTLAB_DATA"] = str(Path(data).resolve())  # kernels run in the notebooks' folder
-    variables.pop("MPLBACKEND", None)  # with Agg the figures vanish and the run still succeeds
+    variables.pop("MPLBACKEND", None)  # with Agg, notebooks would show no figures
     return variables
 
 
@@ -235,7 +232,7 @@ def _one_line(text) -> str:
 
 # ---------------------------------------------------------------- pages
 def _write_html(executed: Path) -> None:
-    """The executed copy as one page. Outputs may quote models and data sets: only text and pictures pass."""
+    """Write the executed copy as a page. Outputs may quote models and data: only text and PNG pass."""
     from nbconvert import HTMLExporter
 
     notebook = nbformat.read(executed, as_version=4)
@@ -248,10 +245,8 @@ def _write_html(executed: Path) -> None:
 
 
 def _write_index(preset: str, notebooks: list[Path], folder: Path) -> Path:
-    """A page that links the executed notebooks, with question, seconds and headline of each result."""
-    rows = []
-    for path in notebooks:
-        result = results.load_result(folder / f"{path.stem}.json") if (folder / f"{path.stem}.json").is_file() else None
-        rows.append((path.stem, (folder / f"{path.stem}.html").is_file(), result))
+    """Write a page that links the executed notebooks, with their questions and headlines."""
+    found = [(p.stem, (folder / f"{p.stem}.html").is_file(), folder / f"{p.stem}.json") for p in notebooks]
+    rows = [(name, page, results.load_result(result)) for name, page, result in found]
     page = tables.render("index.html", preset=preset, notebooks=rows)
     return files.write_atomically(folder / "index.html", page.encode())

@@ -1,17 +1,20 @@
-"""Result files: one JSON per notebook or run. Figures made from them: figures.py; tables: tables.py.
+"""Result files: one JSON per notebook or run, read by figures.py and tables.py.
 
 A result is `<reports>/<preset>/<name>.json`:
 
-    {"schema_version": 1, "name": "01_deterministic_collapse", "preset": "tiny", "question": "...", "headline": "...",
-     "parameters": {...}, "metrics": {"none": {...}, "real": {"skipped": "no Hub", "last_measured": {...}}},
-     "arms": [{"name": "shared", "seed": 0, "n": 4000, "correct": 3200, "interval": [0.787, 0.812], "rollouts": ...,
-               "difference": {"points": 4.1, "low": 3.2, "high": 5.0, "discordant": 310}, "seconds": ...}],
+    {"schema_version": 1, "name": "01_deterministic_collapse", "preset": "tiny",
+     "question": "...", "headline": "...", "parameters": {...},
+     "metrics": {"none": {...}, "real": {"skipped": "no Hub", "last_measured": {...}}},
+     "arms": [{"name": "shared", "seed": 0, "n": 4000, "correct": 3200, "interval": [0.78, 0.81],
+               "difference": {"points": 4.1, "low": 3.2, "high": 5.0}, "rollouts": ..., ...}],
      "environment": {...}, "commit": "<sha>[-dirty]", "started": "<UTC>", "seconds": 61.2}
 
-`interval` and `accuracy` are fractions, `difference` is in percentage points. An arm may lack every key but `name`.
+`interval` and `accuracy` are fractions, `difference` is in percentage points. Every key of an arm
+but `name` may be missing.
 
-`<reports>` is the user's own folder: LATENTLAB_REPORTS, else `reports` at the repository root, where git ignores it.
-`reports/published` holds the committed results that README and docs quote. Readers prefer the user's own result.
+`<reports>` is the user's own folder: LATENTLAB_REPORTS, else `reports` at the repository root,
+ignored by git. `reports/published` holds the committed results that README and docs quote. Readers
+prefer the user's own result to the published one.
 """
 
 import json
@@ -67,7 +70,7 @@ class Result(TypedDict):
 
 
 def reports_folder() -> Path:
-    """The folder for the user's own results: LATENTLAB_REPORTS, else `reports` at the repository root."""
+    """The folder of the user's own results: LATENTLAB_REPORTS, else `reports` in the repository."""
     return Path(os.environ.get("LATENTLAB_REPORTS") or runtime.repository_root() / "reports")
 
 
@@ -77,7 +80,7 @@ def published_folder() -> Path:
 
 
 def result_path(name: str, preset: str, suffix: str, directory=None) -> Path:
-    """`<reports>/<preset>/<name><suffix>`; ValueError for a name or preset that is no plain word."""
+    """`<reports>/<preset>/<name><suffix>`; ValueError unless name and preset are plain words."""
     for label, text in (("name", name), ("preset", preset)):
         if not re.fullmatch(r"\w[\w-]*", str(text), re.ASCII):
             raise ValueError(f"{label}: got {text!r}, expected letters, digits, _ and -; it becomes a file name")
@@ -101,12 +104,10 @@ def write_result(
     """Write `<reports>/<preset>/<name>.json` atomically and return its path.
 
     Args:
-        metrics: may hold numbers, arrays and tensors. For a section that could not run, `{"skipped": reason}`;
-            its last measured version is then kept from the earlier file, with date and commit, as "last_measured".
-        started: `time.time()` or ISO text.
-        seconds: the duration.
-        question: what the notebook asks; shown in the README.
-        headline: one sentence with the main numbers; shown in the README.
+        metrics: numbers, arrays and tensors. A section that could not run is `{"skipped": reason}`;
+            its last measured version is then kept from the earlier file as "last_measured".
+        started, seconds: start, as `time.time()` or ISO text, and duration.
+        question, headline: what is asked, and the answer in one sentence with its main numbers.
 
     Raises:
         ValueError: a NaN or inf, or a name that is no plain word. The earlier file stays.
@@ -118,7 +119,7 @@ def write_result(
     made = {"commit": runtime.commit(), "started": started, "seconds": seconds}
     result = {"schema_version": 1, **about, "metrics": metrics, "arms": list(arms)}
     result |= {"environment": environment or runtime.environment(), **made}
-    result = json.loads(json.dumps(result, default=lambda value: value.tolist()))  # arrays and tensors become lists
+    result = json.loads(json.dumps(result, default=lambda array: array.tolist()))
     for where, value in leaves(result):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f'{name}: {where} is {value}, expected a finite number or a section {{"skipped": reason}}')
@@ -143,9 +144,11 @@ def _keep_measured(new, old, stamp: dict):
 
 
 def read_result(name: str, preset: str, directory=None) -> dict:
-    """A result and the `folder` that holds it: from `directory`, else the user's own, else the published one.
+    """A result, with `folder`, where it lies: `directory`, else the user's own, else the published one.
 
-    Raises FileNotFoundError when there is none and ValueError when the file is no result, each in one line.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a result.
     """
     for folder in [directory] if directory else [reports_folder(), published_folder()]:
         path = result_path(name, preset, ".json", folder)
@@ -166,11 +169,11 @@ def find_result(name: str, preset: str) -> dict | None:
 
 
 def load_result(path: Path) -> dict | None:
-    """The result in a file, or None if it is not one of this schema."""
+    """The result in a file; None if there is no file or it is not a result of this schema."""
     try:
         result = json.loads(path.read_bytes())
         TypeAdapter(Result).validate_python(result, strict=True)
-    except (ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return result
 

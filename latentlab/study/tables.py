@@ -1,6 +1,7 @@
-"""RESULTS.md and the marked blocks of README.md and docs/*.md, generated from result files through templates.
+"""RESULTS.md and the marked blocks of README.md and docs/*.md, generated from result files.
 
-A block stands between `<!-- name:begin -->` and `<!-- name:end -->`, with a name of BLOCKS; templates/ has their text.
+A block is the text between `<!-- name:begin -->` and `<!-- name:end -->`, for the names in BLOCKS;
+its template is templates/<name>.md.j2.
 """
 
 import html
@@ -22,9 +23,9 @@ BLOCKS = re.compile(r"(<!-- (notebooks|results|cost|bench):begin -->\n).*?(<!-- 
 
 
 def build_report(folder: Path | None = None) -> Path:
-    """Write RESULTS.md and the figures of arms for a result folder, by default the user's own; return its path.
+    """Write RESULTS.md and the figures of arms in a result folder, by default the user's own.
 
-    JSON files that are not results are listed. Published results in a subfolder are not included.
+    JSON files that are not results are listed. Returns the path of RESULTS.md.
     """
     folder = Path(folder or reports_folder())
     results, unknown = collect(folder)
@@ -35,7 +36,7 @@ def build_report(folder: Path | None = None) -> Path:
 
 
 def publish() -> Path:
-    """Copy the user's own results over the committed ones and regenerate what is generated; return RESULTS.md."""
+    """Copy the user's own results into `reports/published`, then `refresh_pages`."""
     own, published = reports_folder(), published_folder()
     for preset in {result["preset"] for result in collect(own)[0]}:
         for path in (own / preset).glob("[!.]*"):
@@ -45,7 +46,10 @@ def publish() -> Path:
 
 
 def refresh_pages(root: Path) -> Path:
-    """Regenerate the published RESULTS.md (returned) and the marked blocks of README.md and docs/*.md below `root`."""
+    """Regenerate the marked blocks of README.md and docs/*.md, and the published RESULTS.md.
+
+    Returns the path of the latter; `root` is the repository.
+    """
     report = build_report(root / "reports" / "published")
     results, _ = collect(report.parent)
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
@@ -55,23 +59,24 @@ def refresh_pages(root: Path) -> Path:
 
 
 def fill_blocks(text: str, results: list[dict], root: str) -> str:
-    """`text` with its marked blocks generated from published results; `root`: the way to the repository's root."""
+    """`text` with its marked blocks generated; `root`: relative path to the repository's root."""
     return BLOCKS.sub(lambda block: block[1] + render(f"{block[2]}.md", results=results, root=root) + block[3], text)
 
 
 def collect(folder: Path) -> tuple[list[dict], list[str]]:
-    """Results in the order (preset, name), and the relative paths of the JSON files that are none.
+    """The results of a folder by (preset, name), and the relative paths of other JSON files.
 
-    Results of LEFT_OUT and rehearsals of budgeted runs on synthetic problems show only that everything runs: no result.
+    Presets in LEFT_OUT and budgeted runs on synthetic problems show only that everything runs:
+    their numbers are not reported.
     """
     results, unknown = [], []
     for path in (*sorted(folder.glob("*.json")), *sorted(folder.glob("*/*.json"))):
         result, preset = load_result(path), "" if path.parent == folder else path.parent.name
-        plain = re.fullmatch(r"\w[\w-]*", path.stem + preset, re.ASCII)  # as it stands in links
+        plain = re.fullmatch(r"\w[\w-]*", path.stem + preset, re.ASCII)  # safe in a link
         if result and plain and (result["name"], result["preset"]) == (path.stem, preset):
             rehearsal = is_budgeted(result) and result["metrics"].get("data") == "word_problems"
             results += [] if rehearsal or preset in LEFT_OUT else [result]
-        elif preset != "published" and not path.stem.endswith("_samples"):  # samples: beside a result
+        elif preset != "published" and not path.stem.endswith("_samples"):
             unknown.append(f"{preset}/{path.name}".lstrip("/"))
     rank = {preset: i for i, preset in enumerate(PRESET_ORDER)}
     return sorted(results, key=lambda r: (rank.get(r["preset"], len(rank)), r["preset"], r["name"])), unknown
@@ -84,15 +89,15 @@ def is_budgeted(result: dict) -> bool:
 
 # ---------------------------------------------------------------- what templates use
 def render(template: str, **values) -> str:
-    """A template of this package as text. Everything inserted is escaped by `cell`, blank lines are merged."""
+    """The text of a template. All inserted values are escaped by `cell`, blank lines are merged."""
     text = TEMPLATES.get_template(f"{template}.j2").render(**values)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def cell(value) -> Markup:
-    """A value as text of a Markdown table or HTML page.
+    """A value as text that is safe in Markdown tables and HTML pages.
 
-    It may quote models and data, so no HTML, column, code, link or reference comes out of it.
+    It may quote models and data: HTML, column separators, code, links and references are escaped.
     """
     if isinstance(value, Markup):
         return value
@@ -143,7 +148,7 @@ def provenance(result: dict) -> dict:
 
 
 def scalar_metrics(result: dict, but=()) -> list[tuple]:
-    """(name, value) of the scalar metrics. Lists are curves: they are in the JSON and in the figures."""
+    """(name, value) of the scalar metrics; lists are curves, left to the JSON and the figures."""
     found = leaves({key: value for key, value in result["metrics"].items() if key not in but})
     return [(k, v) for k, v in found if not re.search(r"\.\d+(\.|$)", k) and k.split(".")[-1] != "skipped"]
 

@@ -1,4 +1,4 @@
-"""What a user runs never touches a tracked file: a study and a notebook by hand, in a copy of this repository."""
+"""A user's run never touches a tracked file: a study and a notebook, in a copy of the repository."""
 
 import os
 import shutil

@@ -83,7 +83,7 @@ def test_runs_in_order_writes_pages_and_skips_what_is_finished(notebooks, capfd)
 
 @pytest.mark.slow
 def test_what_a_kernel_prints_as_it_ends_is_in_a_log_and_nowhere_else(notebooks, capfd):
-    """As libzmq does at times when ipykernel shuts down: a line on the process's own stderr, and an abort."""
+    """libzmq at times prints a line on the process's own stderr and aborts as ipykernel ends."""
     ends = "import atexit, os\natexit.register(lambda: (os.write(2, b'Assertion failed: toy\\n'), os.abort()))"
     make(notebooks, FIRST, ends)
     assert run(notebooks, only="00") == [FIRST]
@@ -156,7 +156,8 @@ def test_a_pipeline_killed_in_notebook_03_resumes_there(tmp_path, monkeypatch, r
     """SIGKILL of the study while a cell of 03 runs: 02 is not run again, 03 is, from its start."""
     folder, names = tmp_path / "notebooks", ["02_c", "03_d", "04_e"]
     folder.mkdir()
-    # The killed study's kernel outlives it by a moment: it waits for another file, so it never writes.
+    # The killed study's kernel outlives it by a moment; it waits for another file, so it never
+    # writes.
     wait = (
         "import os, time\nopen('begun', 'w').close()\nwhile not os.path.exists(os.environ['GO']):\n    time.sleep(0.1)"
     )
@@ -246,7 +247,7 @@ def test_a_notebook_depends_on_the_results_its_code_names(notebooks, tmp_path, m
         ("preset: tiny", "expected `preset: toy`"),
         ("- toy", "expected `key: value` lines"),
         ("preset: [toy", "no readable YAML"),
-        ("preset: toy\nrate: 0.2\nrate: 0.3", "a key stands there twice"),
+        ("preset: toy\nrate: 0.2\nrate: 0.3", "a key is given twice"),
         ("preset: toy\n1: 2", "expected `key: value` lines"),
         ("", "expected `key: value` lines"),
         ("!!python/object/apply:os.system ['touch pwned']", "no readable YAML"),
