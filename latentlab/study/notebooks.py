@@ -232,7 +232,7 @@ def _one_line(text) -> str:
 
 # ---------------------------------------------------------------- pages
 def _write_html(executed: Path) -> None:
-    """Write the executed copy as a page. Outputs may quote models and data: only text and PNG pass."""
+    """Write the executed copy as a page: of outputs, which may quote data, only text and PNG."""
     from nbconvert import HTMLExporter
 
     notebook = nbformat.read(executed, as_version=4)

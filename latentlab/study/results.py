@@ -144,7 +144,7 @@ def _keep_measured(new, old, stamp: dict):
 
 
 def read_result(name: str, preset: str, directory=None) -> dict:
-    """A result, with `folder`, where it lies: `directory`, else the user's own, else the published one.
+    """A result from `directory`, else the user's own, else the published one; `folder`: its place.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -23,14 +23,14 @@ BLOCKS = re.compile(r"(<!-- (notebooks|results|cost|bench):begin -->\n).*?(<!-- 
 
 
 def build_report(folder: Path | None = None) -> Path:
-    """Write RESULTS.md and the figures of arms in a result folder, by default the user's own.
+    """Write RESULTS.md and the figures of sweeps in a result folder, by default the user's own.
 
     JSON files that are not results are listed. Returns the path of RESULTS.md.
     """
     folder = Path(folder or reports_folder())
     results, unknown = collect(folder)
     for result in results:
-        if result["name"] == "arms":
+        if result["name"] == "arms" and not is_budgeted(result):
             draw_arms(result, folder)
     return write_atomically(folder / "RESULTS.md", render("report.md", results=results, unknown=unknown).encode())
 
@@ -150,7 +150,8 @@ def provenance(result: dict) -> dict:
 def scalar_metrics(result: dict, but=()) -> list[tuple]:
     """(name, value) of the scalar metrics; lists are curves, left to the JSON and the figures."""
     found = leaves({key: value for key, value in result["metrics"].items() if key not in but})
-    return [(k, v) for k, v in found if not re.search(r"\.\d+(\.|$)", k) and k.split(".")[-1] != "skipped"]
+    left_out = re.compile(r"\.\d+(\.|$)|(^|\.)skipped$")
+    return [(k, v) for k, v in found if v is not None and not left_out.search(k)]
 
 
 def skipped_sections(result: dict) -> list[tuple]:
