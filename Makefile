@@ -3,6 +3,10 @@ PRESET ?= tiny
 PYTHON ?= python3
 # such as LAB_ARGS="--no-browser --allow-root" in a container
 LAB_ARGS ?=
+# Kernels run in notebooks/: a relative folder of one's own results would be taken from there.
+ifdef LATENTLAB_REPORTS
+export LATENTLAB_REPORTS := $(abspath $(LATENTLAB_REPORTS))
+endif
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -11,7 +15,7 @@ READY := .venv/.ready
 study: $(READY)
 	@$(BIN)/latentlab study --preset $(PRESET)
 
-# nbval executes the committed notebooks: their results go to a temporary folder, never over the committed ones.
+# nbval executes the committed notebooks; their results go to a temporary folder, apart from the user's own.
 test: $(READY)
 	@$(BIN)/python -m pytest
 	@reports=$$(mktemp -d) && trap 'rm -rf "$$reports"' EXIT && \
@@ -28,11 +32,11 @@ lint: $(READY)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-# Refreshes the committed notebooks in place, with their result files, then everything generated from these.
+# For maintainers: executes the committed notebooks in place, publishes all results, regenerates README and docs.
 notebooks: $(READY)
 	@TQDM_DISABLE=1 PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 	--log-level=ERROR --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=1200 notebooks/*.ipynb
-	@$(BIN)/latentlab report
+	@$(BIN)/latentlab report --publish
 
 bench: $(READY)
 	@$(BIN)/latentlab bench --threads 1

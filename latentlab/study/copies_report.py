@@ -1,13 +1,14 @@
-"""What number perturbation makes of GSM8K: how much, whether it is right, and 100 copies to be read.
+"""Number-perturbed copies of GSM8K: their number, their correctness, and a sample of 100 to read.
 
-`latentlab data --preset smol --copies-report reports` prints the copies to be read as JSON lines and writes
-`perturb/perturb.json` into that folder. A person's verdict on each of them: reports/perturb/reading.md.
+`latentlab data --preset smol --copies-report reports` prints the sample as JSON lines and writes
+`perturb/perturb.json` into that folder. A person's verdict on each copy of the sample is in
+reports/published/perturb/reading.md.
 """
 
-import dataclasses
 import json
 import random
 import time
+from dataclasses import asdict, replace
 from hashlib import sha256
 
 from latentlab.config import Config
@@ -18,42 +19,46 @@ from latentlab.study import results
 
 READ = 100  # copies in the sample, drawn with SAMPLE_SEED
 SAMPLE_SEED = 4
-PINNED = 500  # the first training problems, whose copies have a sha256 of their own: quick to check
+PINNED = 500  # the first training problems: their copies have a sha256 of their own, quick to check
 
 
 def write(config: Config, folder: str) -> None:
-    """Measure `config.data.copies` copies of every GSM8K training problem; ValueError for another data set."""
-    if config.data.name != "gsm8k" or not config.data.copies:
-        got = f"data {config.data.name} with {config.data.copies} copies"
+    """Measure `config.data.copies` copies of every GSM8K training problem.
+
+    Raises ValueError for another data set or no copies.
+    """
+    data, started = config.data, time.time()
+    if data.name != "gsm8k" or not data.copies:
+        got = f"data {data.name} with {data.copies} copies"
         raise ValueError(f"--copies-report: got {got}, expected gsm8k with copies: pass --preset smol")
-    n, seed, started = config.data.copies, config.data.seed, time.time()
     train, validation, test = (datasets.gsm8k(split) for split in datasets.SPLITS)
-    clock = time.process_time()
-    fed = datasets.load(dataclasses.replace(config.data, train_size=0), "train")  # what a curriculum is given
-    copies = {problem.id: [] for problem in train}
-    for row in fed:
-        if "~" in row.id:
-            copies[row.id.rpartition("~")[0]].append(row)
-    copies |= {problem.id: perturb(problem, n, seed) for problem in [*train, *validation] if not copies.get(problem.id)}
+    everything, clock = [*train, *validation], time.process_time()  # GSM8K's training set; 500 of it are held out
+    fed = datasets.load(replace(data, train_size=0), "train")  # what a curriculum is given
+    fed_copies = [row for row in fed if "~" in row.id]
+    copies: dict[str, list[Problem]] = {}
+    for row in fed_copies:
+        copies.setdefault(row.id.rpartition("~")[0], []).append(row)
+    copies |= {
+        problem.id: perturb(problem, data.copies, data.seed) for problem in everything if problem.id not in copies
+    }
     seconds = time.process_time() - clock
     rows = [copy for problem in train for copy in copies[problem.id]]
     sample = random.Random(SAMPLE_SEED).sample(rows, READ)
-    everything = [copy for several in copies.values() for copy in several]
+    total, equations = (
+        _count(everything, copies),
+        [step for some in copies.values() for copy in some for step in copy.steps],
+    )
     metrics = {
-        # GSM8K's training set of 7,473 problems, of which 500 are held out for validation
-        "all": counts([*train, *validation], copies),
-        "without_validation": counts(train, copies),
-        "training_rows": {
-            "originals": sum("~" not in row.id for row in fed),
-            "copies": sum("~" in row.id for row in fed),
-        },
-        "equations": sum(len(copy.steps) for copy in everything),
-        "wrong_equations": sum(not equation_holds(step) for copy in everything for step in copy.steps),
-        "wrong_answers": sum(not ends_at_answer(copy) for copy in everything),
-        "originals_not_restored": sum(not restores(problem) for problem in [*train, *validation]),
+        "all": total,
+        "without_validation": _count(train, copies),
+        "training_rows": {"originals": len(fed) - len(fed_copies), "copies": len(fed_copies)},
+        "equations": len(equations),
+        "wrong_equations": sum(not _holds(step) for step in equations),
+        "wrong_answers": sum(not _ends_at_answer(copy) for several in copies.values() for copy in several),
+        "originals_not_restored": sum(not _is_restored(problem) for problem in everything),
         "held_out_in_training": {
-            "questions": overlap(fed, [*validation, *test], lambda question: " ".join(question.split())),
-            "but_for_numbers_and_names": overlap([row for row in fed if "~" in row.id], [*validation, *test], skeleton),
+            "questions": _overlap(fed, [*validation, *test], lambda question: " ".join(question.split())),
+            "but_for_numbers_and_names": _overlap(fed_copies, [*validation, *test], skeleton),
         },
         "cpu_seconds": seconds,
         "sha256": digest(rows),
@@ -61,38 +66,38 @@ def write(config: Config, folder: str) -> None:
         "read": [copy.id for copy in sample],
     }
     results.write_result(
-        "perturb", preset="perturb", parameters={"copies": n, "data_seed": seed, "sample_seed": SAMPLE_SEED},
-        metrics=metrics, started=started, seconds=time.time() - started, directory=folder,
-        headline=f"{metrics['all']['perturbable']} of {metrics['all']['problems']} GSM8K training problems can be "
-        f"perturbed: {metrics['all']['copies']} copies in {seconds:.0f} s on one core, {metrics['wrong_equations']} "
-        f"of {metrics['equations']} equations wrong",
-    )  # fmt: skip
+        "perturb",
+        preset="perturb",
+        parameters={"copies": data.copies, "data_seed": data.seed, "sample_seed": SAMPLE_SEED},
+        metrics=metrics,
+        started=started,
+        seconds=time.time() - started,
+        directory=folder,
+        headline=f"{total['perturbable']} of {total['problems']} GSM8K training problems can be "
+        f"perturbed: {total['copies']} copies in {seconds:.0f} s on one core, {metrics['wrong_equations']} "
+        f"of {len(equations)} equations wrong",
+    )
     for copy in sample:
-        print(json.dumps(dataclasses.asdict(copy), ensure_ascii=False))
+        print(json.dumps(asdict(copy), ensure_ascii=False))
 
 
-def counts(problems: list[Problem], copies: dict[str, list[Problem]]) -> dict:
-    perturbable = sum(bool(copies[problem.id]) for problem in problems)
-    total = sum(len(copies[problem.id]) for problem in problems)
-    return {
-        "problems": len(problems),
-        "perturbable": perturbable,
-        "share": perturbable / len(problems),
-        "copies": total,
-    }
+def _count(problems: list[Problem], copies: dict[str, list[Problem]]) -> dict:
+    numbers = [len(copies[problem.id]) for problem in problems]
+    able, n = sum(map(bool, numbers)), len(problems)
+    return {"problems": n, "perturbable": able, "share": able / n, "copies": sum(numbers)}
 
 
-def equation_holds(step: str) -> bool:
+def _holds(step: str) -> bool:
     """Whether a step, parsed from its text alone, is exactly right."""
     equation = parse_step(step)
     return equation is not None and equation.holds()
 
 
-def ends_at_answer(problem: Problem) -> bool:
+def _ends_at_answer(problem: Problem) -> bool:
     return canonical_answer(problem.steps[-1].rpartition("=")[2]) == problem.answer
 
 
-def restores(problem: Problem) -> bool:
+def _is_restored(problem: Problem) -> bool:
     """Whether the old numbers give back the old question and steps, byte for byte."""
     template = trace(problem)
     if template is None:
@@ -101,7 +106,7 @@ def restores(problem: Problem) -> bool:
     return numbers is not None and template.write(numbers) == (problem.question, problem.steps)
 
 
-def overlap(rows: list[Problem], held_out: list[Problem], key) -> int:
+def _overlap(rows: list[Problem], held_out: list[Problem], key) -> int:
     """How many held-out problems have the key of some row."""
     keys = {key(row.question) for row in rows}
     return sum(key(problem.question) in keys for problem in held_out)
@@ -109,5 +114,4 @@ def overlap(rows: list[Problem], held_out: list[Problem], key) -> int:
 
 def digest(rows: list[Problem]) -> str:
     """sha256 of the rows as JSON lines."""
-    text = "".join(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows)
-    return sha256(text.encode()).hexdigest()
+    return sha256("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows).encode()).hexdigest()

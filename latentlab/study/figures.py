@@ -1,4 +1,4 @@
-"""Figures from result files: drawn from dicts, legible in greyscale, equal bytes for equal results."""
+"""Figures of results: legible in greyscale, equal bytes for equal results."""
 
 from __future__ import annotations
 
@@ -14,14 +14,23 @@ BENCH_AXES = {"num_generations": "rollouts K", "question": "question tokens", "a
 
 
 def save_figure(figure, name: str, preset: str, directory=None) -> Path:
-    """Save a matplotlib figure as `<reports>/<preset>/<name>.png`; equal figures give equal bytes."""
+    """Save a figure as `<reports>/<preset>/<name>.png`; equal figures give equal bytes."""
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     return write_atomically(result_path(name, preset, ".png", directory), picture.getvalue())
 
 
+def draw_arms(result: dict, folder: Path) -> Path:
+    """Draw the trained arms of a result, next to its file in the result folder `folder`."""
+    from matplotlib.figure import Figure  # no pyplot: drawing changes no global state
+
+    figure = Figure(figsize=(7, 4))
+    plot_arms(figure.subplots(), [arm for arm in result["arms"] if arm.get("rollouts", 1)])  # controls have none
+    return save_figure(figure, result["name"], result["preset"], folder)
+
+
 def draw_bench(result: dict, folder: Path) -> Path:
-    """The figure of a bench result, one panel per axis: measured seconds and the fitted line."""
+    """Draw a bench result, one panel per axis: measured seconds and the fitted line."""
     from matplotlib.figure import Figure
 
     scaling = result["metrics"]["scaling"]
@@ -38,9 +47,12 @@ def draw_bench(result: dict, folder: Path) -> Path:
 
 
 def plot_arms(ax, arms: list[dict]) -> None:
-    """Horizontal 95 % intervals, one line per arm, one marker per seed; differences where there are any."""
+    """Horizontal 95 % intervals, one line per arm, one marker per seed.
+
+    Draws differences to the baseline where any arm has one, else accuracies.
+    """
     value = "difference" if any(arm.get("difference") for arm in arms) else "accuracy"
-    drawn = [(arm, estimate(arm, value)) for arm in arms if estimate(arm, value)]
+    drawn = [(arm, found) for arm in arms if (found := estimate(arm, value))]
     names = list(dict.fromkeys(arm["name"] for arm, _ in drawn))
     seeds = list(dict.fromkeys(arm.get("seed") for arm, _ in drawn))
     style = dict(zip(seeds, cycle(LINES), strict=False))
@@ -61,7 +73,7 @@ def plot_arms(ax, arms: list[dict]) -> None:
 
 
 def plot_curves(ax, curves: dict, *, xlabel: str, ylabel: str) -> None:
-    """Lines from {label: (x, y)}, told apart by dash and marker, so that they survive greyscale."""
+    """Lines from {label: (x, y)}, distinguished by dash and marker."""
     for (label, (x, y)), (line, marker, grey) in zip(curves.items(), cycle(LINES), strict=False):
         ax.plot(x, y, line, marker=marker, markevery=max(1, len(x) // 8), color=grey, label=label)
     ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -69,13 +81,15 @@ def plot_curves(ax, curves: dict, *, xlabel: str, ylabel: str) -> None:
 
 
 def estimate(arm: dict, value: str) -> tuple[float, float, float] | None:
-    """(middle, low, high) in percentage points, or None where the arm does not have them; no interval: low = high."""
+    """(middle, low, high) of an arm's "accuracy" or "difference", in percentage points.
+
+    None where the arm has no such value; without an interval, low and high equal the middle.
+    """
     if value == "difference":
         difference = arm.get("difference") or {}
         middle, low, high = (difference.get(key) for key in ("points", "low", "high"))
     else:
         middle = arm.get("accuracy", arm["correct"] / arm["n"] if arm.get("n") and "correct" in arm else None)
-        bounds = arm.get("interval") or [None, None]
-        low, high = bounds.values() if isinstance(bounds, dict) else bounds
+        low, high = arm.get("interval") or [None, None]
         middle, low, high = (None if x is None else 100 * x for x in (middle, low, high))
     return None if middle is None else (middle, middle if low is None else low, middle if high is None else high)

@@ -19,7 +19,7 @@ from latentlab.data.word_problems import word_problems
 from latentlab.problems import Problem, canonical_answer
 from latentlab.study import copies_report
 
-REPORTS = Path(__file__).parents[2] / "reports" / "perturb"
+REPORTS = Path(__file__).parents[2] / "reports" / "published" / "perturb"
 relaxed = settings(derandomize=True, deadline=None, max_examples=200)
 real_data = pytest.mark.skipif(not os.environ.get("LATENTLAB_DATA"), reason="LATENTLAB_DATA names no data folder")
 

@@ -570,7 +570,7 @@ def test_results_of_any_shape_are_reported_or_listed(tmp_path, record_property):
         | {"interval": anything, "difference": anything},
     )
     result = st.fixed_dictionaries(
-        {"schema_version": st.just(1), "name": st.just("compare") | st.text(max_size=4), "preset": st.just("tiny"),
+        {"schema_version": st.just(1), "name": st.just("arms") | st.text(max_size=4), "preset": st.just("tiny"),
          "parameters": anything, "metrics": anything, "arms": st.lists(arm, max_size=3) | anything,
          "environment": anything},
         optional={name: scalars for name in ("seconds", "headline", "question", "started", "commit")},
@@ -584,10 +584,10 @@ def test_results_of_any_shape_are_reported_or_listed(tmp_path, record_property):
     def check(content):
         nonlocal tried
         tried += 1
-        (folder / "compare.json").write_bytes(content)
-        (folder / "compare.png").unlink(missing_ok=True)
+        (folder / "arms.json").write_bytes(content)
+        (folder / "arms.png").unlink(missing_ok=True)
         text = tables.build_report(tmp_path / "reports").read_text()
-        assert "## tiny · compare" in text or "compare.json: not a result" in text
+        assert "## tiny · arms" in text or "arms.json: not a result" in text
 
     check()
     record_property("inputs", {"result file": tried})
@@ -603,14 +603,15 @@ HOSTILE = [
 @pytest.mark.parametrize("text", HOSTILE)
 def test_text_of_models_and_data_is_text_in_tables(text, tmp_path, monkeypatch, record_property):
     """Rendered as Markdown: no element, link or column comes out of it, and every letter is still there."""
-    monkeypatch.setenv("LATENTLAB_REPORTS", str(tmp_path / "reports"))
+    monkeypatch.setenv("LATENTLAB_REPORTS", str(tmp_path / "own"))
+    monkeypatch.setattr(tables.environment, "repository_root", lambda: tmp_path)
     (tmp_path / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\nkept\n")
     results.write_result(
-        "compare", preset="tiny", parameters={"x": text}, metrics={"a": text, text: 1, "b": {"skipped": text}},
+        "arms", preset="tiny", parameters={"x": text}, metrics={"a": text, text: 1, "b": {"skipped": text}},
         arms=[{"name": text, "seed": 0, "n": 4, "correct": 2, "note": text}], started=0.0, seconds=1.0,
         question=text, headline=text, environment={"device": text},
     )  # fmt: skip
-    source = tables.build_report().read_text()
+    source = tables.publish().read_text()
     page = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "url"])(source)
     plain = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "url"])(source.replace(text, ""))
     for piece in ("<script", "<img", "<b>", 'href="javascript', 'src="javascript', "onerror=alert(1)>", "<h1>heading"):

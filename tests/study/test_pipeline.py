@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,21 @@ def test_runs_in_order_writes_pages_and_skips_what_is_finished(notebooks, capfd)
 
 
 @pytest.mark.slow
+def test_what_a_kernel_prints_as_it_ends_is_in_a_log_and_nowhere_else(notebooks, capfd):
+    """libzmq at times prints a line on the process's own stderr and aborts as ipykernel ends."""
+    ends = "import atexit, os\natexit.register(lambda: (os.write(2, b'Assertion failed: toy\\n'), os.abort()))"
+    make(notebooks, FIRST, ends)
+    assert run(notebooks, only="00") == [FIRST]
+    assert capfd.readouterr().err == ""
+    assert "Assertion failed: toy\n" in (notebooks.parent / "reports" / "toy" / f".{FIRST}.log").read_text()
+
+    make(notebooks, FIRST, "import os\nos.write(2, b'gone\\n')\nos._exit(1)")
+    with pytest.raises(StudyError, match=rf"^00_first: DeadKernelError: .*; see .*\.{FIRST}\.log$"):
+        run(notebooks, only="00")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
 def test_only_and_exactly_what_changed_runs_again(notebooks, monkeypatch):
     assert run(notebooks, only="01") == [SECOND]
     give(notebooks, rate=0.25)
@@ -109,16 +125,18 @@ def quick(monkeypatch):
     monkeypatch.setattr(study, "_execute", execute)
 
 
-def test_a_changed_module_reruns_what_imports_it(notebooks, monkeypatch, quick):
-    make(notebooks, SECOND, "from latentlab import reward")
-    assert run(notebooks) == [FIRST, SECOND]
+@pytest.mark.parametrize("name", ["problems.py", "study/tables.py", "presets/new.toml"])
+def test_a_changed_package_reruns_everything(notebooks, monkeypatch, quick, name):
     package = notebooks.parent / "latentlab"
     shutil.copytree(study.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(study, "PACKAGE", package)
-    for name, ran in (("cli", []), ("problems", [SECOND]), ("report", [FIRST, SECOND])):  # reward imports problems
-        with open(package / f"{name}.py", "a") as file:
-            file.write("# changed\n")
-        assert run(notebooks) == ran
+    assert run(notebooks) == [FIRST, SECOND]
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "problems.pyc").write_text("no source")
+    assert run(notebooks) == []
+    with open(package / name, "a") as file:
+        file.write("# changed\n")
+    assert run(notebooks) == [FIRST, SECOND]
 
 
 @pytest.mark.slow
@@ -134,18 +152,23 @@ def test_a_failure_names_notebook_cell_and_error_and_resumes_there(notebooks, mo
 
 
 @pytest.mark.slow
-def test_a_pipeline_killed_in_notebook_03_resumes_there(tmp_path, record_property):
+def test_a_pipeline_killed_in_notebook_03_resumes_there(tmp_path, monkeypatch, record_property):
     """SIGKILL of the study while a cell of 03 runs: 02 is not run again, 03 is, from its start."""
     folder, names = tmp_path / "notebooks", ["02_c", "03_d", "04_e"]
     folder.mkdir()
-    wait = "import os, time\nopen('begun', 'w').close()\nwhile not os.path.exists('go'):\n    time.sleep(0.1)"
+    # The killed study's kernel outlives it by a moment; it waits for another file, so it never
+    # writes.
+    wait = (
+        "import os, time\nopen('begun', 'w').close()\nwhile not os.path.exists(os.environ['GO']):\n    time.sleep(0.1)"
+    )
     for name in names:
         make(folder, name, *([wait] if name == "03_d" else []))
     give(folder)
     code = "import sys; from latentlab.study.notebooks import run_study\n"
     code += "run_study('toy', notebooks_dir=sys.argv[1], reports_dir=sys.argv[2])"
     root = str(Path(study.__file__).parents[2])
-    killed = subprocess.Popen([sys.executable, "-c", code, folder, tmp_path / "reports"], cwd=root)
+    command = [sys.executable, "-c", code, folder, tmp_path / "reports"]
+    killed = subprocess.Popen(command, cwd=root, env={**os.environ, "GO": "never"})
     while not (folder / "begun").exists():
         assert killed.poll() is None
         time.sleep(0.1)
@@ -153,7 +176,7 @@ def test_a_pipeline_killed_in_notebook_03_resumes_there(tmp_path, record_propert
     killed.wait()
     log = folder / "log.txt"
     assert log.read_text().split() == names[:1]
-    (folder / "go").touch()
+    monkeypatch.setenv("GO", str(folder))
     resumed = run(folder)
     assert resumed == names[1:]
     assert run(folder) == []
@@ -180,17 +203,6 @@ def test_a_skipped_section_is_named_and_tried_again_when_what_it_waited_for_come
         assert run(notebooks) == []
 
 
-def test_what_cells_depend_on():
-    everything = {path.stem for path in study.PACKAGE.glob("*.py")}
-    assert study._modules(["x = 1"]) == set()
-    assert study._modules(["from latentlab import reward"]) == {"reward", "problems"}
-    assert study._modules(["def f():\n    import latentlab.reward as r"]) == {"reward", "problems"}
-    assert study._modules(["%matplotlib inline"]) == everything
-    assert {"rollout", "masks", "backbone", "config"} < study._modules(["from latentlab.training.arms import fit_grpo"])
-    files = {path.name for path in study._files(["x = 1"], "preset = 'tiny' # smoked")}
-    assert {"tiny.yaml", "constraints.txt", "model.safetensors"} < files and not files & {"smoke.yaml", "smol.yaml"}
-
-
 HOSTILE = """'"; import os; os.system("touch pwned") # \\ \n {{}} $(touch pwned) `touch pwned`"""
 
 
@@ -210,15 +222,19 @@ def test_a_parameter_is_a_value_and_never_code(notebooks):
     assert {line.targets[0].id: line.value.value for line in body} == {"preset": "toy", "rate": HOSTILE}
 
 
-def test_a_notebook_depends_on_the_results_its_code_names(notebooks, tmp_path):
-    make(notebooks, SECOND, 'read_result("compare", preset)')
-    hashes = {}
-    for text in ("{}", "{ }"):
-        (tmp_path / "compare.json").write_text(text)
-        for name in (FIRST, SECOND):
-            state = study._notebook_hash(notebooks / f"{name}.ipynb", {}, tmp_path)
-            hashes.setdefault(name, set()).add(state)
-    assert (len(hashes[FIRST]), len(hashes[SECOND])) == (1, 2)
+def test_a_notebook_depends_on_the_results_its_code_names(notebooks, tmp_path, monkeypatch):
+    """Own and published ones, of any preset; and on the data folder."""
+    make(notebooks, SECOND, 'read_result("arms", preset)')
+    monkeypatch.setattr(study.results, "published_folder", lambda: tmp_path / "published")
+    hashes = {FIRST: [], SECOND: []}
+    for path, text in (("reports/x", "{}"), ("reports/x", "{ }"), ("published/y", "{}"), ("published/y", "{ }")):
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        (tmp_path / path / "arms.json").write_text(text)
+        for name, found in hashes.items():
+            found.append(study._notebook_hash(notebooks / f"{name}.ipynb", {}, tmp_path / "reports"))
+    assert (len(set(hashes[FIRST])), len(set(hashes[SECOND]))) == (1, 4)
+    monkeypatch.setenv("LATENTLAB_DATA", str(tmp_path))
+    assert study._notebook_hash(notebooks / f"{FIRST}.ipynb", {}, tmp_path / "reports") not in hashes[FIRST]
 
 
 @pytest.mark.parametrize(
@@ -230,7 +246,7 @@ def test_a_notebook_depends_on_the_results_its_code_names(notebooks, tmp_path):
         ("preset: tiny", "expected `preset: toy`"),
         ("- toy", "expected `key: value` lines"),
         ("preset: [toy", "no readable YAML"),
-        ("preset: toy\nrate: 0.2\nrate: 0.3", "a key stands there twice"),
+        ("preset: toy\nrate: 0.2\nrate: 0.3", "a key is given twice"),
         ("preset: toy\n1: 2", "expected `key: value` lines"),
         ("", "expected `key: value` lines"),
         ("!!python/object/apply:os.system ['touch pwned']", "no readable YAML"),

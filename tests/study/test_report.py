@@ -15,10 +15,18 @@ from latentlab.study import figures, results, tables
 
 FIXED = {"parameters": {"seed": 0}, "started": 0.0, "seconds": 61.25, "environment": {"device": "cpu"}}
 ARMS = [
-    {"name": name, "seed": seed, "n": 200, "correct": 150 + seed, "interval": [0.70, 0.81], "rollouts": 512,
-     "difference": {"points": 4.0 - seed, "low": 1.0 - seed, "high": 7.0 - seed, "discordant": 30}}
-    for name in ("shared", "temperature") for seed in (0, 1)
-]  # fmt: skip
+    {
+        "name": name,
+        "seed": seed,
+        "n": 200,
+        "correct": 150 + seed,
+        "interval": [0.70, 0.81],
+        "rollouts": 512,
+        "difference": {"points": 4.0 - seed, "low": 1.0 - seed, "high": 7.0 - seed, "discordant": 30},
+    }
+    for name in ("shared", "temperature")
+    for seed in (0, 1)
+]
 
 
 @pytest.fixture
@@ -79,16 +87,29 @@ def test_a_skipped_section_keeps_the_last_measured_one_with_its_date(reports):
     assert results.read_result("01_toy", "tiny")["metrics"] == {"real": measured}
 
 
-def test_reading_falls_back_to_the_committed_results(reports, tmp_path, monkeypatch):
+def test_reading_prefers_the_users_own_result_to_the_published_one(reports, tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "repository_root", lambda: tmp_path / "repository")
+    published = tmp_path / "repository" / "reports" / "published"
     with pytest.raises(FileNotFoundError, match="run `latentlab study --preset tiny` first"):
-        results.read_result("compare", "tiny")
-    write("compare", directory=tmp_path / "repository" / "reports")
-    assert results.read_result("compare", "tiny")["name"] == "compare"
-    (reports / "tiny").mkdir(parents=True)
-    (reports / "tiny" / "compare.json").write_text("{broken")
+        results.read_result("arms", "tiny")
+    assert results.find_result("arms", "tiny") is None
+    write("arms", headline="published", directory=published)
+    for headline, folder in (("published", published), ("own", reports)):
+        result = results.read_result("arms", "tiny")
+        assert (result["headline"], result["folder"]) == (headline, folder / "tiny")
+        write("arms", headline="own")
+    (reports / "tiny" / "arms.json").write_text("{broken")
     with pytest.raises(ValueError, match="expected a result of schema 1"):
-        results.read_result("compare", "tiny")
+        results.read_result("arms", "tiny")
+
+
+def test_the_users_own_folder_is_relative_to_where_the_user_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LATENTLAB_REPORTS", "mine")
+    assert write().resolve() == tmp_path / "mine" / "tiny" / "01_toy.json"
+    monkeypatch.delenv("LATENTLAB_REPORTS")
+    assert results.reports_folder() == environment.repository_root() / "reports"
+    assert results.published_folder() == results.reports_folder() / "published"
 
 
 def test_environment_names_versions_device_threads_and_weights():
@@ -124,43 +145,72 @@ def test_arms_are_drawn_where_their_numbers_are():
     assert "pass@1" in ax.get_xlabel()
 
 
-def test_the_report_is_generated_from_whatever_there_is(reports):
-    readme = reports.parent / "README.md"
-    blocks = "<!-- {0}:begin -->\nold\n<!-- {0}:end -->\n"
-    readme.write_text("# T\n" + blocks.format("notebooks") + "between\n" + blocks.format("results"))
-    reports.mkdir()
-    tables.build_report()
-    assert "No results yet" in readme.read_text()
-    assert "old" not in readme.read_text()
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository of a README and a page of docs with marked blocks."""
+    root = tmp_path / "repository"
+    block = "<!-- {0}:begin -->\nold\n<!-- {0}:end -->\n"
+    (root / "docs").mkdir(parents=True)
+    (root / "README.md").write_text("# T\n" + block.format("notebooks") + "between\n" + block.format("results"))
+    (root / "docs" / "page.md").write_text(block.format("notebooks") + block.format("bench") + block.format("other"))
+    monkeypatch.setattr(environment, "repository_root", lambda: root)
+    return root
 
+
+def test_the_report_is_generated_from_the_files_there_are(reports, repository):
+    reports.mkdir()
+    assert "## " not in tables.build_report().read_text()
     write(headline="all <b>zero</b> | ok", question="Why?", metrics={"real": {"skipped": "no Hub"}, "c": [1, 2]})
     write("01_toy", preset="smoke", headline="smoke is no result")
-    write("compare", arms=[*ARMS, {"name": "pause"}])
+    write("arms", arms=[*ARMS, {"name": "pause"}])
     write("aside", preset="zeta")
-    write("reproduce", preset="tiny-cpu", headline="a rehearsal is no result", metrics={"data": "word_problems"})
+    write("04_toy", directory=reports / "published")
+    rehearsal = {"data": "word_problems", "cost": {"budget_minutes": 1}}
+    write("arms", preset="tiny-cpu", headline="a rehearsal is no result", metrics=rehearsal)
     (reports / "zeta" / "broken.json").write_text("{")
     (reports / "list.json").write_text("[]")
     loose = json.loads((reports / "zeta" / "aside.json").read_text()) | {"name": "loose", "preset": ""}
     (reports / "loose.json").write_text(json.dumps(loose))
-    results = tables.build_report().read_text()
-    assert "## loose\n" in results and "`make loose` · " in results and "[all of it](loose.json)" in results
+    before = [path.read_text() for path in (repository / "README.md", repository / "docs" / "page.md")]
+    text = tables.build_report().read_text()
+    assert "## loose\n" in text and "`make loose` · " in text and "[all of it](loose.json)" in text
+    assert "| temperature | 75.0, +4.00 [+1.00, +7.00] | 75.5, +3.00 [+0.00, +6.00] |  |" in text
+    assert (reports / "tiny" / "arms.png").is_file()
+    assert "| real | no Hub |" in text
+    assert "`latentlab study --only 01 --preset tiny` · " in text and "`latentlab sweep --preset tiny` · " in text
+    assert "- list.json: not a result of this schema\n- zeta/broken.json: not" in text
+    assert "is no result" not in text and "04_toy" not in text
+    assert [path.read_text() for path in (repository / "README.md", repository / "docs" / "page.md")] == before
+    assert tables.build_report().read_text() == text
+
+
+def test_publishing_copies_results_and_regenerates_marked_blocks(reports, repository):
+    published, readme, page = (repository / name for name in ("reports/published", "README.md", "docs/page.md"))
+    tables.refresh_pages(repository)
+    assert "No results yet: run `make study`." in readme.read_text() and "old" not in readme.read_text()
+    assert "Not measured yet: run `make bench`." in page.read_text()
+
+    write("00_first", directory=published, headline="published earlier")
+    write(headline="all <b>zero</b> | ok", question="Why?")
+    write("arms", arms=[*ARMS, {"name": "pause"}])
+    write("01_toy", preset="smoke", headline="smoke is no result")
+    for name in ("01_toy.png", "arms_outcomes.npz", "01_toy.html", "01_toy.ipynb", ".01_toy.done"):
+        (reports / "tiny" / name).write_bytes(b"x")
+    assert tables.publish() == published / "RESULTS.md"
+    names = {"00_first.json", "01_toy.json", "01_toy.png", "arms.json", "arms.png", "arms_outcomes.npz"}
+    assert {path.name for path in (published / "tiny").iterdir()} == names
+    assert not (published / "smoke").exists()
     text = readme.read_text()
     assert "| [01_toy](notebooks/01_toy.ipynb) | Why? | tiny | 61 | cpu | all &lt;b&gt;zero&lt;" in text
-    assert "zero&lt;/b&gt; &#124; ok |" in text
+    assert "zero&lt;/b&gt; &#124; ok |" in text and "| published earlier |" in text
     assert "| temperature | 75.0, +4.00 [+1.00, +7.00] | 75.5, +3.00 [+0.00, +6.00] |  |" in text
-    assert "![Arms of preset tiny](reports/tiny/compare.png)" in text
-    assert (reports / "tiny" / "compare.png").is_file()
-    assert "| real | no Hub |" in results
-    assert (
-        "`latentlab study --only 01 --preset tiny` · " in results
-        and "`latentlab sweep compare --preset tiny`" in results
-    )
-    assert "- list.json" in results and "- zeta/broken.json" in results
-    assert "is no result" not in results + text
+    assert "![Arms of preset tiny](reports/published/tiny/arms.png)" in text
     assert text.startswith("# T\n") and "\nbetween\n" in text
+    assert "[01_toy](../notebooks/01_toy.ipynb)" in page.read_text() and "other:begin -->\nold\n" in page.read_text()
 
-    before = results, text
-    assert (tables.build_report().read_text(), readme.read_text()) == before
+    before = [path.read_bytes() for path in (published / "RESULTS.md", readme, page)]
+    tables.publish()
+    assert [path.read_bytes() for path in (published / "RESULTS.md", readme, page)] == before
 
 
 def test_the_commit_is_unknown_outside_a_repository(tmp_path, monkeypatch):

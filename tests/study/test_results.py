@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from latentlab.study.tables import build_report
+from latentlab.study.tables import refresh_pages
 
 ROOT = Path(__file__).parents[2]
-REPORTS = ROOT / "reports"
+REPORTS = ROOT / "reports" / "published"
 REFERENCES = [json.loads(path.read_text()) for path in sorted((ROOT / "tests" / "reference").glob("*.json"))]
 CHECKS = [(reference["file"], check) for reference in REFERENCES for check in reference["checks"]]
 
@@ -65,7 +65,7 @@ def verify(value, check: dict) -> None:
 @pytest.mark.parametrize(("file", "check"), CHECKS or [("", {})], ids=[f"{f}:{c['path']}" for f, c in CHECKS] or None)
 def test_committed_numbers_stay_within_their_bounds(file, check):
     path = REPORTS / file
-    assert path.is_file(), f"no reports/{file}; run `make study`"
+    assert path.is_file(), f"no {path}; run `make study`, then `latentlab report --publish`"
     try:
         value = look_up(json.loads(path.read_text()), check["path"])
     except NotMeasured as reason:
@@ -75,12 +75,15 @@ def test_committed_numbers_stay_within_their_bounds(file, check):
 
 @pytest.mark.skipif(not (REPORTS / "RESULTS.md").is_file(), reason="no committed results yet")
 def test_generated_texts_agree_with_the_results(tmp_path):
-    shutil.copytree(REPORTS, tmp_path / "reports", ignore=shutil.ignore_patterns("*.ipynb", "*.html", "*.png"))
-    for name in ("README.md", "reports/RESULTS.md"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    build_report(tmp_path / "reports")
-    for name in ("README.md", "reports/RESULTS.md"):
-        assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes(), f"{name} is stale: run `latentlab report`"
+    shutil.copytree(REPORTS, tmp_path / "reports" / "published", ignore=shutil.ignore_patterns("*.png"))
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    (tmp_path / "docs").mkdir()
+    for page in pages:
+        shutil.copy(page, tmp_path / page.relative_to(ROOT))
+    refresh_pages(tmp_path)
+    for page in (*pages, REPORTS / "RESULTS.md"):
+        name = page.relative_to(ROOT)
+        assert (tmp_path / name).read_bytes() == page.read_bytes(), f"{name} is stale: run `latentlab report --publish`"
 
 
 def test_paths_reach_keys_lists_arms_and_last_measured_sections():
