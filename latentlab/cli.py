@@ -69,8 +69,9 @@ class Curriculum(Shared):
         files.expect_writable(Path(out))
         train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))
         from latentlab.pretrained.loading import model_from_config
+        from latentlab.runtime.devices import select_device
 
-        model = model_from_config(config, init_from=self.init_from).place(self.device, config.precision)
+        model = model_from_config(config, init_from=self.init_from).place(select_device(self.device), config.precision)
         preflight.expect_together(model, [*train, *validation], config, curriculum=True)
         summary = curriculum.fit_curriculum(
             model, train, validation, config, out=out, resume=self.resume, max_minutes=self.max_minutes,
@@ -101,8 +102,9 @@ class Grpo(Shared):
         files.expect_writable(Path(out))
         checkpoint = self.init_from or loading.shipped_checkpoint(config.preset)
         from latentlab.pretrained.loading import load_model
+        from latentlab.runtime.devices import select_device
 
-        model = load_model(checkpoint).place(self.device, config.precision)
+        model = load_model(checkpoint).place(select_device(self.device), config.precision)
         train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))
         preflight.expect_together(model, [*train, *validation], config)
         summary = arms.fit_grpo(
@@ -136,8 +138,9 @@ class Evaluate(Shared):
         checkpoint = self.checkpoint or loading.shipped_checkpoint(config.preset)
         problems = datasets.benchmark(self.benchmark) if self.benchmark else datasets.load(config.data, "test")
         from latentlab.pretrained.loading import load_model
+        from latentlab.runtime.devices import select_device
 
-        model = load_model(checkpoint).place(self.device, config.precision)
+        model = load_model(checkpoint).place(select_device(self.device), config.precision)
         g, problems = config.grpo, problems[: self.limit or None]
         preflight.expect_together(model, problems, config)
         return accuracy.summary(model, problems, config, mask=g.mask, temperature=g.temperature)
@@ -214,11 +217,10 @@ class Verify:
     json: str = ""  # write the table here as well
 
     def __call__(self, config: Config) -> int:
-        from latentlab import model
-        from latentlab.runtime import files
+        from latentlab.runtime import devices, files
         from latentlab.verify import table
 
-        device = str(model.torch_device(self.device))
+        device = str(devices.select_device(self.device))
         return table.main(device, self.dtype, files.expect_file(self.json))
 
 
@@ -232,14 +234,13 @@ class Bench:
     threads: int = 0  # torch threads; 0 leaves torch's default
 
     def __call__(self, config: Config) -> int:
-        from latentlab import model
         from latentlab.bench import engine
-        from latentlab.runtime import files
+        from latentlab.runtime import devices, files
         from latentlab.study import results
 
         path = files.expect_file(self.json)
         files.expect_writable(results.reports_folder() / "bench")
-        return engine.main(self.shape, str(model.torch_device(self.device)), path)
+        return engine.main(self.shape, str(devices.select_device(self.device)), path)
 
 
 @dataclass
