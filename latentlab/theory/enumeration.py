@@ -97,12 +97,13 @@ def enumerated_rollouts(model: LatentReasoner, problem: Problem, masks: Masks) -
     """Every answer under every mask as one group of N rollouts, for `score`."""
     tokens, token_mask = answer_space(model)
     prompt_ids, prompt_valid = encode_prompts(model.tokenizer, [problem], model.device)
-    count, nothing = len(masks.values), torch.empty(0)
+    count = len(masks.values)
+    unused = torch.zeros(count * len(tokens), tokens.shape[1])  # [R, A]: `score` reads no sampled value
     worn = Masks(masks.values.repeat_interleave(len(tokens), 0), masks.spec)
     return Rollouts(
         problems=(problem,), num_generations=count * len(tokens), prompt_ids=prompt_ids, prompt_valid=prompt_valid,
-        tokens=tokens.repeat(count, 1), token_mask=token_mask.repeat(count, 1), logp=nothing, thoughts=nothing,
-        seeds=nothing, temperature=1.0, text=(), masks=worn,
+        tokens=tokens.repeat(count, 1), token_mask=token_mask.repeat(count, 1), logp=unused, thoughts=unused[..., None],
+        seeds=unused[:, 0].long(), temperature=1.0, text=(), masks=worn,
     )  # fmt: skip
 
 

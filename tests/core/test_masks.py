@@ -111,11 +111,20 @@ def test_rate_zero_is_the_identity_bit_for_bit(model, problems, scope):
 @pytest.mark.parametrize(
     "bad",
     [
-        {"rate": 1.0}, {"rate": -0.1}, {"rate": float("nan")}, {"rate": "0.1"}, {"rate": None}, {"scheme": "fresh"},
-        {"scope": "answer"}, {"sites": ()}, {"sites": "mlp"}, {"sites": ("mlp", "mlp")}, {"sites": ("head",)},
+        {"rate": 1.0},
+        {"rate": -0.1},
+        {"rate": float("nan")},
+        {"rate": "0.1"},
+        {"rate": None},
+        {"scheme": "fresh"},
+        {"scope": "answer"},
+        {"sites": ()},
+        {"sites": "mlp"},
+        {"sites": ("mlp", "mlp")},
+        {"sites": ("head",)},
     ],
-)  # fmt: skip
-def test_bad_values_are_one_line(bad):
+)
+def test_bad_values_are_one_line(bad, unchecked):
     with pytest.raises(ValueError, match=r"^mask \w+: got .*, expected .*") as error:
         MaskSpec(**bad)
     assert "\n" not in str(error.value)

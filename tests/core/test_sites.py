@@ -29,8 +29,9 @@ def test_a_site_is_the_last_linear_map_of_its_branch_and_as_wide_as_the_stream(m
             seen = []
             handles = [
                 m.register_forward_hook(lambda m, _, out, seen=seen: seen.append((m, out.shape[-1])))
-                for m in branch.modules() if isinstance(m, (nn.Linear, Conv1D))
-            ]  # fmt: skip
+                for m in branch.modules()
+                if isinstance(m, (nn.Linear, Conv1D))
+            ]
             model.lm(torch.tensor([[1, 2]]))
             for handle in handles:
                 handle.remove()
