@@ -127,6 +127,7 @@ class LatentReasoner(nn.Module):
     # -- one forward pass -------------------------------------------------------------------------
 
     def embed(self, token_ids: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows D"]:
+        """Token ids -> input embeddings."""
         return self.lm.get_input_embeddings()(token_ids)
 
     def head(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
@@ -143,7 +144,7 @@ class LatentReasoner(nn.Module):
     def forward_pass(self, state: State, inputs: Float[Tensor, "R T D"]) -> Float[Tensor, "R T D"]:
         """Append `inputs` to the cache, masked where in scope: -> last hidden states."""
         new, cache, masks = inputs.shape[1], state.cache, state.masks
-        positions = (state.position[:, None] + torch.arange(new, device=inputs.device)).clamp(min=0)  # padding: 0
+        positions = state.position[:, None] + torch.arange(new, device=inputs.device)  # [R, T]
         state.position = state.position + new
         masked = self._num_masked(state, new)
         hooks: AbstractContextManager = nullcontext()
@@ -156,7 +157,7 @@ class LatentReasoner(nn.Module):
             output = self.lm.base_model(
                 inputs_embeds=inputs,
                 attention_mask=cache.visible(new),
-                position_ids=positions,
+                position_ids=positions.clamp(min=0),  # padding is before position 0
                 past_key_values=cache,
                 use_cache=True,
                 rollout_cache=cache,
@@ -232,7 +233,7 @@ class LatentReasoner(nn.Module):
         return hidden
 
     def next_token(self, state: State, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R D"]:
-        """Run one more answer token: -> the hidden states that predict the next one."""
+        """Run one more answer token per row: -> the hidden states that predict the next one."""
         return self.forward_pass(state, self.embed(tokens[:, None]))[:, 0]
 
     def check_length(self, prompt: int, answer: int) -> None:

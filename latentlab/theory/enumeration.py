@@ -10,7 +10,7 @@ Letters: M masks, Y answers, N rows, T tokens, P parameters.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -145,7 +145,8 @@ class _RowScorer(torch.nn.Module):
 
     def forward(self, tokens, token_mask, values):
         everywhere = torch.ones(1, len(tokens), dtype=torch.bool)  # vmap wants one shape for all rows
-        row = Rollouts(**{**vars(self.rows), "num_generations": 1, "tokens": tokens[None], "token_mask": everywhere})
+        unused = {name: getattr(self.rows, name)[:1] for name in ("logp", "thoughts", "seeds")}
+        row = replace(self.rows, num_generations=1, tokens=tokens[None], token_mask=everywhere, **unused)
         return self.model.score(row, masks=Masks(values[None], self.rows.masks.spec))[0] * token_mask
 
 
