@@ -1,24 +1,34 @@
 """Group-relative advantages and their diagnostics.
 
-    A_k = (r_k - b_k) / c      baseline b: "mean" r̄ | "leave_one_out" (mean of the others) | "none"
-                               scale    c: "none" 1 | "std" (the group's standard deviation)
+    A_k = (r_k - b_k) / c      baseline b: "mean", "leave_one_out" (mean of the other K - 1) or "none" (0)
+                               scale    c: "none" (1) or "std" (the group's standard deviation)
 
-With "mean" the gradient's expectation is (1 - 1/K) of the objective's, with "leave_one_out" and "none" it is the
-objective's. A group whose rewards are all equal has advantage exactly 0 under "mean" and "leave_one_out".
-Source: GRPO, arXiv 2402.03300; no scaling: Dr. GRPO, arXiv 2503.20783; leave-one-out: RLOO, arXiv 2402.14740.
+Under "mean" the expected gradient is (1 - 1/K) times that of the expected reward, under
+"leave_one_out" and "none" it is equal to it. A group whose rewards are all equal ("collapsed") has
+advantage exactly 0 under "mean" and "leave_one_out".
+
+Source: GRPO, arXiv 2402.03300; no scaling: Dr. GRPO, arXiv 2503.20783; leave-one-out: RLOO, arXiv
+2402.14740. Deviation from GRPO: no division by the standard deviation by default, as it reweights
+problems.
+
+Dimensions: B problems, K rollouts per problem.
 """
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 BASELINES = ("mean", "leave_one_out", "none")
 SCALES = ("none", "std")
 STD_EPSILON = 1e-4  # as in TRL
 
 
-def group_advantages(rewards: torch.Tensor, *, baseline: str = "mean", scale: str = "none") -> torch.Tensor:
-    """Advantages of K rollouts for each of B problems: rewards [B, K] -> [B, K]. Raises ValueError for K < 2."""
+def group_advantages(
+    rewards: Float[Tensor, "B K"], *, baseline: str = "mean", scale: str = "none"
+) -> Float[Tensor, "B K"]:
+    """Advantages of K rollouts for each of B problems; ValueError for K < 2 or non-finite rewards."""
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(
             f"rewards: got shape {list(rewards.shape)}, expected [B, K] with K >= 2; raise num_generations"
@@ -37,19 +47,19 @@ def group_advantages(rewards: torch.Tensor, *, baseline: str = "mean", scale: st
         advantages = rewards - rewards.mean(1, keepdim=True)
         if baseline == "leave_one_out":
             advantages = advantages * k / (k - 1)
-        advantages = advantages.masked_fill(is_collapsed(rewards)[:, None], 0.0)  # not the 1e-8 that rounding leaves
+        advantages = advantages.masked_fill(is_collapsed(rewards)[:, None], 0.0)  # not 1e-8 from rounding
     if scale == "std":
         advantages = advantages / (rewards.std(1, keepdim=True) + STD_EPSILON)
     return advantages
 
 
-def is_collapsed(rewards: torch.Tensor) -> torch.Tensor:
-    """Which groups have equal rewards throughout, so nothing to learn from: [B, K] -> [B] bool."""
+def is_collapsed(rewards: Float[Tensor, "B K"]) -> Bool[Tensor, " B"]:
+    """Which groups have equal rewards throughout, hence nothing to learn from."""
     return rewards.amax(1) == rewards.amin(1)
 
 
-def group_diagnostics(rewards: torch.Tensor) -> dict[str, float]:
-    """TRL's group metrics of rewards [B, K]: `reward`, `reward_std`, `frac_reward_zero_std` (per group, always)."""
+def group_diagnostics(rewards: Float[Tensor, "B K"]) -> dict[str, float]:
+    """TRL's metrics `reward`, `reward_std` and `frac_reward_zero_std` (share of collapsed groups)."""
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(1).mean().item(),

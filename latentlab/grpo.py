@@ -1,9 +1,14 @@
 """The gradient of one batch of rollouts, in micro-batches of whole groups: score -> loss -> backward.
 
-What a backward pass holds is measured, not modelled: the first micro-batch is the group with the longest question, by
-itself, and every tensor that autograd saves in it is counted (autocast's copies of weights too, which errs on the safe
-side). No other group takes more, so a budget of bytes says how many of them go together. The same rollouts are split in
-the same way in every run.
+A memory budget is kept by measurement. The first micro-batch is the group with the longest question
+alone, and every tensor that autograd saves in it is counted (autocast's copies of weights included,
+an overestimate). No other group needs more, so the budget in bytes gives the number of groups per
+micro-batch. The split depends on the rollouts only and is the same in every run.
+
+Source: GRPO, arXiv 2402.03300. Deviation: the masks of the rollouts are replayed when scoring
+(Dropout-GRPO, arXiv 2606.10184), so at the first update on a batch every ratio is 1 up to rounding.
+
+Dimensions: R rows (rollouts), R' rows of a micro-batch, A answer tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from latentlab.config import Config
@@ -21,11 +28,18 @@ from latentlab.rollouts import Rollouts, replay_gap
 
 
 def policy_gradient(
-    model: LatentReasoner, out: Rollouts, advantages: torch.Tensor, config: Config, *, reference=None, denominator=None
+    model: LatentReasoner,
+    out: Rollouts,
+    advantages: Float[Tensor, " R"],
+    config: Config,
+    *,
+    reference: LatentReasoner | None = None,
+    denominator: float | None = None,
 ) -> dict[str, float]:
-    """Add the gradient of the GRPO loss to `.grad`, in micro-batches of whole groups; advantages [R]. Returns stats.
+    """Add the gradient of the GRPO loss to `.grad`, in micro-batches of whole groups; returns stats.
 
-    `denominator` is that of the whole batch where `out` is a part of it (see `loss_denominator`).
+    reference: the model of the KL term, used if config.grpo.beta > 0. denominator: that of the whole
+    batch (`loss_denominator`) if `out` is a part of it.
     """
     g, k = config.grpo, out.num_generations
     if denominator is None:
@@ -35,9 +49,9 @@ def policy_gradient(
     for places in splitter:
         part = out.take(places)
         with splitter.measured():
-            logp = model.score(part, masks=part.masks)  # [R', A]: the masks are replayed
+            logp = model.score(part, masks=part.masks)  # [R', A]; the masks are replayed
         ref_logp = None
-        if g.beta:
+        if reference is not None and g.beta:
             with torch.no_grad():
                 ref_logp = reference.score(part, masks=part.masks)
         loss, stats = grpo_loss(
@@ -53,7 +67,7 @@ def policy_gradient(
 
 
 def merge_stats(shares: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """Stats of a batch from (answer tokens, stats) of its parts: losses add up, largest of gaps, means over tokens."""
+    """Stats of a batch from (answer tokens, stats) of its parts: sum of losses, maximum of gaps, else token means."""
     tokens = sum(count for count, _ in shares)
     merged = {}
     for name in shares[0][1]:
@@ -68,10 +82,10 @@ def merge_stats(shares: Sequence[tuple[int, dict[str, float]]]) -> dict[str, flo
 
 
 class Splitter:
-    """Hands out the places of `out`'s groups, longest question first, until all are taken.
+    """Iterates over micro-batches of the groups in `out`, as lists of problem indices, longest question first.
 
-    micro_batch: groups at once, 0 for all; memory_gib: GiB that a backward pass may hold on top of weights, gradients
-    and optimizer, 0 for no limit. A single group is never split.
+    micro_batch: most groups per micro-batch, 0 for no limit. memory_gib: what a backward pass may hold
+    on top of weights, gradients and optimizer, 0 for no limit. A group is never split.
     """
 
     def __init__(self, model: LatentReasoner, out: Rollouts, *, micro_batch: int, memory_gib: float):
@@ -80,7 +94,7 @@ class Splitter:
         self.most = micro_batch or len(lengths)
         self.size, self.budget = 1 if memory_gib else self.most, memory_gib * 2**30
         self.weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-        # the gradient of the logits, and of their log-softmax, on top of what is saved
+        # bytes of the gradients of logits and log-softmax, on top of the saved tensors
         self.logits = 2 * 4 * out.num_generations * out.tokens.shape[1] * model.lm.config.vocab_size
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -90,17 +104,17 @@ class Splitter:
 
     @contextmanager
     def measured(self):
-        """Around the forward pass of a micro-batch: the first one decides the size of the others."""
+        """Context of a micro-batch's forward pass; the first one sets the size of the others."""
         if not self.budget:
             yield
             return
         saved: dict[int, int] = {}
 
-        def count(tensor: torch.Tensor) -> torch.Tensor:
+        def count(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self.weights:
                 saved[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # not the tensor itself: it would hold the graph that holds it
+            return tensor.detach()  # the tensor itself would keep its own graph alive
 
         with saved_tensors_hooks(count, lambda tensor: tensor):
             yield

@@ -1,54 +1,58 @@
 """The GRPO loss on recorded rollouts.
 
     ratio_t = exp(logp_t - old_logp_t)
-    loss    = - sum_t min(ratio_t A, clip(ratio_t, 1 - eps_low, 1 + eps_high) A) / denominator   (+ beta * k3 KL)
+    loss    = - sum_t min(ratio_t A, clip(ratio_t, 1 - eps_low, 1 + eps_high) A) / denominator
+              + beta * k3 KL(policy || reference), under the same denominator
 
-`old_logp` is what was recorded at sampling, never `logp.detach()`: a replay that is not exact then shows as a ratio
-that is not 1. Policy loss and KL share one normalisation, so beta means the same at every answer length.
+    loss_type  denominator of the sum over tokens                        objective
+    dr_grpo    R * max_completion_length, a constant                     expected reward
+    grpo       answer length per row, then R                             weights short answers up
+    bnpo       answer tokens in this batch                               a ratio of sums
+    dapo       answer tokens in all micro-batches and ranks              a ratio of sums
 
-    loss_type  normalisation of the sum over tokens                              what it optimises
-    dr_grpo    R * max_completion_length (constant; under dynamic sampling R      the expected reward
-               falls where too few groups are mixed)
-    grpo       |y| per row, then the mean over rows                              weighs short answers up
-    bnpo       the tokens in this batch                                          a ratio of sums
-    dapo       the same sum over all micro-batches and ranks (`denominator`)     a ratio of sums
+Source: PPO clipping, arXiv 1707.06347; GRPO, 2402.03300; Dr. GRPO, 2503.20783; DAPO, 2503.14476; k3:
+J. Schulman, "Approximating KL divergence" (2020). Names follow TRL. Deviations from TRL:
+1. `old_logp` is always the recorded one, never `logp.detach()`: an inexact replay shows as ratio != 1.
+2. The KL term shares the denominator of the policy loss, so beta means the same at every length.
+Under dynamic sampling dr_grpo's R is smaller in steps that find too few groups to learn from.
 
-Source: PPO clip arXiv 1707.06347; GRPO 2402.03300; Dr. GRPO 2503.20783; DAPO 2503.14476; k3: J. Schulman,
-"Approximating KL divergence" (2020). Names follow TRL.
+Dimensions: R rollouts (rows), A answer tokens.
 """
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 LOSS_TYPES = ("dr_grpo", "grpo", "bnpo", "dapo")
 
 
-def k3_kl(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """Schulman's k3 estimate of KL(policy || reference), per token, never negative: same shape as `logp`."""
+def k3_kl(logp: Float[Tensor, "*n"], ref_logp: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Schulman's k3 estimate of KL(policy || reference) in nats, per token; never negative."""
     log_ratio = ref_logp - logp
     return torch.expm1(log_ratio) - log_ratio
 
 
 def grpo_loss(
-    logp: torch.Tensor,
-    old_logp: torch.Tensor,
-    advantages: torch.Tensor,
-    token_mask: torch.Tensor,
+    logp: Float[Tensor, "R A"],
+    old_logp: Float[Tensor, "R A"],
+    advantages: Float[Tensor, " R"],
+    token_mask: Bool[Tensor, "R A"],
     *,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
     beta: float = 0.0,
-    ref_logp: torch.Tensor | None = None,
+    ref_logp: Float[Tensor, "R A"] | None = None,
     loss_type: str = "dr_grpo",
     max_completion_length: int | None = None,
     denominator: float | None = None,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Clipped policy-gradient loss of R rollouts; returns (loss, stats).
+) -> tuple[Float[Tensor, ""], dict[str, float]]:
+    """Clipped policy-gradient loss of R rollouts: (loss, stats).
 
-    logp, old_logp, ref_logp: [R, A] log-probs of the answer tokens (nats); advantages: [R]; token_mask: [R, A], True
-    for answer tokens, eos included. `max_completion_length` is dr_grpo's constant (default A). Micro-batches and ranks
-    pass the whole batch's `denominator` (see `loss_denominator`), and their losses add up to the unsplit one.
+    logp, old_logp, ref_logp: log-probs of the answer tokens in nats; token_mask: True for answer
+    tokens, eos included. max_completion_length: dr_grpo's constant (default A). denominator: that of
+    the whole batch (`loss_denominator`) if this is a part of it; the losses of the parts add up.
     Stats: kl, clip_ratio/low_mean, clip_ratio/high_mean, ratio_max_deviation.
     """
     if loss_type not in LOSS_TYPES:
@@ -62,7 +66,7 @@ def grpo_loss(
     ratio = torch.exp((logp - old_logp) * mask)  # [R, A]
     gain = advantages[:, None]
     loss = -torch.minimum(ratio * gain, ratio.clamp(1 - epsilon, 1 + epsilon_high) * gain)
-    kl = k3_kl(logp, ref_logp) if beta else torch.zeros_like(logp)
+    kl = k3_kl(logp, ref_logp) if beta and ref_logp is not None else torch.zeros_like(logp)
     loss = (loss + beta * kl) * mask
     if loss_type == "grpo":
         loss = loss / mask.sum(1, keepdim=True).clamp(min=1)
@@ -79,8 +83,10 @@ def grpo_loss(
     return loss.sum() / denominator, stats
 
 
-def loss_denominator(token_mask: torch.Tensor, loss_type: str, max_completion_length: int | None = None) -> float:
-    """What the summed loss of the whole batch is divided by; `token_mask` is the whole batch's [R, A]."""
+def loss_denominator(
+    token_mask: Bool[Tensor, "R A"], loss_type: str, max_completion_length: int | None = None
+) -> float:
+    """The divisor of the summed loss; `token_mask` is that of the whole batch."""
     if loss_type == "dr_grpo":
         return float(len(token_mask) * (max_completion_length or token_mask.shape[1]))
     if loss_type == "grpo":

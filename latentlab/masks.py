@@ -1,13 +1,18 @@
 """Dropout masks as values: one Bernoulli mask per rollout, a pure function of an integer seed.
 
-    m_k ~ Bernoulli(1 - p) per (site, feature), scaled by 1 / (1 - p)
+    m_k ~ Bernoulli(1 - p) / (1 - p)    per site and feature; k numbers the rollouts of a problem
+    h <- h + m_k * branch(h)            at every masked position: one sample of the weights
 
-`rollout_seeds` names each rollout by (run seed, step, problem id, k); `draw_masks` turns seeds into mask values with a
-counter-based hash (splitmix64), so the same four numbers give the same bits on every device, in any batch and in any
-process. No generator is shared between rows and none has to be saved.
+`rollout_seeds` derives one seed per rollout from (run seed, step, problem id, k); `draw_masks` turns
+seeds into mask values with a counter-based hash (splitmix64). The same four numbers give the same
+bits on every device, in any batch and in any process; there is no generator state to share or save.
 
-Source: the method is arXiv 2606.10184; the variational reading is Gal & Ghahramani, arXiv 1512.05287; the hash is the
-finaliser of Steele, Lea & Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014).
+Source: Dropout-GRPO, arXiv 2606.10184; a mask as a sample of the weights: Gal & Ghahramani,
+arXiv 1512.05287; the hash: Steele, Lea & Flood, "Fast splittable pseudorandom number generators"
+(OOPSLA 2014). Deviation: <|start-latent|> is masked too, else the first thoughts of all K rollouts
+were equal.
+
+Dimensions: R rollouts (rows), S mask sites, D width, T positions of one forward pass.
 """
 
 from __future__ import annotations
@@ -16,11 +21,14 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-MASK_STREAM, SAMPLE_STREAM = 1, 2  # independent streams of one rollout seed
+MASK_STREAM, SAMPLE_STREAM = 1, 2  # independent random streams of one rollout seed
 SCHEMES = ("shared", "per_step", "none")
 SITES = ("attention", "mlp", "embedding")
 SCOPES = ("latent", "prompt+latent", "all")
@@ -28,12 +36,12 @@ SCOPES = ("latent", "prompt+latent", "all")
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """Which dropout mask a rollout wears.
+    """The kind of dropout mask applied to a rollout.
 
-    scheme: "shared" (one mask for all latent steps: the method), "per_step" (a fresh one per slot) or "none".
-    rate:   p in [0, 1), the share of features set to zero.
-    sites:  "attention" / "mlp" (the output of that branch in every layer), "embedding" (the input vectors).
-    scope:  "latent" (`<|start-latent|>` to the last thought), "prompt+latent" or "all" (the answer too).
+    scheme: "shared" (one mask for all latent steps: the method), "per_step" (a new one per slot) or "none".
+    rate: p in [0, 1), the probability that a feature is set to zero.
+    sites: "attention" / "mlp" (the output of that branch in every layer), "embedding" (the inputs).
+    scope: "latent" (<|start-latent|> to the last thought), "prompt+latent" or "all" (the answer too).
     """
 
     scheme: str = "shared"
@@ -53,30 +61,34 @@ class MaskSpec:
         object.__setattr__(self, "sites", tuple(sites))
 
 
+# -- mask values ----------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Masks:
-    """Mask values of R rollouts: [R, S, D] (shared) or [R, slots, S, D] (per_step); entries 0 or 1 / (1 - p)."""
+    """Mask values of R rollouts; entries are 0 or 1 / (1 - p).
 
-    values: torch.Tensor
+    A per-step mask has one slot for question and <start>, one for each thought and, in scope "all",
+    one for each answer position.
+    """
+
+    values: Float[Tensor, "R *slots S D"]  # [R, S, D] (shared) or [R, slots, S, D] (per_step)
     spec: MaskSpec
 
-    def factors(self, slots: Sequence[int]) -> torch.Tensor:
-        """The factors of a forward pass whose positions lie in `slots`: [R, 1 or len(slots), S, D]."""
-        if self.spec.scheme == "shared":
-            return self.values[:, None]
-        if len(set(slots)) == 1:
-            return self.values[:, slots[0]][:, None]
-        return self.values[:, list(slots)]
+    def factors(self, slot: int, count: int) -> Float[Tensor, "R T S D"]:
+        """Factors of `count` positions from slot `slot` on; T = 1 where they share one mask."""
+        return self.values[:, None] if self.spec.scheme == "shared" else self.values[:, slot : slot + count]
 
-    def take(self, rows: torch.Tensor | slice) -> Masks:
+    def take(self, rows: Int[Tensor, " N"] | slice) -> Masks:
         """The masks of some rows."""
         return Masks(self.values[rows], self.spec)
 
 
-def rollout_seeds(run_seed: int, step: int, problem_ids: Sequence[str], num_generations: int) -> torch.Tensor:
-    """One seed per rollout, from (run seed, step, problem id, k) alone: [R] int64, row b * K + k.
+def rollout_seeds(run_seed: int, step: int, problem_ids: Sequence[str], num_generations: int) -> Int[Tensor, " R"]:
+    """One int64 seed per rollout, a hash of (run seed, step, problem id, k); row b * K + k.
 
-    Batch size, rank and process do not enter. A problem drawn twice in one step continues counting k.
+    It does not depend on batch size, rank or process. If a problem occurs twice in one step, k
+    continues counting.
     """
     seen: Counter[str] = Counter()
     seeds = []
@@ -89,47 +101,91 @@ def rollout_seeds(run_seed: int, step: int, problem_ids: Sequence[str], num_gene
     return torch.tensor(seeds, dtype=torch.int64)
 
 
-def draw_masks(spec: MaskSpec, model, seeds: torch.Tensor, *, num_slots: int | None = None) -> Masks | None:
-    """Draw the masks of R rollouts from their seeds: [R, S, D], or [R, num_slots, S, D] for "per_step".
+def draw_masks(spec: MaskSpec, model, seeds: Int[Tensor, " R"], *, num_slots: int | None = None) -> Masks | None:
+    """The masks of R rollouts, from their seeds alone; None for scheme "none".
 
-    `model` (a LatentReasoner) gives the number of sites S, the width D, device and dtype, and how many slots a
-    rollout has unless `num_slots` says so. Scheme "none" gives None. Bits are the same on every device.
+    `model` (a LatentReasoner) gives S, D, device, dtype and, unless `num_slots` is given, the number
+    of slots of a per-step mask.
     """
     if spec.scheme == "none":
         return None
-    shape = (model.num_sites(spec.sites), model.width)
-    if spec.scheme == "per_step":
-        shape = (num_slots or model.num_slots(spec.scope), *shape)
+    slots = [num_slots or model.num_slots(spec.scope)] if spec.scheme == "per_step" else []
+    shape = (*slots, model.num_sites(spec.sites), model.width)
     counters = torch.arange(math.prod(shape), device=model.device)
     words = hash_words(seeds.to(model.device), MASK_STREAM, counters)
-    keep = _shift_right(words, 11) >= round(spec.rate * 2**53)
+    keep = _shift_right(words, 11) >= round(spec.rate * 2**53)  # 53 bits: as many as a float64 holds
     values = keep.to(model.dtype).mul_(1 / (1 - spec.rate))
     return Masks(values.view(len(seeds), *shape), spec)
 
 
-def uniforms(seeds: torch.Tensor, t: int) -> torch.Tensor:
-    """One uniform number in [0, 1) per row for answer token t: [R] float64, a function of (seed, t) alone."""
+def uniforms(seeds: Int[Tensor, " R"], t: int) -> Float[Tensor, " R"]:
+    """One float64 in [0, 1) per row for answer token t, a function of (seed, t) alone."""
     words = hash_words(seeds, SAMPLE_STREAM, torch.tensor([t], device=seeds.device))
     return _shift_right(words, 11)[:, 0].double() * 2.0**-53
 
 
-def hash_words(seeds: torch.Tensor, stream: int, counters: torch.Tensor) -> torch.Tensor:
-    """64 pseudorandom bits for each (seed, stream, counter): [R, N] int64."""
+def hash_words(seeds: Int[Tensor, " R"], stream: int, counters: Int[Tensor, " N"]) -> Int[Tensor, "R N"]:
+    """64 pseudorandom bits (int64) for each (seed, stream, counter)."""
     keys = _mix(seeds + _signed(stream * 0xD1342543DE82EF95))
     return _mix(keys[:, None] + (counters + 1) * _signed(0x9E3779B97F4A7C15))
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finaliser; int64 products wrap around, as the algorithm wants."""
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finalizer; int64 products wrap around, as it requires."""
     x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shift_right(x, 31)
 
 
-def _shift_right(x: torch.Tensor, n: int) -> torch.Tensor:
+def _shift_right(x: Tensor, n: int) -> Tensor:
     return (x >> n) & ((1 << (64 - n)) - 1)  # logical shift: int64 shifts keep the sign
 
 
 def _signed(word: int) -> int:
     word &= (1 << 64) - 1
     return word - (1 << 64) if word >> 63 else word
+
+
+# -- where masks act: the outputs of residual branches --------------------------------------------
+
+
+def branch_outputs(lm: nn.Module, sites: tuple[str, ...]) -> list[nn.Module]:
+    """The last linear map of each attention and MLP branch in `sites`, layer by layer.
+
+    Its output is what the branch adds to the residual stream.
+    """
+    words = ["att" if site == "attention" else "mlp" for site in sites if site != "embedding"]
+    return [_linear_maps(layer, word)[-1] for layer in decoder_layers(lm) for word in words]
+
+
+def decoder_layers(lm: nn.Module) -> nn.ModuleList:
+    """The decoder blocks: the first ModuleList whose members have an attention and an MLP child."""
+    for module in lm.modules():
+        if isinstance(module, nn.ModuleList) and module and all(_linear_maps(module[0], w) for w in ("att", "mlp")):
+            return module
+    raise ValueError(
+        f"backbone: got {type(lm).__name__}, expected blocks with an attention and an mlp child (GPT-2, Llama)"
+    )
+
+
+def _linear_maps(layer: nn.Module, role: str) -> list[nn.Module]:
+    """Modules with a weight matrix (Linear, Conv1D) in the children of `layer` named after `role`."""
+    children = [child for name, child in layer.named_children() if role in name]
+    return [m for child in children for m in child.modules() if getattr(m, "weight", torch.empty(0)).dim() == 2]
+
+
+@contextmanager
+def scaled(modules: list[nn.Module], factors: Float[Tensor, "R T S D"], count: int):
+    """Inside, the first `count` output positions of module s are multiplied by factors[:, :, s]."""
+    with ExitStack() as hooks:
+        for s, module in enumerate(modules):
+            hook = lambda _, __, out, f=factors[:, :, s]: scale_first(out, f, count)  # noqa: E731
+            hooks.enter_context(module.register_forward_hook(hook))
+        yield
+
+
+def scale_first(out: Float[Tensor, "R N D"], factors: Float[Tensor, "R T D"], count: int) -> Float[Tensor, "R N D"]:
+    """Multiply the first `count` of N positions by `factors`; T is `count`, or 1 if they share a mask."""
+    if count == out.shape[1]:
+        return out * factors
+    return torch.cat([out[:, :count] * factors, out[:, count:]], 1)

@@ -1,53 +1,53 @@
-"""The latent reasoner: a Hugging Face causal LM whose last hidden state is fed back as its next input.
+"""The latent reasoner: a causal language model whose last hidden state is fed back as its next input.
 
-    question <start>            z_1 = h(question, <start>)         the last hidden state, after the final norm
-    z_1 ... z_L                 z_{i+1} = h(..., z_i)              L thoughts, no token in between
-    z_L <end>                   logits of the first answer token   one pass
-    answer tokens               logits of the next one
+    question <start>     z_1 = h(question, <start>)        h: last hidden state, after the final norm
+    z_1 ... z_L          z_{i+1} = h(..., z_i)             L latent steps (thoughts), no tokens
+    z_L <end>            logits of the first answer token  one forward pass for both positions
+    answer tokens        logits of the next tokens
 
-`prefix -> think -> answer` is the only path: sampling, scoring and the curriculum all take it. A mask multiplies the
-output of residual branches at the positions of its scope, by hooks that exist only during that forward pass.
+Sampling, scoring and the curriculum share one path: `prefix -> think -> answer`. A mask multiplies
+the outputs of residual branches at the positions in its scope, through forward hooks that exist
+only during the forward pass.
 
-Deviations from the official Coconut code (arXiv 2412.06769): batched; the question runs once per problem under scope
-"latent" and its keys and values are kept once for its K rows (attention.py), gradient included; padding is never
-attended to; the head runs at answer positions only.
+Source: Coconut, arXiv 2412.06769. Deviations from its code:
+1. Rollouts are batched; prompts are left-padded and padding is never attended to.
+2. Under mask scope "latent" a question is run once for its K rows, gradient included (attention.py).
+3. The language-model head runs at answer positions only.
 
-Letters: B problems, K rollouts each, R = B * K rows, Q prompt tokens, L thoughts, A answer tokens, D width, S sites.
+Dimensions: B problems, K rollouts per problem, R = B * K rows, Q prompt tokens, L thoughts,
+A answer tokens, T positions of one forward pass, D width, S mask sites, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from latentlab.attention import RolloutCache, rollout_attention
-from latentlab.masks import Masks
+from latentlab.masks import Masks, branch_outputs, scale_first, scaled
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 FEEDBACKS = ("thought", "pause", "none")
 
-Edit = Callable[[int, torch.Tensor], torch.Tensor]
+Edit = Callable[[int, Tensor], Tensor]
 
 
 @dataclass
 class State:
-    """Where a batch of rows stands: what is cached, and the one input vector not yet passed."""
+    """Generation state of a batch of rows: the cache, and the one input that was not run yet."""
 
     cache: RolloutCache
-    position: torch.Tensor  # [R] position id of the next input
-    pending: torch.Tensor  # [R, 1, D] next input: the embedding of <start>, or the last thought
+    position: Int[Tensor, " R"]  # position id of the next input
+    pending: Float[Tensor, "R 1 D"]  # the next input: the embedding of <start>, or the last thought
     masks: Masks | None
-    slot: int = (
-        0  # mask slot of `pending`: 0 question and start, i thought i, L + 1 + t the position predicting answer token t
-    )
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Drop all rows but `rows` [R'] (finished rows leave the batch)."""
+    def keep(self, rows: Int[Tensor, " N"]) -> None:
+        """Drop all rows but `rows`: finished rows leave the batch."""
         self.cache.keep(rows)
         self.position, self.pending = self.position[rows], self.pending[rows]
         if self.masks is not None:
@@ -57,9 +57,11 @@ class State:
 class LatentReasoner(nn.Module):
     """A causal LM with `num_thoughts` latent steps between question and answer.
 
-    lm: any GPT-2 or Llama-family `transformers` causal LM; tokenizer: has START, LATENT and END as single tokens.
-    feedback: "thought" (Coconut), or a control: "pause" (the embedding of <|latent|> is fed instead of the thought),
-    "none" (no latent step at all: the direct answer). max_new_tokens: longest answer, in tokens, eos included.
+    lm: a GPT-2 or Llama-family `transformers` causal LM.
+    tokenizer: has START, LATENT and END as single tokens.
+    max_new_tokens: longest answer in tokens, eos included.
+    feedback: "thought" (Coconut), or a control: "pause" (the embedding of <|latent|> replaces the
+        thought) or "none" (no latent steps: direct answers).
     """
 
     def __init__(self, lm, tokenizer, *, num_thoughts: int, max_new_tokens: int, feedback: str = "thought"):
@@ -71,12 +73,10 @@ class LatentReasoner(nn.Module):
         self.max_new_tokens = max_new_tokens
         self.start_id, self.latent_id, self.end_id = (_single_token(tokenizer, text) for text in (START, LATENT, END))
         self.eos_id = tokenizer.eos_token_id
-        self.autocast_dtype: torch.dtype | None = None  # matrix products in this type; None: as the weights are
+        self.autocast_dtype: torch.dtype | None = None  # dtype of matrix products; None: that of the weights
+        self.provenance: dict = {}  # origin of the weights: kind, path, sha256
         self._branches: dict[tuple[str, ...], list[nn.Module]] = {}
-        self.provenance: dict = {}  # where the weights come from: kind, path, sha256
         self.eval()
-
-    # -- what masks need to know ------------------------------------------------------------------------------------
 
     @property
     def width(self) -> int:
@@ -91,165 +91,153 @@ class LatentReasoner(nn.Module):
         return self.lm.dtype
 
     def num_sites(self, sites: tuple[str, ...]) -> int:
-        """How many places S a mask on `sites` touches."""
-        return len(self._branch_modules(sites)) + ("embedding" in sites)
+        """Number of mask sites S: one per layer and branch, and one for the embedding."""
+        return len(self.branches(sites)) + ("embedding" in sites)
 
     def num_slots(self, scope: str) -> int:
-        """How many slots a per_step mask has: question and start, each thought, in scope "all" each answer token."""
+        """Number of per-step mask slots: question and <start>, thoughts and, in scope "all", answer tokens."""
         return 1 + self.num_thoughts + (self.max_new_tokens if scope == "all" else 0)
 
-    def _branch_modules(self, sites: tuple[str, ...]) -> list[nn.Module]:
-        """The modules whose output is a residual branch's output, layer by layer (sites.py)."""
-        if sites not in self._branches:  # the search walks over all modules: once is enough
+    def branches(self, sites: tuple[str, ...]) -> list[nn.Module]:
+        """The modules whose outputs a mask on `sites` multiplies (`branch_outputs`), found once and kept."""
+        if sites not in self._branches:
             self._branches[sites] = branch_outputs(self.lm, sites)
         return self._branches[sites]
 
-    def place(self, device: str = "auto", precision: str = "float32") -> LatentReasoner:
-        """Move to `device` ("auto": CUDA if there is one), matrix products in `precision`: float32 or bfloat16.
+    def place(self, device: torch.device | str, precision: str = "float32") -> LatentReasoner:
+        """Move to `device`; `precision` of matrix products is "float32" or "bfloat16" (autocast).
 
-        Autocast: weights, optimizer, suffix attention (attention.py), the head, log-probs and loss stay float32.
-        Raises ValueError for a missing device.
+        Weights, optimizer, suffix attention, the head, log-probs and the loss stay in float32.
         """
         self.autocast_dtype = torch.bfloat16 if precision == "bfloat16" else None
-        place = torch_device(device)
-        if place.type == "cuda":
-            torch.cuda.set_device(place)  # what is measured and waited for is this one
-        return self.to(place)
+        return self.to(device)
 
-    def _autocast(self):
-        on = self.autocast_dtype is not None
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=on)
+    def autocast(self):
+        """The autocast context of a forward pass of the backbone."""
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def cast_once(self):
-        """A context around several passes: each weight is cast once, not in every pass; nothing else changes inside.
+        """Context for several forward passes in which autocast casts each weight only once.
 
-        Autocast keeps its casts until the outermost context ends. So no weight may change inside, and passes with and
-        without gradient do not share one context.
+        Weights must not change inside, nor may passes with and without gradient share one context.
         """
-        kind = self.device.type
+        kind = self.device.type  # autocast keeps its casts until the outermost context ends
         return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
 
-    # -- one forward pass -------------------------------------------------------------------------------------------
+    # -- one forward pass -------------------------------------------------------------------------
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [R, T] -> input vectors [R, T, D]."""
+    def embed(self, token_ids: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows D"]:
+        """Token ids -> input embeddings."""
         return self.lm.get_input_embeddings()(token_ids)
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., D] -> logits [..., V] in float32 or wider; autocast is off.
+    def head(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
+        """Logits in float32 or wider, computed without autocast.
 
-        Logits in bfloat16 lie 0.1 apart where they matter: ties, and log-probs that do not replay (arXiv 2506.13585).
+        bfloat16 logits are spaced by about 0.1 where it matters: ties, and log-probs that do not
+        replay (arXiv 2506.13585).
         """
         head = self.lm.get_output_embeddings()
         with torch.autocast(self.device.type, enabled=False):
             logits = head(hidden.to(head.weight.dtype))
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def _forward(self, state: State, inputs: torch.Tensor, slots: list[int]) -> torch.Tensor:
-        """Pass `inputs` [R, T, D] on top of the cache, the first len(slots) positions masked. -> hidden [R, T, D]."""
-        new = inputs.shape[1]
-        positions = state.position[:, None] + torch.arange(new, device=inputs.device)
+    def forward_pass(self, state: State, inputs: Float[Tensor, "R T D"]) -> Float[Tensor, "R T D"]:
+        """Append `inputs` to the cache, masked where in scope: -> last hidden states."""
+        new, cache, masks = inputs.shape[1], state.cache, state.masks
+        positions = state.position[:, None] + torch.arange(new, device=inputs.device)  # [R, T]
         state.position = state.position + new
-        return self._pass(state, inputs, positions, slots)
-
-    def _pass(self, state: State, inputs: torch.Tensor, positions: torch.Tensor, slots: list[int]) -> torch.Tensor:
-        lm, cache, branches, factors = self.lm.base_model, state.cache, [], None
-        if state.masks is not None and slots:
-            factors, sites = state.masks.factors(slots), state.masks.spec.sites  # [R, 1 or len(slots), S, D]
-            branches = self._branch_modules(sites)
-            if "embedding" in sites:
-                inputs = scale_first(inputs, factors[:, :, -1], len(slots))
-        with self._autocast(), scaled(branches, factors, len(slots)), rollout_attention(lm.config):
-            output = lm(
+        masked = self._num_masked(state, new)
+        hooks: AbstractContextManager = nullcontext()
+        if masks is not None and masked:
+            factors = masks.factors(cache.get_seq_length(), 1 if cache.in_prefix else masked)  # [R, 1 or masked, S, D]
+            hooks = scaled(self.branches(masks.spec.sites), factors, masked)
+            if "embedding" in masks.spec.sites:
+                inputs = scale_first(inputs, factors[:, :, -1], masked)
+        with self.autocast(), hooks, rollout_attention(self.lm.config):
+            output = self.lm.base_model(
                 inputs_embeds=inputs,
-                attention_mask=cache.visible(inputs.shape[1]),
-                position_ids=positions,
+                attention_mask=cache.visible(new),
+                position_ids=positions.clamp(min=0),  # padding is before position 0
                 past_key_values=cache,
                 use_cache=True,
                 rollout_cache=cache,
             )
         return output.last_hidden_state
 
-    # -- prefix -> think -> answer ----------------------------------------------------------------------------------
+    def _num_masked(self, state: State, new: int) -> int:
+        """How many of the next `new` positions are in the masks' scope; they come first."""
+        if state.masks is None:
+            return 0
+        scope = state.masks.spec.scope
+        if state.cache.in_prefix:
+            return 0 if scope == "latent" else new
+        latent = 1 + self.num_thoughts - state.cache.get_seq_length()  # <start> and thoughts still to come
+        return new if scope == "all" else min(new, max(0, latent))
+
+    # -- prefix -> think -> answer ----------------------------------------------------------------
 
     def prefix(
-        self, prompt_ids: torch.Tensor, prompt_valid: torch.Tensor, *, num_generations: int, masks: Masks | None
+        self,
+        prompt_ids: Int[Tensor, "B Q"],
+        prompt_valid: Bool[Tensor, "B Q"],
+        *,
+        num_generations: int,
+        masks: Masks | None,
     ) -> State:
-        """Run the questions; prompts [B, Q] are left-padded and end with <start>, which stays pending.
+        """Run the questions of left-padded prompts; their last token, <start>, stays pending.
 
-        The question is run once per problem and shared by its K rows, unless the mask's scope covers it.
+        A question is run once for its K rows, or once per row if the masks' scope covers it.
         """
         if masks is not None and len(masks.values) != len(prompt_ids) * num_generations:
             raise ValueError(
                 f"masks: got {len(masks.values)} rows for {len(prompt_ids)} x {num_generations} rollouts, expected one "
                 "mask per rollout; draw them from the seeds of these rollouts"
             )
-        masked = masks is not None and masks.spec.scope != "latent"
-        if masked:
-            prompt_ids, prompt_valid = (x.repeat_interleave(num_generations, 0) for x in (prompt_ids, prompt_valid))
-        embedded = self.embed(prompt_ids)  # [B, Q, D]
-        question = prompt_valid[:, :-1]  # [B, Q - 1]
-        state = State(
-            cache=RolloutCache(question, capacity=1 + self.num_thoughts + self.max_new_tokens),
-            position=question.sum(1),
-            pending=embedded[:, -1:],
-            masks=masks,
-        )
-        positions = (question.long().cumsum(1) - 1).clamp(min=0)  # padding may take any position: it is not seen
-        self._pass(state, embedded[:, :-1], positions, [0] * question.shape[1] if masked else [])
-        rows = 1 if masked else num_generations
-        state.cache.start_rows(rows)
+        rows = num_generations
+        if masks is not None and masks.spec.scope != "latent":
+            prompt_ids, prompt_valid = (x.repeat_interleave(rows, 0) for x in (prompt_ids, prompt_valid))
+            rows = 1
+        embedded, question = self.embed(prompt_ids), prompt_valid[:, :-1]
+        cache = RolloutCache(question, capacity=1 + self.num_thoughts + self.max_new_tokens)
+        start = question.sum(1) - question.shape[1]  # [B] minus the padding: the first token has position 0
+        state = State(cache=cache, position=start, pending=embedded[:, -1:], masks=masks)
+        self.forward_pass(state, embedded[:, :-1])
+        cache.start_rows(rows)
         state.position, state.pending = (x.repeat_interleave(rows, 0) for x in (state.position, state.pending))
         return state
 
-    def think(self, state: State, *, edit: Edit | None = None) -> torch.Tensor:
-        """Take the latent steps: -> thoughts [R, L, D], the last one left pending.
+    def think(self, state: State, *, edit: Edit | None = None) -> Float[Tensor, "R L D"]:
+        """Run the latent steps: -> thoughts; the last one stays pending.
 
-        `edit(i, z)` may replace thought i (1 ... L), [R, D], before it is fed back: the place for interventions.
+        `edit(i, z)` may replace thought i (1 ... L), z [R, D], before it is fed back (interventions).
         """
         thoughts = []
         for i in range(1, self.num_thoughts + 1):
-            z = self._forward(state, state.pending, [state.slot])[:, -1]  # [R, D]
+            z = self.forward_pass(state, state.pending)[:, -1]  # [R, D]
             z = z if edit is None else edit(i, z)
             thoughts.append(z)
-            state.pending, state.slot = self._fed_back(z)[:, None], i
-        empty = state.pending[:, :0]  # [R, 0, D]
-        return torch.stack(thoughts, 1) if thoughts else empty
+            if self.feedback == "pause":
+                z = self.embed(torch.full((len(z),), self.latent_id, device=z.device))
+            state.pending = z[:, None]
+        return torch.stack(thoughts, 1) if thoughts else state.pending[:, :0]
 
-    def _fed_back(self, z: torch.Tensor) -> torch.Tensor:
-        if self.feedback == "pause":
-            return self.embed(torch.full((len(z),), self.latent_id, device=z.device))
-        return z
-
-    def answer(self, state: State, tokens: torch.Tensor) -> torch.Tensor:
-        """Pass the last thought, <end> and `tokens` [R, T] at once: -> hidden [R, 1 + T, D], from <end> on.
+    def answer(self, state: State, tokens: Int[Tensor, "R T"]) -> Float[Tensor, "R T+1 D"]:
+        """Run the last thought, <end> and `tokens` in one pass: -> hidden states from <end> on.
 
         Position t of the result predicts answer token t.
         """
         ids = torch.cat([tokens.new_full((len(tokens), 1), self.end_id), tokens], 1)  # [R, 1 + T]
-        inputs = torch.cat([state.pending, self.embed(ids)], 1)  # [R, 2 + T, D]
-        slots = ([state.slot] if state.masks is not None else []) + self._answer_slots(state, ids.shape[1])
-        state.slot += ids.shape[1]
-        hidden = self._forward(state, inputs, slots)[:, 1:]
+        hidden = self.forward_pass(state, torch.cat([state.pending, self.embed(ids)], 1))[:, 1:]
         if state.masks is not None and state.masks.spec.scope != "all":
-            state.masks = None  # worn for the last time: rows that leave need not carry them
+            state.masks = None  # no later position is masked
         return hidden
 
-    def next_token(self, state: State, tokens: torch.Tensor) -> torch.Tensor:
-        """Pass one more answer token [R]: -> hidden [R, D], which predicts the next."""
-        inputs = self.embed(tokens[:, None])
-        slots = self._answer_slots(state, 1)
-        state.slot += 1
-        return self._forward(state, inputs, slots)[:, 0]
-
-    def _answer_slots(self, state: State, count: int) -> list[int]:
-        """Slots of answer positions: only scope "all" masks them."""
-        if state.masks is None or state.masks.spec.scope != "all":
-            return []
-        return [state.slot + 1 + t for t in range(count)]
+    def next_token(self, state: State, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R D"]:
+        """Run one more answer token per row: -> the hidden states that predict the next one."""
+        return self.forward_pass(state, self.embed(tokens[:, None]))[:, 0]
 
     def check_length(self, prompt: int, answer: int) -> None:
-        """Raise ValueError if Q prompt tokens, the thoughts, <end> and all answer tokens but the last do not fit."""
+        """Raise ValueError if prompt, thoughts, <end> and all answer tokens but the last exceed the context."""
         limit = self.lm.config.max_position_embeddings
         need = prompt + self.num_thoughts + answer
         if need > limit:
@@ -258,63 +246,48 @@ class LatentReasoner(nn.Module):
                 f"expected at most {limit}; drop long problems, or lower max_new_tokens"
             )
 
-    # -- scoring ----------------------------------------------------------------------------------------------------
+    # -- scoring ----------------------------------------------------------------------------------
 
     def teacher_forced(
         self,
-        prompt_ids: torch.Tensor,
-        prompt_valid: torch.Tensor,
-        tokens: torch.Tensor,
+        prompt_ids: Int[Tensor, "B Q"],
+        prompt_valid: Bool[Tensor, "B Q"],
+        tokens: Int[Tensor, "R A"],
         *,
         num_generations: int = 1,
         masks: Masks | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [R, A, D] that predict answer tokens [R, A], and the thoughts [R, L, D], with gradient."""
+    ) -> tuple[Float[Tensor, "R A D"], Float[Tensor, "R L D"]]:
+        """The hidden states that predict the given answer `tokens`, and the thoughts, with gradient."""
         self.check_length(prompt_ids.shape[1], tokens.shape[1])
         with self.cast_once():
             state = self.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
             thoughts = self.think(state)
             return self.answer(state, tokens[:, :-1]), thoughts
 
-    def score(self, rollouts, *, masks: Masks | None) -> torch.Tensor:
-        """Log-probs of recorded answers under `masks`, with gradient: [R, A] nats, 0 after the end of an answer.
+    def score(self, rollouts, *, masks: Masks | None) -> Float[Tensor, "R A"]:
+        """Log-probs (nats) of the answers of `rollouts` under `masks`, with gradient; 0 after an answer's end.
 
-        Under the masks that the rollouts were drawn with this equals `rollouts.logp` (tested; see `replay_gap`).
+        Under the masks the answers were sampled with, equal to `rollouts.logp` up to rounding (`replay_gap`).
         """
+        r = rollouts
         hidden, _ = self.teacher_forced(
-            rollouts.prompt_ids,
-            rollouts.prompt_valid,
-            rollouts.tokens,
-            num_generations=rollouts.num_generations,
-            masks=masks,
+            r.prompt_ids, r.prompt_valid, r.tokens, num_generations=r.num_generations, masks=masks
         )
-        said = rollouts.token_mask.nonzero(as_tuple=True)  # the N places where an answer has a token
-        logp = token_logps(self.head(hidden[said]), rollouts.tokens[said], rollouts.temperature)
-        return logp.new_zeros(rollouts.tokens.shape).index_put(said, logp)
+        places = r.token_mask.nonzero(as_tuple=True)  # the N answer tokens
+        logp = token_logps(self.head(hidden[places]), r.tokens[places], r.temperature)  # [N]
+        return logp.new_zeros(r.tokens.shape).index_put(places, logp)
 
 
-def torch_device(name: str) -> torch.device:
-    """The device `name`: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:1"; ValueError if it is missing."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or index and not index.isdigit():
-        raise ValueError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:1")
-    if kind == "cuda" and torch.cuda.device_count() <= int(index or 0):
-        raise ValueError(
-            f"device: got {name}, but torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
-    return torch.device(name)
-
-
-def token_logps(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probs [...] of `tokens` [...] under logits [..., V] at `temperature` (greedy, 0, is scored at 1)."""
-    return policy(logits, temperature).gather(-1, tokens[..., None])[..., 0]
-
-
-def policy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probs of all tokens [..., V] under logits [..., V] at `temperature` (greedy, 0, is scored at 1)."""
+def policy(logits: Float[Tensor, "*rows V"], temperature: float) -> Float[Tensor, "*rows V"]:
+    """Log-probs (nats) of all tokens at `temperature`; temperature 0 (greedy) is scored at 1."""
     return torch.log_softmax(logits if temperature in (0, 1) else logits / temperature, -1)
+
+
+def token_logps(
+    logits: Float[Tensor, "*rows V"], tokens: Int[Tensor, "*rows"], temperature: float
+) -> Float[Tensor, "*rows"]:
+    """Log-probs (nats) of `tokens` under `policy(logits, temperature)`."""
+    return policy(logits, temperature).gather(-1, tokens[..., None])[..., 0]
 
 
 def _single_token(tokenizer, text: str) -> int:
@@ -322,59 +295,3 @@ def _single_token(tokenizer, text: str) -> int:
     if ids[0] is None or ids[0] == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(ids) != [text]:
         raise ValueError(f"tokenizer: got no token {text}, expected the three latent tokens; use load_model")
     return ids[0]
-
-
-# -- where masks act: the outputs of residual branches, found by their role ------------------------------------------
-
-
-def branch_outputs(lm: nn.Module, sites: tuple[str, ...]) -> list[nn.Module]:
-    """The modules that a mask on `sites` scales, layer by layer; site "embedding" is no module's output."""
-    return [branch_output(layer, site) for layer in decoder_layers(lm) for site in sites if site != "embedding"]
-
-
-@contextmanager
-def scaled(modules: list[nn.Module], factors: torch.Tensor | None, count: int):
-    """While inside, the first `count` positions of module s's output are scaled by factors[:, :, s].
-
-    factors: [R, 1 or count, S, D]; not looked at without modules.
-    """
-    handles = []
-    for s, module in enumerate(modules):
-        hook = lambda _, __, out, f=factors[:, :, s]: scale_first(out, f, count)  # noqa: E731
-        handles.append(module.register_forward_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def scale_first(out: torch.Tensor, factors: torch.Tensor, count: int) -> torch.Tensor:
-    """Multiply the first `count` positions of out [R, T, D] by factors [R, 1 or count, D]."""
-    if count == out.shape[1]:
-        return out * factors
-    return torch.cat([out[:, :count] * factors, out[:, count:]], 1)
-
-
-def decoder_layers(lm: nn.Module) -> nn.ModuleList:
-    """The stack of decoder blocks: the first ModuleList whose members each have an attention and an MLP child."""
-    for module in lm.modules():
-        if isinstance(module, nn.ModuleList) and module and _children(module[0], "att") and _children(module[0], "mlp"):
-            return module
-    raise ValueError(
-        f"backbone: got {type(lm).__name__}, expected blocks with an attention and an mlp child (GPT-2, Llama)"
-    )
-
-
-def branch_output(layer: nn.Module, site: str) -> nn.Module:
-    """The last linear map of a block's attention or MLP branch: what is added to the residual stream."""
-    branch = _children(layer, "att" if site == "attention" else "mlp")[0]
-    return [m for m in branch.modules() if isinstance(m, (nn.Linear, Conv1D))][-1]
-
-
-def _children(layer: nn.Module, word: str) -> list[nn.Module]:
-    """Child modules named after a role that hold a linear map (`post_attention_layernorm` is none)."""
-    return [
-        child for name, child in layer.named_children()
-        if word in name and any(isinstance(m, (nn.Linear, Conv1D)) for m in child.modules())
-    ]  # fmt: skip

@@ -1,14 +1,15 @@
-"""Word problems, their answers, and the JSON Lines files that hold them.
+"""Word problems, and the one rule by which answers are graded.
 
-One problem is one line of a file, with exactly these five keys:
+A completion has the form of GSM8K's chains (Cobbe et al. 2021, arXiv 2110.14168): `steps`, one per
+line, then the marker and the answer.
 
-    {"id": "gsm8k-train-00000", "question": "Natalia sold clips to 48 of …?",
-     "steps": ["<<48/2=24>>", "<<48+24=72>>"], "answer": "72", "source": "gsm8k/train"}
+    <<48/2=24>>
+    <<48+24=72>>
+    ### 72
 
-`steps` follows GSM8K's calculator annotations (Cobbe et al. 2021, arXiv:2110.14168). A completion of a
-model has the form `steps` joined by newlines, then `### answer`. Every place that grades an answer
-(reward, evaluation, majority vote, data checks) goes through `extract_answer` and `answers_match`, so
-that two places can never disagree on what is right.
+All code that grades an answer (reward, evaluation, majority vote, data checks) calls `extract_answer` and
+`answers_match`. Problems are stored as JSON Lines, one object per line with the fields of `Problem`
+(data/jsonl.py).
 """
 
 import dataclasses
@@ -24,29 +25,29 @@ _LONGEST_FRACTION = 100  # digits on either side of a "/"; keeps the exact arith
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One word problem; immutable, so that it can be a key and be shared between runs."""
+    """One word problem."""
 
-    id: str  # unique within a file
+    id: str  # unique within a data set, such as gsm8k-train-00000
     question: str  # plain text, without a trailing newline
-    steps: tuple[str, ...]  # "<<48/2=24>>", …; empty where no chain is known
+    steps: tuple[str, ...]  # "<<48/2=24>>", ...; empty if no chain is known
     answer: str  # canonical numeric string, see canonical_answer
-    source: str  # which data set and split it came from
+    source: str  # data set and split, such as gsm8k/train
 
 
 def canonical_answer(text: str) -> str | None:
-    """The one number in `text` as a canonical numeric string, or None; never raises.
+    """The single number in `text` as a canonical numeric string, or None; never raises.
 
-    The rule, in order:
-    1. A number is made of ASCII digits, with an optional fraction part ("18.0", ".5", "18."), optional
-       thousands separators in groups of three ("1,000"), an optional sign (-, + or U+2212) that touches
-       it and does not follow a letter or digit, and an optional $, € or £ ("-$3.50"). Words, units and
-       a percent sign around it are dropped: "18 apples" -> "18", "50%" -> "50".
+    1. A number has ASCII digits, an optional fraction part ("18.0", ".5", "18."), optional thousands
+       separators ("1,000"), an optional sign (-, + or U+2212) that touches it and does not follow a
+       letter or digit, and an optional $, EUR or GBP sign ("-$3.50"). Words, units and percent signs
+       around it are dropped: "18 apples" -> "18", "50%" -> "50".
     2. "a/b" is one number: "1/2" -> "0.5". A quotient without a finite decimal form stays a reduced
-       fraction: "2/6" -> "1/3". Division by zero, or a side beyond 100 digits, reduced or not -> None.
-    3. No number, or more than one -> None: an answer that names two values has not answered. So
-       "1e3", "1,5", "3:45", "5-3" and "1 1/2" are None, as are digits outside ASCII.
-    The result has no leading or trailing zeros, no separators, no "+", and zero has no sign. Values are
-    compared as exact strings or fractions, never as floats, so 400 digits are as good as four.
+       fraction: "2/6" -> "1/3". Division by zero, or more than 100 digits on a side -> None.
+    3. No number, or more than one -> None: two values are no answer. So "1e3", "1,5", "3:45", "5-3"
+       and "1 1/2" give None, as do digits outside ASCII.
+
+    The result has no leading or trailing zeros, no separators, no "+", and no signed zero. Values are
+    compared as exact strings or fractions, never as floats.
     """
     found = list(_NUMBER.finditer(text))
     if len(found) != 1:
@@ -64,14 +65,14 @@ def canonical_answer(text: str) -> str | None:
 
 
 def _plain_decimal(digits: str) -> str:
-    """ "1,000.50" -> "1000.5"; pure text, so the number of digits does not matter."""
+    """ "1,000.50" -> "1000.5"; as text, so any number of digits is exact."""
     whole, _, part = digits.replace(",", "").partition(".")
     whole, part = whole.lstrip("0") or "0", part.rstrip("0")
     return f"{whole}.{part}" if part else whole
 
 
 def _plain_fraction(value: Fraction) -> str:
-    """A finite decimal if there is one (only factors 2 and 5 below the line), else "a/b" reduced."""
+    """A finite decimal if there is one (the denominator has only factors 2 and 5), else "a/b" reduced."""
     places = next((k for k in range(value.denominator.bit_length()) if 10**k % value.denominator == 0), None)
     if places is None:
         return f"{value.numerator}/{value.denominator}"
@@ -84,11 +85,10 @@ def _signed(value: str, negative: bool) -> str:
 
 
 def extract_answer(text: str) -> str | None:
-    """The rest of the line after the last "###" of a completion, stripped; None where there is none.
+    """The line after the last "###" of a completion, as written but stripped; None if there is none.
 
-    Blank lines after the marker are skipped. A completion without a marker, or with nothing after it, is
-    unparsable (None): the model has not said which of its numbers is the answer. The text is returned
-    as written; `answers_match` makes it canonical.
+    Blank lines after the marker are skipped. Without a marker the completion has no answer, even if
+    it has numbers.
     """
     _, marker, tail = text.rpartition(MARKER)
     lines = tail.strip().splitlines()
@@ -96,10 +96,9 @@ def extract_answer(text: str) -> str | None:
 
 
 def answers_match(a: str | None, b: str | None, rule: str = "numeric") -> bool:
-    """Whether two answers are equal; None (unparsable) equals nothing, not even None.
+    """Whether two answers are equal; None (no answer) equals nothing, not even None.
 
-    rule "numeric": equal canonical values, see `canonical_answer`; an answer without one matches nothing.
-    rule "string": equal text after stripping blanks. Any other rule raises ValueError.
+    rule "numeric": equal canonical values (`canonical_answer`). rule "string": equal stripped text.
     """
     if rule not in ("numeric", "string"):
         raise ValueError(f'got rule {rule!r}, expected "numeric" or "string": pass one of the two')
@@ -114,7 +113,7 @@ def answers_match(a: str | None, b: str | None, rule: str = "numeric") -> bool:
 def step_result(step: str) -> str:
     """The canonical result of one step, right of its last "=": "<<7+5=12>>" -> "12".
 
-    Raises ValueError where there is no "=" or not exactly one number after it.
+    Raises ValueError if there is no "=" or not exactly one number after it.
     """
     _, equals, right = step.rpartition("=")
     value = canonical_answer(right) if equals else None

@@ -1,73 +1,79 @@
 """Latent rollouts: K answers for each of B problems, in one batch of R = B * K rows.
 
-Answer token t of a row takes its uniform number from (seed of the row, t) and inverts the cumulative distribution, so
-a row's answer does not depend on the rows beside it. What a rollout needs to be replayed is in `Rollouts`: the tokens,
-the log-probs as they were sampled, and the masks (or the seeds that they follow from).
+    token_t ~ softmax(logits_t / temperature)    by inverse CDF of a uniform from (seed of the row, t)
+
+No random generator is shared between rows, so an answer does not depend on the other rows of its
+batch. `Rollouts` records what a replay needs: tokens, log-probs as sampled, and the masks.
+
+Source: rollouts with one mask each are Dropout-GRPO, arXiv 2606.10184. Deviation: answers are sampled
+where the theory needs it; greedy answers under masks (temperature 0) are an arm of their own.
+
+Dimensions: B problems, K rollouts per problem, R rows, Q prompt tokens, L thoughts, A answer tokens,
+D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from latentlab.masks import Masks, MaskSpec, draw_masks, rollout_seeds, uniforms
-from latentlab.model import START, Edit, LatentReasoner, policy
+from latentlab.model import START, Edit, LatentReasoner, State, policy
 from latentlab.problems import Problem
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What happened: B problems, K rollouts each, rows b * K + k.
-
-    prompt_ids, prompt_valid: [B, Q] left-padded questions, <start> last; tokens: [R, A] answers, eos included, padded
-    with eos; token_mask: [R, A] True for answer tokens; logp: [R, A] as sampled (greedy: at temperature 1), 0 after the
-    end; thoughts: [R, L, D]; seeds: [R]; text: R decoded answers; masks: what the rollouts wore; entropy: [R, A] nats,
-    of the distribution each token was sampled from, 0 after the end (None: not recorded).
-    """
+    """A record of K rollouts for each of B problems, in rows b * K + k."""
 
     problems: tuple[Problem, ...]
-    num_generations: int
-    prompt_ids: torch.Tensor
-    prompt_valid: torch.Tensor
-    tokens: torch.Tensor
-    token_mask: torch.Tensor
-    logp: torch.Tensor
-    thoughts: torch.Tensor
-    seeds: torch.Tensor
+    num_generations: int  # K
+    prompt_ids: Int[Tensor, "B Q"]  # left-padded questions; the last token is <start>
+    prompt_valid: Bool[Tensor, "B Q"]  # False at padding
+    tokens: Int[Tensor, "R A"]  # answers, eos included, padded with eos
+    token_mask: Bool[Tensor, "R A"]  # True for answer tokens, eos included
+    logp: Float[Tensor, "R A"]  # nats, as sampled (greedy: at temperature 1); 0 after the end
+    thoughts: Float[Tensor, "R L D"]
+    seeds: Int[Tensor, " R"]
     temperature: float
-    text: tuple[str, ...]
+    text: tuple[str, ...]  # R decoded answers
     masks: Masks | None
-    entropy: torch.Tensor | None = None
+    entropy: Float[Tensor, "R A"] | None = None  # nats, of the sampling distribution; 0 after the end
 
-    def rewards(self, reward) -> torch.Tensor:
-        """[B, K] rewards by `reward(text, problem) -> float`."""
+    def rewards(self, reward: Callable[[str, Problem], float]) -> Float[Tensor, "B K"]:
+        """The reward of each rollout, float64."""
         k = self.num_generations
         values = [reward(text, self.problems[row // k]) for row, text in enumerate(self.text)]
         return torch.tensor(values, dtype=torch.float64).view(-1, k)
 
     def take(self, problems: slice | Sequence[int]) -> Rollouts:
-        """The rollouts of some problems, named by a slice or by their places: whole groups, less shared padding."""
+        """The rollouts of some problems, given by a slice or by positions; padding common to all is cut."""
         k = self.num_generations
         places = list(range(len(self.problems))[problems]) if isinstance(problems, slice) else list(problems)
         rows = [b * k + i for b in places for i in range(k)]
-        first = int(self.prompt_valid[places].any(0).long().argmax())  # what lies before is padding in all of them
-        of_rows = ("tokens", "token_mask", "logp", "thoughts", "seeds", "entropy")
-        return Rollouts(
+        first = int(self.prompt_valid[places].any(0).long().argmax())  # first column that is not all padding
+        per_row = ("tokens", "token_mask", "logp", "thoughts", "seeds", "entropy")
+        parts: dict[str, Any] = {name: None if (x := getattr(self, name)) is None else x[rows] for name in per_row}
+        return replace(
+            self,
             problems=tuple(self.problems[b] for b in places),
-            num_generations=k,
             prompt_ids=self.prompt_ids[places, first:],
             prompt_valid=self.prompt_valid[places, first:],
-            temperature=self.temperature,
             text=tuple(self.text[row] for row in rows),
             masks=None if self.masks is None else self.masks.take(torch.tensor(rows)),
-            **{name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in of_rows},
+            **parts,
         )
 
 
-def encode_prompts(tokenizer, problems: Sequence[Problem], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Questions as left-padded token ids [B, Q], `question + "\\n" + <start>`, and which of them are real [B, Q]."""
+def encode_prompts(
+    tokenizer, problems: Sequence[Problem], device: torch.device | str
+) -> tuple[Int[Tensor, "B Q"], Bool[Tensor, "B Q"]]:
+    """Token ids of `question + "\\n" + <start>`, left-padded, and which of them are not padding."""
     rows = tokenizer([problem.question + "\n" + START for problem in problems], add_special_tokens=False)["input_ids"]
     width = max(map(len, rows))
     ids = torch.tensor([[tokenizer.eos_token_id] * (width - len(row)) + row for row in rows], device=device)
@@ -85,14 +91,15 @@ def rollout(
     temperature: float,
     run_seed: int,
     step: int,
-    seeds: torch.Tensor | None = None,
+    seeds: Int[Tensor, " R"] | None = None,
     edit: Edit | None = None,
 ) -> Rollouts:
-    """Sample (temperature > 0) or take the argmax (temperature 0) of `num_generations` answers per problem.
+    """Sample `num_generations` answers per problem; temperature 0 takes the argmax.
 
-    `masks` may be a spec, then the masks are drawn from the rollout seeds; None runs the clean model. `seeds` [R]
-    follow from (run_seed, step) by default; a part of a batch brings its own, since a problem drawn twice counts on.
-    Raises ValueError for an empty problem list, a temperature below 0 or more positions than the backbone has.
+    masks: a `MaskSpec` (drawn from the rollout seeds), drawn `Masks`, or None for the model itself.
+    seeds: default `rollout_seeds(run_seed, step, ...)`; a part of a larger batch passes its own.
+    edit: replaces thoughts, see `LatentReasoner.think`.
+    Raises ValueError for no problems, a negative temperature or more positions than the context holds.
     """
     if not problems:
         raise ValueError("problems: got an empty list, expected at least one; check the data source and its filters")
@@ -110,28 +117,24 @@ def rollout(
     with model.cast_once():
         state = model.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
         thoughts = model.think(state, edit=edit)
-        tokens, token_mask, logp, entropy = _answer(model, state, seeds.to(model.device), temperature)
-    text = model.tokenizer.batch_decode(tokens, skip_special_tokens=True)  # the padding is eos: skipped
+        answers = _answer(model, state, seeds.to(model.device), temperature)
     return Rollouts(
         problems=tuple(problems),
         num_generations=num_generations,
         prompt_ids=prompt_ids,
         prompt_valid=prompt_valid,
-        tokens=tokens,
-        token_mask=token_mask,
-        logp=logp,
         thoughts=thoughts,
         seeds=seeds,
         temperature=temperature,
-        text=tuple(text),
+        text=tuple(model.tokenizer.batch_decode(answers["tokens"], skip_special_tokens=True)),
         masks=masks,
-        entropy=entropy,
+        **answers,
     )
 
 
-def _answer(model, state, seeds, temperature) -> tuple[torch.Tensor, ...]:
-    """Decode until every row has said eos or the limit is reached: tokens, token_mask, logp, entropy, each [R, A]."""
-    rows = torch.arange(len(seeds), device=seeds.device)  # which rows are still speaking
+def _answer(model: LatentReasoner, state: State, seeds: Int[Tensor, " R"], temperature: float) -> dict[str, Any]:
+    """Decode until all rows have ended with eos or the limit is reached: the fields [R, A] of `Rollouts`."""
+    rows = torch.arange(len(seeds), device=seeds.device)  # the R' rows that have not ended
     hidden = model.answer(state, torch.empty(len(rows), 0, dtype=torch.long, device=seeds.device))[:, -1]  # [R, D]
     tokens = torch.full((len(rows), model.max_new_tokens), model.eos_id, device=seeds.device)
     token_mask = torch.zeros_like(tokens, dtype=torch.bool)
@@ -144,26 +147,27 @@ def _answer(model, state, seeds, temperature) -> tuple[torch.Tensor, ...]:
         tokens[rows, t], token_mask[rows, t] = choice, True
         logp[rows, t] = logps.gather(-1, choice[:, None])[:, 0]
         entropy[rows, t] = -torch.linalg.vecdot(logps.exp(), logps)
-        speaking = choice != model.eos_id
-        if t + 1 == model.max_new_tokens or not speaking.any():
+        going = choice != model.eos_id
+        if t + 1 == model.max_new_tokens or not going.any():
             break
-        if not speaking.all():
-            keep = speaking.nonzero()[:, 0]
+        if not going.all():
+            keep = going.nonzero()[:, 0]
             rows, choice = rows[keep], choice[keep]
             state.keep(keep)
         hidden = model.next_token(state, choice)
     length = int(token_mask.any(0).sum())
-    return tuple(x[:, :length] for x in (tokens, token_mask, logp, entropy))
+    fields = {"tokens": tokens, "token_mask": token_mask, "logp": logp, "entropy": entropy}
+    return {name: x[:, :length] for name, x in fields.items()}
 
 
-def choose(logps: torch.Tensor, seeds: torch.Tensor, t: int) -> torch.Tensor:
-    """A sample of answer token t of each row, [R], from log-probs [R, V]: by inverse CDF from (seed, t)."""
+def choose(logps: Float[Tensor, "R V"], seeds: Int[Tensor, " R"], t: int) -> Int[Tensor, " R"]:
+    """Sample answer token t of each row from its log-probs, by inverse CDF of a uniform from (seed, t)."""
     cdf = logps.exp().cumsum(-1, dtype=torch.float64)
     target = uniforms(seeds, t)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logps.shape[-1] - 1)
 
 
 @torch.no_grad()
-def replay_gap(logp: torch.Tensor, rollouts: Rollouts) -> float:
-    """Largest |re-scored - recorded| log-prob over the answers' tokens, in nats: 0 up to rounding if masks replay."""
+def replay_gap(logp: Float[Tensor, "R A"], rollouts: Rollouts) -> float:
+    """Largest difference between re-scored and recorded log-probs, in nats; rounding only if masks are replayed."""
     return (logp - rollouts.logp).abs().max().item()

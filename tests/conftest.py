@@ -7,10 +7,15 @@ from types import SimpleNamespace
 
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported
 
+import jaxtyping
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# In tests, beartype checks the annotated shapes and types of the method's functions at every call.
+CHECKED = ("attention", "masks", "model", "rollouts", "advantage", "loss", "grpo")
+jaxtyping.install_import_hook([f"latentlab.{name}" for name in CHECKED], "beartype.beartype")
 
 from latentlab.config import from_dict, load_preset, to_dict
 from latentlab.data.word_problems import WORDS, word_problems
@@ -20,6 +25,12 @@ from latentlab.study import launch
 
 torch.set_num_threads(1)
 BACKBONES = ("gpt2", "llama")
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """No type checks: for calls that pass wrong types on purpose, whose own error is tested."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def sharpen(model, factor=4.0):
@@ -55,9 +66,17 @@ def llama_folder(tmp_path_factory):
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>")
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=0, bos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        eos_token_id=0,
+        bos_token_id=0,
+        pad_token_id=0,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)

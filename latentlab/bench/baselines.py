@@ -53,7 +53,7 @@ def plain(model: LatentReasoner, prompts: torch.Tensor, seeds: torch.Tensor, tok
     cache = DynamicCache(config=model.lm.config)
 
     def step(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with model._autocast():
+        with model.autocast():
             out = model.lm(inputs_embeds=inputs, past_key_values=cache, use_cache=True, output_hidden_states=True)
         return out.hidden_states[-1][:, -1:], out.logits if out.logits.dtype == torch.float64 else out.logits.float()
 
@@ -74,7 +74,7 @@ def plain(model: LatentReasoner, prompts: torch.Tensor, seeds: torch.Tensor, tok
 def floor(model: LatentReasoner, rows: int, positions: int, answer: int, *, update: bool) -> None:
     """A dense pass of `positions` in all, head at `answer` of each row; backward in an update."""
     ids = torch.full((rows, round(positions / rows)), model.end_id, device=model.device)
-    with torch.set_grad_enabled(update), model._autocast():
+    with torch.set_grad_enabled(update), model.autocast():
         hidden = model.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -answer:]
     if not update:
         with torch.no_grad():
@@ -110,12 +110,10 @@ class EndApart(LatentReasoner):
     """The last thought has a pass of its own, before <end>."""
 
     def answer(self, state: State, tokens: torch.Tensor) -> torch.Tensor:
-        self._forward(state, state.pending, [state.slot] if state.masks is not None else [])
+        self.forward_pass(state, state.pending)
         state.pending = state.pending[:, :0]
         ids = torch.cat([tokens.new_full((len(tokens), 1), self.end_id), tokens], 1)
-        slots = self._answer_slots(state, ids.shape[1])
-        state.slot += ids.shape[1]
-        return self._forward(state, self.embed(ids), slots)
+        return self.forward_pass(state, self.embed(ids))
 
 
 class EarlyEnd(LatentReasoner):
@@ -130,8 +128,8 @@ class EarlyEnd(LatentReasoner):
 class HeadEverywhere(LatentReasoner):
     """Logits at all positions, not only where they are needed."""
 
-    def _pass(self, *args) -> torch.Tensor:
-        hidden = super()._pass(*args)
+    def forward_pass(self, *args) -> torch.Tensor:
+        hidden = super().forward_pass(*args)
         self.head(hidden)
         return hidden
 

@@ -30,6 +30,7 @@ from latentlab.pretrained.loading import load_model
 from latentlab.problems import Problem, answers_match, extract_answer
 from latentlab.reward import majority_vote
 from latentlab.runtime import environment, files
+from latentlab.runtime.devices import select_device
 from latentlab.study import results
 from latentlab.training.run import read_metrics, seconds_spent
 
@@ -267,7 +268,7 @@ def _samples(
     problems, seen = [test[row] for row in rows], {}
     for name in ("coconut-s0", arm):
         said = _answers(folder, f"{name}.gsm8k")["text"]
-        model = load_model(folder / name / "best").place(device, config.precision)
+        model = load_model(folder / name / "best").place(select_device(device), config.precision)
         seen[name] = [
             {"text": said[row], "thoughts": thoughts}
             for row, thoughts in zip(rows, decoded_thoughts(model, problems), strict=True)

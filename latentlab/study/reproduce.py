@@ -33,6 +33,7 @@ from latentlab.evaluation.accuracy import evaluate
 from latentlab.model import LatentReasoner
 from latentlab.pretrained.loading import load_model, model_from_config, save_model
 from latentlab.problems import Problem
+from latentlab.runtime.devices import select_device
 from latentlab.runtime.files import write_atomically
 from latentlab.study import parts
 from latentlab.study.budget import Budget, affordable, answer_seconds, plan_curriculum, plan_grpo
@@ -66,7 +67,9 @@ def reproduce(
     kept = folder / "train.jsonl"
     data["train"] = read_jsonl(kept) if kept.exists() else datasets.load(config.data, "train")
     folder.mkdir(parents=True, exist_ok=True)
-    model = _load(config, folder, weights or init_from, trained=bool(init_from)).place(device, config.precision)
+    model = _load(config, folder, weights or init_from, trained=bool(init_from)).place(
+        select_device(device), config.precision
+    )
     learned = [*data["train"], *data["validation"]]
     expect_together(model, [*learned, *data["test"]], config)
     if not init_from:
@@ -127,7 +130,7 @@ def _load(config: Config, folder: Path, weights: str, *, trained: bool) -> Laten
 
 def _trained(run: Path, config: Config, device: str) -> LatentReasoner:
     """The best weights of a finished run."""
-    return load_model(run / "best").place(device, config.precision)
+    return load_model(run / "best").place(select_device(device), config.precision)
 
 
 def _expect_memory(model: LatentReasoner) -> None:

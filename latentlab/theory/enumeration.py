@@ -121,14 +121,26 @@ def answer_space(model: LatentReasoner) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def enumerated_rollouts(model: LatentReasoner, problem: Problem, masks: Masks) -> Rollouts:
-    """Every answer under each of `masks` [M, S, D] as one group of N rollouts, for `score`.
-
-    The fields that `score` does not read (logp, thoughts, seeds, text) are those of one rollout.
-    """
-    tokens, token_mask = (x.repeat(len(masks.values), 1) for x in answer_space(model))
-    masks = Masks(masks.values.repeat_interleave(len(tokens) // len(masks.values), 0), masks.spec)
-    one = rollout(model, [problem], num_generations=1, masks=None, temperature=1.0, run_seed=0, step=0)
-    return replace(one, num_generations=len(tokens), tokens=tokens, token_mask=token_mask, masks=masks)
+    """Every answer under every mask as one group of N rollouts, for `score`."""
+    tokens, token_mask = answer_space(model)
+    prompt_ids, prompt_valid = encode_prompts(model.tokenizer, [problem], model.device)
+    count = len(masks.values)
+    unused = torch.zeros(count * len(tokens), tokens.shape[1])  # [R, A]: `score` reads no sampled value
+    worn = Masks(masks.values.repeat_interleave(len(tokens), 0), masks.spec)
+    return Rollouts(
+        problems=(problem,),
+        num_generations=count * len(tokens),
+        prompt_ids=prompt_ids,
+        prompt_valid=prompt_valid,
+        tokens=tokens.repeat(count, 1),
+        token_mask=token_mask.repeat(count, 1),
+        logp=unused,
+        thoughts=unused[..., None],
+        seeds=unused[:, 0].long(),
+        temperature=1.0,
+        text=(),
+        masks=worn,
+    )
 
 
 def enumerate_policy(model: LatentReasoner, problem: Problem, spec: MaskSpec) -> Policy:
@@ -166,8 +178,9 @@ class _RowScorer(torch.nn.Module):
         self.model, self.rows, self.spec = model, rows, spec
 
     def forward(self, tokens, token_mask, values):
-        everywhere = torch.ones(1, len(tokens), dtype=torch.bool)  # one shape for vmap
-        row = replace(self.rows, num_generations=1, tokens=tokens[None], token_mask=everywhere)
+        everywhere = torch.ones(1, len(tokens), dtype=torch.bool)  # vmap wants one shape for all rows
+        unused = {name: getattr(self.rows, name)[:1] for name in ("logp", "thoughts", "seeds")}
+        row = replace(self.rows, num_generations=1, tokens=tokens[None], token_mask=everywhere, **unused)
         return self.model.score(row, masks=Masks(values[None], self.spec))[0] * token_mask
 
 

@@ -60,11 +60,15 @@ def test_diagnostics_count_collapsed_groups_not_batches():
 @pytest.mark.parametrize(
     ("rewards", "settings"),
     [
-        (torch.zeros(3, 1), {}), (torch.zeros(3), {}), (REWARDS, {"baseline": "median"}), (REWARDS, {"scale": "batch"}),
-        (torch.tensor([[0.0, float("nan")]]), {}), (torch.tensor([[0.0, float("inf")]]), {}),
+        (torch.zeros(3, 1), {}),
+        (torch.zeros(3), {}),
+        (REWARDS, {"baseline": "median"}),
+        (REWARDS, {"scale": "batch"}),
+        (torch.tensor([[0.0, float("nan")]]), {}),
+        (torch.tensor([[0.0, float("inf")]]), {}),
     ],
-)  # fmt: skip
-def test_wrong_use_is_one_line(rewards, settings):
+)
+def test_wrong_use_is_one_line(rewards, settings, unchecked):
     with pytest.raises(ValueError, match="got .*expected") as error:
         group_advantages(rewards, **settings)
     assert "\n" not in str(error.value)

@@ -74,7 +74,7 @@ def test_values_and_gradients_equal_ordinary_attention_over_a_repeated_question(
 @pytest.mark.parametrize(
     "leaving",
     [[[0, 1, 3, 4, 5, 6, 7, 8, 10, 11], [0, 2, 3, 4, 5, 6, 7, 9]], [[0, 1, 2, 3, 9, 11], [4, 5], [1]], [[6]], [[8]]],
-)  # fmt: skip
+)
 def test_rows_leave_in_any_order_and_the_others_go_on_as_before(leaving):
     """`leaving` keeps rows by their place in what is left: ragged groups, groups that vanish, a single row."""
     cache, *prefix = prefilled(2, capacity=2)

@@ -89,11 +89,11 @@ def test_per_step_slots_differ_and_shared_has_one(gpt2):
     assert fresh.values.shape[1] == gpt2.num_thoughts + 1
     for a in range(3):
         for b in range(a):
-            assert not torch.equal(fresh.factors([a]), fresh.factors([b]))
-    assert torch.equal(fresh.factors([0, 2]), fresh.values[:, [0, 2]])
-    assert torch.equal(fresh.factors([1, 1, 1]), fresh.values[:, 1:2])
+            assert not torch.equal(fresh.factors(a, 1), fresh.factors(b, 1))
+    assert torch.equal(fresh.factors(0, 3), fresh.values)
+    assert torch.equal(fresh.factors(1, 2), fresh.values[:, 1:3])
     shared = draw_masks(MaskSpec(rate=0.3), gpt2, seeds)
-    assert torch.equal(shared.factors([0]), shared.factors([2]))
+    assert torch.equal(shared.factors(0, 1), shared.factors(2, 3))
 
 
 @pytest.mark.parametrize("scope", ["latent", "prompt+latent", "all"])
@@ -111,11 +111,20 @@ def test_rate_zero_is_the_identity_bit_for_bit(model, problems, scope):
 @pytest.mark.parametrize(
     "bad",
     [
-        {"rate": 1.0}, {"rate": -0.1}, {"rate": float("nan")}, {"rate": "0.1"}, {"rate": None}, {"scheme": "fresh"},
-        {"scope": "answer"}, {"sites": ()}, {"sites": "mlp"}, {"sites": ("mlp", "mlp")}, {"sites": ("head",)},
+        {"rate": 1.0},
+        {"rate": -0.1},
+        {"rate": float("nan")},
+        {"rate": "0.1"},
+        {"rate": None},
+        {"scheme": "fresh"},
+        {"scope": "answer"},
+        {"sites": ()},
+        {"sites": "mlp"},
+        {"sites": ("mlp", "mlp")},
+        {"sites": ("head",)},
     ],
-)  # fmt: skip
-def test_bad_values_are_one_line(bad):
+)
+def test_bad_values_are_one_line(bad, unchecked):
     with pytest.raises(ValueError, match=r"^mask \w+: got .*, expected .*") as error:
         MaskSpec(**bad)
     assert "\n" not in str(error.value)

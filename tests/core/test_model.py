@@ -7,8 +7,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
-from latentlab.model import LatentReasoner, decoder_layers, token_logps
+from latentlab.masks import MaskSpec, decoder_layers, draw_masks, rollout_seeds
+from latentlab.model import LatentReasoner, token_logps
 from latentlab.rollouts import encode_prompts
 from tests.conftest import BACKBONES
 
@@ -93,7 +93,7 @@ def test_a_mask_in_scope_all_is_one_sample_of_the_weights(model, problems):
     masked = model.teacher_forced(prompt, valid, tokens, masks=masks)[0]
     clean = model.teacher_forced(prompt, valid, tokens)[0]
     with torch.no_grad():
-        for factor, module in zip(masks.values[0], model._branch_modules(("attention", "mlp")), strict=True):
+        for factor, module in zip(masks.values[0], model.branches(("attention", "mlp")), strict=True):
             module.weight.mul_(factor if isinstance(module, Conv1D) else factor[:, None])
             if module.bias is not None:
                 module.bias.mul_(factor)

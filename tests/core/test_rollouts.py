@@ -259,9 +259,12 @@ def test_the_controls_replay_too(gpt2, problems, feedback, scheme):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"problems": []}, "^problems: got an empty list"), ({"num_generations": 0}, "got num_generations=0"),
-     ({"temperature": -1.0}, "temperature=-1.0")],
-)  # fmt: skip
+    [
+        ({"problems": []}, "^problems: got an empty list"),
+        ({"num_generations": 0}, "got num_generations=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+    ],
+)
 def test_wrong_use_is_one_line(gpt2, problems, change, message):
     arguments = {"problems": problems, "masks": None, **SETTINGS, **change}
     with pytest.raises(ValueError, match=message) as error:

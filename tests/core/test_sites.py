@@ -1,11 +1,11 @@
-"""sites.py: branches are found by role in both families of backbones; a hook lasts for one pass."""
+"""masks.py: branches are found by role in both families of backbones; a hook lasts for one pass."""
 
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from latentlab.model import branch_output, branch_outputs, decoder_layers, scaled
+from latentlab.masks import branch_outputs, decoder_layers, scaled
 
 
 def names_of(model, sites):
@@ -23,15 +23,15 @@ def test_sites_are_found_by_role(make_model):
 
 
 def test_a_site_is_the_last_linear_map_of_its_branch_and_as_wide_as_the_stream(model):
-    for layer in decoder_layers(model.lm):
-        for site, word in (("attention", "att"), ("mlp", "mlp")):
-            module = branch_output(layer, site)
+    for site, word in (("attention", "att"), ("mlp", "mlp")):
+        for layer, module in zip(decoder_layers(model.lm), branch_outputs(model.lm, (site,)), strict=True):
             branch = next(child for name, child in layer.named_children() if word in name and "norm" not in name)
             seen = []
             handles = [
                 m.register_forward_hook(lambda m, _, out, seen=seen: seen.append((m, out.shape[-1])))
-                for m in branch.modules() if isinstance(m, (nn.Linear, Conv1D))
-            ]  # fmt: skip
+                for m in branch.modules()
+                if isinstance(m, (nn.Linear, Conv1D))
+            ]
             model.lm(torch.tensor([[1, 2]]))
             for handle in handles:
                 handle.remove()

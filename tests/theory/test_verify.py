@@ -54,7 +54,8 @@ def redraw_masks(patch):
 
 
 def cut_gradient(patch):
-    patch.setattr(LatentReasoner, "_fed_back", lambda self, z: z.detach())
+    real = LatentReasoner.think
+    patch.setattr(LatentReasoner, "think", lambda self, state: real(self, state, edit=lambda i, z: z.detach()))
 
 
 def drop_eos(patch):

@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.reliability.processes import CONFIG, MEASURES, TRAIN, VALIDATION, first_digit, gradient, together
 
 from latentlab import cli
 from latentlab.evaluation.accuracy import evaluate
@@ -20,6 +19,7 @@ from latentlab.training import checkpoint
 from latentlab.training.arms import fit_grpo
 from latentlab.training.run import Stopped, read_metrics
 from tests.conftest import sharpen, tiny_gpt2
+from tests.reliability.processes import CONFIG, MEASURES, TRAIN, VALIDATION, first_digit, gradient, together
 
 SMALL = replace(
     CONFIG, grpo=replace(CONFIG.grpo, num_problems=4, max_candidates=0, num_iterations=2, steps=5, eval_every=2)

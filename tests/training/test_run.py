@@ -9,7 +9,6 @@ from collections import namedtuple
 
 import pytest
 import torch
-from tests.reliability.kills import distinct_words, same
 
 from latentlab.cli import main
 from latentlab.config import to_dict
@@ -28,6 +27,7 @@ from latentlab.training.run import (
     warmup_cosine,
 )
 from tests.conftest import tiny_gpt2
+from tests.reliability.kills import distinct_words, same
 
 
 @pytest.fixture
