@@ -1,14 +1,15 @@
-"""Several processes, one run: who am I, sums of gradients, gathers. One process pays nothing and imports nothing.
+"""Data parallelism: rank and world size, gradient all-reduce, object gathers. One process skips it all.
 
-A launcher (`accelerate launch`, `torchrun`) starts N processes of the same command on one machine or several, and
-`joined` makes them one run: gloo between CPUs, nccl between GPUs. Every process holds the whole model and takes its
-share of each batch of problems. Three rules make N irrelevant to the result, but for the rounding of sums:
+A launcher (`torchrun`, or `accelerate launch`, which sets the same variables) starts N processes of the
+same command on one machine or several, and `joined` connects them: by gloo on CPUs, by nccl on GPUs.
+Every process holds the whole model and takes its share of each batch of problems. Three rules make the
+result independent of N, except for the rounding of sums:
 
-    seeds       follow from (run seed, step, problem id, k), drawn for the whole batch before it is split
-    choices     (accepted groups, best checkpoint, stop) are made by all processes from the same gathered numbers
-    gradients   are divided by the whole batch's denominator, so that they add up: one all-reduce an update
+    seeds      follow from (run seed, step, problem id, k), drawn for the whole batch before it is split
+    decisions  (accepted groups, best checkpoint, stop) follow from the same gathered numbers everywhere
+    gradients  are divided by the whole batch's denominator, so that one all-reduce per update adds them
 
-`gather` is also how processes fail together: an error in one is raised in all, with the same words, and rank 0 says it.
+Processes also fail together: an error inside `gather` is raised on all of them with the same message.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-KINDS = (FileExistsError, FloatingPointError, OSError, ValueError)  # errors that keep their type on other processes
+KINDS = (FileExistsError, FloatingPointError, OSError, ValueError)  # keep their type on other processes
+EVERYWHERE = "raised on every process"  # the note on an error that all processes have raised
+
+
+class LostProcess(RuntimeError):
+    """Another process has ended, so that nothing can be gathered any more."""
 
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[None]:
-    """Be one of the processes that a launcher started; what fails inside on one of them fails on all.
+    """Join the processes that a launcher started; an error inside on one of them is raised on all.
 
     Raises ValueError for a launch that cannot work.
     """
@@ -53,29 +59,29 @@ def _start(device: str) -> None:
         return
     if ":" in device:
         raise ValueError(f"--device: got {device} for {env['WORLD_SIZE']} processes, expected auto, cpu or cuda")
-    # Before there is a process group: imported later (as transformers does), this module's default arguments would hold
-    # the group beyond its end, with gloo's threads, which abort a process when they free a tensor while Python exits.
+    # Imported before there is a process group: if transformers imports it later, its default arguments
+    # keep the group alive, with gloo's threads, which abort when they free a tensor at Python's exit.
     import torch.distributed.nn.functional
-    from accelerate import PartialState
 
     if device == "cpu" or not torch.cuda.is_available():
-        PartialState(cpu=True)
+        dist.init_process_group("gloo")
     else:
-        PartialState(backend="cuda:nccl,cpu:gloo")  # tensors over nccl, small objects over gloo
+        torch.cuda.set_device(int(env["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl")  # small objects by gloo, tensors by nccl
 
 
 def rank() -> int:
-    """Which of the processes this is, from 0."""
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def shard(items: Sequence[T]) -> Sequence[T]:
-    """This process's share: every N-th item, so that a batch that is cut short stays even. May be empty."""
+    """This process's share: every N-th item, which is even for a batch cut short. May be empty."""
     return items[rank() :: size()]
 
 
@@ -85,10 +91,10 @@ def in_order(shards: Sequence[Sequence[T]]) -> list[T]:
 
 
 def gather(work: Callable[[], T]) -> list[T]:
-    """What `work` returns on each process, in rank order, on all of them, which wait for each other here.
+    """The results of `work` on every process, in rank order, on all of them; a barrier.
 
-    If it raises on some, all raise: those with an error of their own that one, the others the first rank's in its
-    words. RuntimeError if a process is gone. What `work` returns travels by pickle, between processes of one run.
+    If it raises on some, all raise: a process with an error its own, the others a copy of the first.
+    Raises LostProcess if a process is gone. Results are pickled, between processes of one run only.
     """
     if size() == 1:
         return [work()]
@@ -99,9 +105,14 @@ def gather(work: Callable[[], T]) -> list[T]:
     return [answer for answer, _ in _exchange((result, None))]
 
 
+def raised_everywhere(error: BaseException) -> bool:
+    """Whether every process has raised `error`, so that rank 0 alone should print it."""
+    return EVERYWHERE in getattr(error, "__notes__", ())
+
+
 def _fail(error: Exception) -> NoReturn:
-    """Tell all processes of `error`, unless they know, and raise it."""
-    if size() > 1 and not hasattr(error, "known_to_all"):
+    """Raise `error` here and on all processes, unless they have raised it or cannot be reached."""
+    if size() > 1 and not raised_everywhere(error) and not isinstance(error, LostProcess):
         kind = next((kind for kind in KINDS if isinstance(error, kind)), RuntimeError)
         _exchange((None, (kind, str(error))), error)
     raise error
@@ -113,8 +124,9 @@ def _exchange(mine: tuple, error: Exception | None = None) -> list[tuple]:
     _collective(dist.all_gather_object, answers, mine)
     failure = next((failure for _, failure in answers if failure), None)
     if failure:
-        error = error or failure[0](failure[1])
-        error.known_to_all = True
+        kind, text = failure
+        error = error or kind(text)
+        error.add_note(EVERYWHERE)
         raise error
     return answers
 
@@ -139,9 +151,9 @@ def check_same(**values) -> None:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace each `.grad` by its sum over all processes, in one all-reduce; a process without rows has none.
+    """Replace each `.grad` by its sum over all processes, in one all-reduce, bit-identical on all.
 
-    All processes end with the same bits. A parameter without a gradient anywhere keeps none.
+    A process without rows counts as zeros; a parameter without a gradient anywhere keeps None.
     """
     if size() == 1:
         return
@@ -155,13 +167,11 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         parameter.grad = total.view_as(parameter) if holders else None
 
 
-def _collective(operation, *arguments) -> None:
+def _collective(operation: Callable, *arguments) -> None:
     try:
         operation(*arguments)
     except RuntimeError as error:
-        lost = RuntimeError(
-            f"process {rank()} of {size()}: lost another one ({str(error).splitlines()[0][:120]}), expected all to go "
-            "on; see what it said last (killed? out of memory?), then start the same command with --resume"
-        )
-        lost.known_to_all = False  # and nobody can be told
-        raise lost from error
+        raise LostProcess(
+            f"process {rank()} of {size()}: lost another process ({str(error).splitlines()[0][:120]}), expected all "
+            "to continue; read its last message (killed? out of memory?), then run the same command with --resume"
+        ) from error

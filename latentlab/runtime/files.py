@@ -1,33 +1,61 @@
-"""Files: one atomic writer, one JSON reader, and checks that something can be written, before any compute."""
+"""Files: one atomic writer, one JSON reader, and checks before any compute that files can be written."""
 
 import errno
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 
-def write_atomically(path: Path, data: bytes) -> Path:
-    """Write `data` beside `path` and rename: a reader, a killed writer or a full disk never leaves half a file."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def write_atomically(path: Path, content: bytes | Callable[[Path], object]) -> Path:
+    """Write `path` beside its place, flush it to disk, rename it: complete, or as it was before.
+
+    `content` is bytes, or a function that writes a file or folder to the path it is given. A former
+    folder is kept as `<name>.old`. Raises OSError with the path.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    old = path.with_name(f"{path.name}.old")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        os.replace(part, path)
+        remove(partial)
+        partial.write_bytes(content) if isinstance(content, bytes) else content(partial)
+        for part in (partial, *partial.rglob("*")):
+            flush(part)
+        if path.is_dir():  # a folder cannot be replaced in one call
+            shutil.rmtree(path) if old.exists() else path.rename(old)
+        os.replace(partial, path)
+        flush(path.parent)
     except OSError as error:  # whose own text often lacks the path
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         with suppress(OSError):
-            part.unlink(missing_ok=True)
+            remove(partial)
     return path
 
 
-def expect_writable(folder: Path, need: int = 2**20) -> None:
-    """OSError, before any compute, if files could not be written in `folder` or `need` bytes are not free there.
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it exists."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-    The folder is not made: a file is opened and dropped in it, or in the nearest folder above that exists.
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if os.name == "nt":  # Windows cannot open a folder
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def expect_writable(folder: Path, need: int = 2**20) -> None:
+    """Raise OSError if no file can be written in `folder`, or if fewer than `need` bytes are free.
+
+    The folder is not made: the check opens a temporary file in it, or in its nearest existing parent.
     """
     folder = Path(folder).absolute()
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
@@ -43,7 +71,7 @@ def expect_writable(folder: Path, need: int = 2**20) -> None:
 
 
 def expect_file(name: str) -> Path | None:
-    """The path of a file to be written, "" for none. OSError, before any compute, if that could not be done."""
+    """The path of a file to be written, "" for none. Raises OSError if it could not be written."""
     if not name:
         return None
     path = Path(name)
@@ -54,7 +82,7 @@ def expect_file(name: str) -> Path | None:
 
 
 def read_json(path: Path, what: str, *keys: str) -> dict:
-    """The JSON object in `path`, with `keys` in it; else a ValueError of one line. `what` says what it should be."""
+    """The JSON object in `path`, which must be `what` and have `keys`; else ValueError, one line."""
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError):  # not JSON, not UTF-8, a million brackets

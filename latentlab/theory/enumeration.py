@@ -23,7 +23,7 @@ from latentlab.masks import Masks, MaskSpec
 from latentlab.model import LatentReasoner
 from latentlab.pretrained.scratch import build_model
 from latentlab.problems import Problem
-from latentlab.rollouts import Rollouts, rollout
+from latentlab.rollouts import Rollouts, encode_prompts, rollout
 
 SPEC = MaskSpec(rate=0.3)  # of the worked example: 2 sites x 4 features, 256 masks
 LARGEST = 12  # mask features S * D that can be enumerated: 4,096 masks

@@ -1,15 +1,15 @@
 """The Coconut curriculum: explicit steps become latent thoughts, one stage at a time.
 
-    stage 0      question  <start>             <end>  step 1 ... step n  ### answer      explicit chain of thought
-    stage k      question  <start> z_1 ... z_kc <end>  step k+1 ... step n  ### answer   c thoughts per replaced step
-    last stage   question  <start> z_1 ... z_Lc <end>  ### answer                        no explicit step is left
+    stage 0     question <start>            <end> step 1 ... step n ### answer    explicit steps
+    stage k     question <start> z_1 .. z_kc <end> step k+1 ... step n ### answer  c thoughts per step
+    last stage  question <start> z_1 .. z_Lc <end> ### answer                      no explicit step left
 
-Only the text after <end> carries loss; gradients flow through all thoughts. The optimizer is reset at each stage.
-Source: Coconut, arXiv 2412.06769. Deviations: (1) optional loss of decoding each thought to the result of the step that
-it replaces (SIM-CoT, arXiv 2509.20317), weight `decode_weight`; (2) shared masks may be worn during latent stages, so
-that the model tolerates them later; (3) the last stage stops at a validation accuracy; (4) a learning-rate cosine per
-stage.
-Controls: "pause" and "direct" take the same losses, steps and masks; only what is fed back differs.
+Only the text after <end> carries loss; gradients flow through all thoughts. The optimizer is reset at
+each stage. Source: Coconut, arXiv 2412.06769. Deviations: (1) an optional loss, of weight
+`decode_weight`, for decoding each thought to the result of the step that it replaces (SIM-CoT, arXiv
+2509.20317); (2) optional shared masks in latent stages, so that the model tolerates them later; (3) the
+last stage stops at a validation accuracy; (4) a learning-rate cosine per stage.
+Controls: "pause" and "direct" have the same losses, steps and masks; only what is fed back differs.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from latentlab.config import CONTROLS, Config
-from latentlab.evaluation.accuracy import evaluate
 from latentlab.masks import draw_masks, rollout_seeds
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem, step_result
 from latentlab.rollouts import encode_prompts
 from latentlab.runtime import distributed
-from latentlab.training.run import Run, batch_indices, progress_bar, set_learning_rate, update, warmup_cosine
+from latentlab.training.run import Run
+from latentlab.training.steps import batch_indices, progress_bar, set_learning_rate, update, warmup_cosine
 
 IGNORE = -100  # a target without loss
 
 
 def stage_text(problem: Problem, stage: int, latent_stages: int) -> str:
-    """What the model must say after <end> at `stage`: the steps not yet latent, then the answer."""
+    """The target text after <end> at `stage`: the steps that are not yet latent, then the answer."""
     steps = problem.steps[stage:] if stage < latent_stages else ()
     return "\n".join([*steps, f"### {problem.answer}"])
 
@@ -64,8 +64,8 @@ def curriculum_gradient(
     """Add the gradient of one batch's loss at `stage` to `.grad`; returns the losses, in nats.
 
     loss/answer: cross-entropy per answer token; loss/decode: the same per decoded thought; loss: their weighted sum.
-    The batch runs in parts of `micro_batch` problems of like length, so that little is padding, and several processes
-    share it. Each part is divided by the token counts of the whole batch, so parts and shares add up to its loss.
+    The batch runs in parts of `micro_batch` problems of similar length, for little padding, and processes
+    share it. Each part is divided by the token counts of the whole batch, so that all parts add up.
     """
     c = config.curriculum
     texts = [stage_text(problem, stage, config.latent_stages) for problem in problems]
@@ -74,7 +74,7 @@ def curriculum_gradient(
     counts = {"loss/answer": int(token_mask.sum())}
     if c.decode_weight and (decoded := int((targets != IGNORE).sum())):  # a mean over nothing is NaN
         counts["loss/decode"] = decoded
-    seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)  # before anything is split
+    seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)  # before any split
     lengths = [len(p.question) + len(text) for p, text in zip(problems, texts, strict=True)]
 
     def backward() -> dict[str, float]:
@@ -94,17 +94,15 @@ def curriculum_gradient(
 
 
 def _parts(lengths: list[int], size: int) -> list[list[int]]:
-    """This process's rows in parts of `size`, like lengths together; 0 takes them at once and as they are."""
-    rows = list(range(len(lengths)))
-    if size:
-        rows.sort(key=lengths.__getitem__)
-    rows = distributed.shard(rows)
+    """This process's rows in parts of `size`, sorted by length; 0 is one part in the given order."""
+    order = range(len(lengths))
+    rows = list(distributed.shard(sorted(order, key=lengths.__getitem__) if size else order))
     size = size or len(lengths)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def _summed_losses(model, problems, texts, seeds, config: Config) -> dict[str, torch.Tensor]:
-    """The two losses of some problems, summed over tokens; without seeds no mask is worn (stage 0)."""
+    """The two losses of some problems, summed over tokens; no mask without seeds (stage 0)."""
     c = config.curriculum
     prompt_ids, prompt_valid = encode_prompts(model.tokenizer, problems, model.device)
     tokens, token_mask = encode_answers(model.tokenizer, texts, model.device)
@@ -128,47 +126,41 @@ def fit_curriculum(
     config: Config,
     *,
     out: str,
-    resume: bool = False,
     first_stage: int = 0,
     last_stage: int | None = None,
-    max_minutes: float = 0.0,
-    checkpoint_minutes: float = 10.0,
+    **options,
 ) -> dict:
-    """Train through the stages, in place: the model ends with its best weights, and each stage's accuracy is returned.
+    """Train through the stages, in place: the model ends with its best weights; returns each stage's accuracy.
 
-    The run folder `out` gets metrics.jsonl, state.pt, and best/: the last stage's checkpoint with the best validation
-    accuracy. After a `last_stage` before the last one the model keeps its weights, and a resumed call goes on.
-    Raises what Run does, ValueError for empty data, Stopped if the run was asked to stop, FloatingPointError
-    for a NaN.
+    The run folder `out` gets metrics.jsonl, state.pt, and best/: the last stage's weights with the best
+    validation accuracy. After a `last_stage` before the final one the model keeps its weights, and a resumed
+    call continues. options: resume, max_minutes and checkpoint_minutes of Run. Raises what Run does, Stopped
+    if the run was asked to stop, FloatingPointError for a NaN.
     """
-    if not train or not validation:
-        raise ValueError(f"data: got {len(train)} training and {len(validation)} validation problems, expected both")
     c = config.curriculum
     model.feedback = CONTROLS[c.control]
-    run = Run(
-        out, config, model, loop="curriculum", problems=(*train, *validation), resume=resume, max_minutes=max_minutes,
-        checkpoint_minutes=checkpoint_minutes,
-    )  # fmt: skip
+    run = Run(out, config, model, train, validation, loop="curriculum", **options)
     if run.new:
         run.progress.step = sum(c.steps[:first_stage])
     reached = bisect_right(list(accumulate(c.steps)), run.progress.step)
     end = config.latent_stages if last_stage is None else last_stage
-    with run:
+    with run.stop_on_signals():
         for stage in range(min(reached, end), end + 1):
-            _fit_stage(model, train, validation, config, stage, run)
+            _fit_stage(run, train, stage)
     if end == config.latent_stages:
-        run.load_best(model)
+        run.load_best()
     return {"stages": run.progress.stages, "validation_accuracy": run.progress.best}
 
 
-def _fit_stage(model, train, validation, config: Config, stage: int, run: Run) -> None:
-    """One stage, or what is left of it, with an optimizer of its own."""
-    c, last = config.curriculum, stage == config.latent_stages
-    set_stage(model, config, stage, validation)
+def _fit_stage(run: Run, train: Sequence[Problem], stage: int) -> None:
+    """One stage, or the rest of it, with its own optimizer."""
+    model, config, c = run.model, run.config, run.config.curriculum
+    last, stages = stage == config.latent_stages, run.progress.stages
+    set_stage(model, config, stage, run.validation)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay)
-    total, offset, stages = c.steps[stage], sum(c.steps[:stage]), run.progress.stages
+    total, offset = c.steps[stage], sum(c.steps[:stage])
     start = run.progress.step - offset
-    run.restore(model, optimizer if start else None)
+    run.restore(optimizer if start else None)
     for i in progress_bar(range(start, total), desc=f"{c.control} stage {stage}", initial=start, total=total):
         if last and run.progress.best >= c.stop_accuracy:
             break
@@ -180,14 +172,13 @@ def _fit_stage(model, train, validation, config: Config, stage: int, run: Run) -
         stats = update(model, optimizer, stats, step=step, max_grad_norm=c.max_grad_norm)
         record = {"step": step, "stage": stage, **stats}
         if i + 1 == total or (last and (i + 1) % c.eval_every == 0):
-            accuracy = evaluate(model, validation, batch_size=config.evaluate.batch_size).accuracy
-            record["validation_accuracy"] = accuracy
+            accuracy = record["validation_accuracy"] = run.accuracy()
             stages[str(stage)] = max(accuracy, stages.get(str(stage), accuracy))
-        run.end_step(model, optimizer, record, last=last and i + 1 == total, keep_best=last)
+        run.end_step(optimizer, record, last=last and i + 1 == total, keep_best=last)
 
 
 def set_stage(model: LatentReasoner, config: Config, stage: int, validation: Sequence[Problem]) -> None:
-    """Give the model the number of thoughts and the answer length of `stage`."""
+    """Set the number of thoughts and the answer length of `stage`."""
     model.num_thoughts = 0 if model.feedback == "none" else stage * config.curriculum.c_thought
     model.max_new_tokens = config.max_new_tokens
     if stage < config.latent_stages:

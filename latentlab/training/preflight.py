@@ -1,8 +1,4 @@
-"""What a command is given, looked at before any compute: its words, and whether model and problems go together.
-
-Presets and fields are checked in config.py, data files in problems.py, checkpoints in backbone.py and checkpoint.py,
-folders by report.expect_writable.
-"""
+"""Pre-flight checks: context length, vocabulary and mask sites of the model against problems and config."""
 
 from __future__ import annotations
 
@@ -13,20 +9,20 @@ from latentlab.model import START, LatentReasoner
 from latentlab.problems import Problem, step_result
 from latentlab.training.curriculum import stage_text
 
-LOOKED_AT = 1000  # problems, those with the longest text: all of 60,000 take seconds
+LONGEST = 1000  # the problems with the longest text are tokenized: all of 60,000 take seconds
 
 
 def expect_together(
     model: LatentReasoner, problems: Sequence[Problem], config: Config, *, curriculum: bool = False
 ) -> None:
-    """ValueError, one line, if the model cannot hold the longest problems, read their words or wear the masks.
+    """Raise ValueError, one line, if problems do not fit the model's context or vocabulary, or masks its sites.
 
-    `curriculum`: the answers are those of its stages, and their steps must have results.
+    curriculum: check the answers of its stages, and that every step to be decoded has a result.
     """
     c = config.curriculum
     spec = c.mask if curriculum else config.grpo.mask
     model.num_sites(spec.sites)
-    longest = sorted(problems, key=lambda p: len(p.question), reverse=True)[:LOOKED_AT]
+    longest = sorted(problems, key=lambda p: len(p.question), reverse=True)[:LONGEST]
     prompts = model.tokenizer([f"{p.question}\n{START}" for p in longest], add_special_tokens=False)["input_ids"]
     unknown = sum(row.count(model.tokenizer.unk_token_id) for row in prompts) / max(1, sum(map(len, prompts)))
     if unknown > 0.5 and model.tokenizer.unk_token_id != model.eos_id:
@@ -38,7 +34,7 @@ def expect_together(
     if not curriculum:
         return model.check_length(prompt, model.max_new_tokens)
     for stage in (0, config.latent_stages):  # the longest text, the most thoughts
-        texts = sorted((stage_text(p, stage, config.latent_stages) for p in problems), key=len)[-LOOKED_AT:]
+        texts = sorted((stage_text(p, stage, config.latent_stages) for p in problems), key=len)[-LONGEST:]
         answer = 1 + max(map(len, model.tokenizer(texts, add_special_tokens=False)["input_ids"]))
         thoughts = stage * c.c_thought if CONTROLS[c.control] != "none" else 0
         model.check_length(prompt, answer + thoughts - model.num_thoughts)

@@ -5,7 +5,7 @@
     soak     thousands of tiny GRPO steps: do memory and open files stay what they were?
 
 Every run is a forked child of this process, which has imported torch and runs one thread: a kill costs half a second.
-test_reliability.py calls this file with smaller numbers. Sections of other files are merged in by `write_sections`.
+test_reliability_result.py calls this file with smaller numbers. Sections of other files are merged in by `write_sections`.
 """
 
 import argparse
@@ -30,13 +30,12 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from latentlab.data.word_problems import word_problems
-from latentlab.model import LatentReasoner
 from latentlab.pretrained.loading import model_from_config
 from latentlab.runtime import environment, files
 from latentlab.study import results
 from latentlab.training import arms, curriculum, run
 from latentlab.training.arms import fit_grpo
-from latentlab.training.checkpoint import expect_finite_tensors
+from latentlab.training.checkpoint import expect_finite
 from latentlab.training.curriculum import fit_curriculum
 from tests.conftest import small_config
 
@@ -135,7 +134,7 @@ class Write(Moment):
     """Within the write of state.pt or of the weights in best/: a share of the bytes is there."""
 
     def install(self):
-        save, save_pretrained = torch.save, LatentReasoner.save_pretrained
+        save, save_model = torch.save, run.save_model
 
         def cut_state(state, path):
             if self.now():
@@ -146,13 +145,13 @@ class Write(Moment):
             save(state, path)
 
         def cut_weights(model, folder):
-            save_pretrained(model, folder)
+            save_model(model, folder)
             if self.now():
                 file = Path(folder) / "model.safetensors"
                 os.truncate(file, int(self.share * file.stat().st_size))
                 self.die()
 
-        torch.save, LatentReasoner.save_pretrained = cut_state, cut_weights
+        torch.save, run.save_model = cut_state, cut_weights
 
 
 class Line(Moment):
@@ -260,7 +259,7 @@ def kill(name, folder, minutes, moment, at, share):
 
 def left_behind(folder):
     """Which of LEFT a kill left: evidence of where it hit."""
-    left = [name for name in LEFT[1:4] if (folder / name).exists()]
+    left = [name for name in LEFT[1:4] if any(folder.glob(name.replace(".partial", ".*.partial")))]
     metrics, timing = (folder / name for name in ("metrics.jsonl", "timing.jsonl"))
     if not (folder / "state.pt").exists():
         left.append("no state.pt yet")
@@ -341,7 +340,7 @@ def one_nan(name, kind, whole, rng, folder):
     if (folder / "state.pt").exists():
         state = torch.load(folder / "state.pt", weights_only=True)
         good = state["progress"]["step"] <= step
-        expect_finite_tensors({"model": state["model"], "optimizer": state["optimizer"]["state"]}, step, "state.pt")
+        expect_finite({"state.pt": {"model": state["model"], "optimizer": state["optimizer"]["state"]}}, step)
     finish(lambda: fit(name, folder))
     return {
         "cases": 1, "stopped": bool(said) and "\n" not in said, "named_the_step": found == step,
@@ -399,8 +398,8 @@ def run_soak(steps, scratch):
     def job():
         rows, end_step = np.ones((steps + 1, 4)), run.Run.end_step  # all of it now: a list would grow itself
 
-        def sampled(run, model, optimizer, record, **options):
-            end_step(run, model, optimizer, record, **options)
+        def sampled(run, optimizer, record, **options):
+            end_step(run, optimizer, record, **options)
             if (record["step"] + 1) % 5 == 0:
                 gc.collect()  # else garbage that waits is counted
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

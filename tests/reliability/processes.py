@@ -5,7 +5,7 @@ reports/reliability.json.
     gradients    one step in float32: of both loops, relative to one process and to the unsplit batch
     training     20 steps in float64: weights and metrics of both loops
 
-test_parallel.py runs the same functions and holds the figures to their bounds.
+test_distributed.py runs the same functions and holds the figures to their bounds.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from latentlab.training.arms import _grpo_step, fit_grpo, sample_groups
 from latentlab.training.curriculum import curriculum_gradient, fit_curriculum, set_stage
 from latentlab.training.run import Run, read_metrics
 from tests.conftest import sharpen, small_config, tiny_gpt2
+from tests.reliability.kills import write_sections
 
 SIZES = (1, 2, 3)
 TRAIN, VALIDATION = (word_problems(split, n, seed=0, steps=2) for split, n in (("train", 40), ("validation", 10)))
@@ -133,7 +134,7 @@ def gradient(loop, dtype, micro_batch=0, max_candidates=0, num_problems=32, loss
 
 def train(loop, out):
     """20 steps in float64: the weights that the last one left on this process, and the metrics."""
-    Run.load_best = lambda self, model: None  # leaves the last weights in place; this process does nothing else
+    Run.load_best = lambda self: None  # leaves the last weights in place; this process does nothing else
     model = sharpen(tiny_gpt2(n_layer=1)).double()
     if loop == "grpo":
         fit_grpo(model, TRAIN, VALIDATION, CONFIG, out=out, reward=first_digit)
@@ -200,15 +201,13 @@ MEASURES = {"rollouts": measure_rollouts, "gradients": measure_gradients, "train
 
 
 def main():
-    import reliability
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=results.reports_folder() / "reliability.json")
     path, started = parser.parse_args().json, time.time()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         section = {name: measure(Path(folder) / name) for name, measure in MEASURES.items()}
-    reliability.write_sections({"processes": {"sizes": SIZES, **section}}, path=path, started=started)
+    write_sections({"processes": {"sizes": SIZES, **section}}, path=path, started=started)
     print(path, json.dumps(section, indent=1))
 
 

@@ -1,4 +1,4 @@
-"""grpo.py: the deterministic arm moves nothing, micro-batches change nothing, resume changes nothing."""
+"""arms.py and grpo.py: the deterministic arm moves nothing, micro-batches change nothing, resume changes nothing."""
 
 import copy
 import json
@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from latentlab import grpo
 from latentlab.advantage import group_advantages
 from latentlab.config import ARMS, arm_settings
 from latentlab.grpo import Splitter, policy_gradient
@@ -16,7 +15,7 @@ from latentlab.model import LatentReasoner
 from latentlab.pretrained.loading import load_model, model_from_config
 from latentlab.reward import exact_answer
 from latentlab.rollouts import rollout
-from latentlab.training import arms
+from latentlab.training import arms, run
 from latentlab.training.arms import fit_grpo
 from latentlab.training.run import read_metrics
 from tests.conftest import BACKBONES, sharpen, tiny_gpt2
@@ -214,9 +213,9 @@ def test_a_run_keeps_and_returns_the_weights_that_were_best_on_validation(config
     saved = []
     best = arms.Run.save_best
     monkeypatch.setattr(
-        arms.Run, "save_best", lambda run, model, *a: (saved.append(weights(model)), best(run, model, *a))
+        arms.Run, "save_best", lambda run: (saved.append(weights(run.model)), best(run))
     )
-    monkeypatch.setattr(arms, "evaluate", lambda *a, **kw: type("E", (), {"accuracy": next(accuracies)}))
+    monkeypatch.setattr(run, "evaluate", lambda *a, **kw: type("E", (), {"accuracy": next(accuracies)}))
     c = config()
     model = model_from_config(c)
     before = weights(model)
@@ -241,7 +240,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(config, word_sets, tmp_p
     whole = copy.deepcopy(initial)
     expected = fit_grpo(whole, *word_sets, c, out=tmp_path / "whole", reward=graded)
     with monkeypatch.context() as killed, pytest.raises(Interrupted):
-        interrupt_at(killed, grpo, name, call)
+        interrupt_at(killed, run if name == "evaluate" else arms, name, call)
         fit_grpo(copy.deepcopy(initial), *word_sets, c, out=tmp_path / "run", reward=graded)
     resumed = copy.deepcopy(initial)
     assert fit_grpo(resumed, *word_sets, c, out=tmp_path / "run", reward=graded, resume=True) == expected
@@ -258,7 +257,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(config, word_sets, tmp_p
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_a_nan_keeps_the_last_good_checkpoint(config, word_sets, tmp_path, monkeypatch, iterations):
     """Injected into the last update before a checkpoint: with two updates a batch, into the second."""
-    original, calls = grpo.policy_gradient, [0]
+    original, calls = arms.policy_gradient, [0]
 
     def poisoned(model, *args, **kwargs):
         calls[0] += 1
@@ -267,7 +266,7 @@ def test_a_nan_keeps_the_last_good_checkpoint(config, word_sets, tmp_path, monke
             model.lm.transformer.ln_f.weight.grad[0] = float("nan")
         return stats
 
-    monkeypatch.setattr(grpo, "policy_gradient", poisoned)
+    monkeypatch.setattr(arms, "policy_gradient", poisoned)
     c = config(grpo={"num_iterations": iterations})
     with pytest.raises(FloatingPointError, match="^grad_norm: got nan at step 3"):
         fit_grpo(model_from_config(c), *word_sets, c, out=tmp_path / "run", reward=graded)

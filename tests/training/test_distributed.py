@@ -1,4 +1,4 @@
-"""parallel.py: N processes do what one does, fail together, stop together; what N may change is rounding."""
+"""distributed.py: N processes do what one does, fail together, stop together; what N may change is rounding."""
 
 import json
 import os
@@ -14,8 +14,7 @@ import torch
 from latentlab import cli
 from latentlab.evaluation.accuracy import evaluate
 from latentlab.loss import LOSS_TYPES
-from latentlab.runtime import distributed
-from latentlab.training import checkpoint
+from latentlab.runtime import distributed, files
 from latentlab.training.arms import fit_grpo
 from latentlab.training.run import Stopped, read_metrics
 from tests.conftest import sharpen, tiny_gpt2
@@ -141,15 +140,15 @@ def die():
 def test_what_fails_on_one_process_fails_on_all_in_the_same_words(tmp_path):
     errors = together(3, fit, tmp_path / "3", out=tmp_path / "run", on_rank_1=complain, at=10)
     assert [(type(error), str(error)) for error in errors] == [(ValueError, "reward: got no sense")] * 3
-    assert all(error.known_to_all for error in errors)
+    assert all(map(distributed.raised_everywhere, errors))
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [-1, 0, 1]
 
 
 def fit_without_space(out):
-    def full(path, write):
+    def full(path):
         raise OSError("No space left on device")
 
-    checkpoint.write_whole.__globals__["flush"] = lambda path: full(path, None)  # in this process alone
+    files.flush = full  # in this process alone
     return fit(out)
 
 
@@ -162,7 +161,7 @@ def test_only_rank_0_writes_and_its_failure_is_everyones(tmp_path):
 def test_a_process_that_is_gone_ends_the_others_with_one_line(tmp_path):
     errors = together(2, fit, tmp_path / "2", out=tmp_path / "run", on_rank_1=die, at=20)
     assert errors[1] is None and isinstance(errors[0], RuntimeError)
-    assert str(errors[0]).startswith("process 0 of 2: lost another one") and "\n" not in str(errors[0])
+    assert str(errors[0]).startswith("process 0 of 2: lost another process") and "\n" not in str(errors[0])
 
 
 def test_a_signal_to_one_stops_all_at_the_same_step_and_any_number_goes_on(tmp_path):

@@ -1,0 +1,58 @@
+"""What one step of either loop needs: the optimizer step, learning rate, batch order, progress bar."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from tqdm import tqdm
+
+from latentlab.runtime import distributed
+from latentlab.training.checkpoint import expect_finite
+
+
+def update(model, optimizer: torch.optim.Optimizer, stats: dict, *, step: int, max_grad_norm: float) -> dict:
+    """Clip `.grad`, take one optimizer step, clear `.grad`; returns `stats` with the norm before clipping.
+
+    Gradients of several processes are summed first, so that all take the same step. Raises
+    FloatingPointError before any weight moves if the norm or a number of `stats` is not finite.
+    """
+    distributed.sum_gradients(model.parameters())
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    stats = {**stats, "grad_norm": norm}
+    expect_finite(stats, step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return stats
+
+
+def warmup_cosine(step: int, *, total: int, warmup: int, final: float) -> float:
+    """The share of the peak learning rate at `step`: linear warm-up, then a cosine down to `final`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def batch_indices(total: int, size: int, *, seed: int, step: int) -> list[int]:
+    """The items, of `total`, in batch `step`: epochs of fresh permutations, which follow from (seed, step)."""
+    order: dict[int, list[int]] = {}
+    picked = []
+    for i in range(step * size, (step + 1) * size):
+        epoch, place = divmod(i, total)
+        if epoch not in order:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            order[epoch] = torch.randperm(total, generator=generator).tolist()
+        picked.append(order[epoch][place])
+    return picked
+
+
+def progress_bar(*arguments, **settings) -> tqdm:
+    """tqdm on rank 0 alone; TQDM_DISABLE=1 switches it off."""
+    return tqdm(*arguments, leave=False, **settings, **({"disable": True} if distributed.rank() else {}))
