@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug and code != 75:
             raise
         # Of several processes, the first reports what all of them know: a wrong command line, or what failed on any.
-        if os.environ.get("RANK", "0") == "0" or not getattr(error, "known_to_all", verb is None):
+        if os.environ.get("RANK", "0") == "0" or not (verb is None or _raised_everywhere(error)):
             print(f"latentlab: {_one_line(error)}", file=sys.stderr)
         return code
     except KeyboardInterrupt:
@@ -104,6 +104,12 @@ def parse(argv: list[str]):
             "share their work"
         )
     return verb, verb.config
+
+
+def _raised_everywhere(error: Exception) -> bool:
+    from latentlab.runtime import distributed
+
+    return distributed.raised_everywhere(error)
 
 
 def _one_line(error: Exception) -> str:
