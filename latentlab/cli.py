@@ -185,7 +185,7 @@ class Sweep:
 
     def __call__(self, config: Config) -> None:
         from latentlab.runtime import files
-        from latentlab.study import launch, results, sweep
+        from latentlab.study import experiment, launch, results
 
         if self.name not in ("compare", "reproduce"):
             raise ValueError(f"sweep: got the name {self.name!r}, expected compare or reproduce; `sweep compare`, say")
@@ -193,16 +193,18 @@ class Sweep:
         files.expect_writable(Path(out))
         files.expect_writable(results.reports_folder() / config.preset)
         if self.name == "reproduce":
-            from latentlab.study.reproduce import reproduce
-
-            path = reproduce(
-                config, out=out, budget_minutes=self.budget_minutes, device=self.device, weights=self.weights,
+            path = experiment.run_experiment(
+                config,
+                out=out,
+                budget_minutes=self.budget_minutes,
+                device=self.device,
+                backbone=self.weights,
                 init_from=self.init_from,
-            )  # fmt: skip
-            print("wrote", path)
-            return
-        launcher = launch.Launcher(self.executor, self.slurm, self.retries)
-        sweep.run_sweep(self.name, config, out=out, launcher=launcher)
+            )
+        else:
+            launcher = launch.Launcher(self.executor, self.slurm, self.retries)
+            path = experiment.run_experiment(config, out=out, launcher=launcher)
+        print("wrote", path)
 
 
 @dataclass
