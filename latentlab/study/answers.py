@@ -18,8 +18,6 @@ import numpy as np
 
 from latentlab.evaluation.accuracy import evaluate
 from latentlab.evaluation.statistics import pass_at_k, wilson_interval
-from latentlab.evaluation.thoughts import swap_thoughts
-from latentlab.masks import MaskSpec
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem, answers_match, extract_answer
 from latentlab.runtime.files import read_json, write_atomically
@@ -35,48 +33,23 @@ def read_answers(folder: Path, name: str) -> dict:
     return read_json(answers_path(folder, name), "stored answers")
 
 
-def store_answers(
-    folder: Path,
-    name: str,
-    model: LatentReasoner,
-    problems: list[Problem],
-    *,
-    batch_size: int,
-    num_generations: int = 1,
-    mask: MaskSpec | None = None,
-    temperature: float = 0.0,
-    run_seed: int = 0,
-) -> None:
-    """Answer n problems K times and store texts, grades, seconds and date. Options as in `evaluate`."""
+def store_answers(path: Path, model: LatentReasoner, problems: list[Problem], *, mask=None, **options) -> None:
+    """Answer n problems K times; store texts, grades by both rules, seconds and date. Options as in `evaluate`."""
     start = time.monotonic()
-    noise = {"num_generations": num_generations, "mask": mask, "temperature": temperature, "run_seed": run_seed}
-    found = evaluate(model, problems, batch_size=batch_size, **noise)
-    asked = [problem for problem in problems for _ in range(num_generations)]
-    pairs = zip(found.text, asked, strict=True)
+    found = evaluate(model, problems, mask=mask, **options)
+    asked = [problem for problem in problems for _ in found.correct[0]]
+    exact = [answers_match(extract_answer(t), p.answer, "string") for t, p in zip(found.text, asked, strict=True)]
     record = {
         "ids": [problem.id for problem in problems],
         "correct": found.correct.astype(int).tolist(),  # [n, K]
-        "correct_string": [
-            int(answers_match(extract_answer(text), p.answer, "string")) for text, p in pairs
-        ],  # [n * K]
+        "correct_string": exact,  # [n * K]
         "majority": found.majority().astype(int).tolist(),  # [n]
-        "text": list(found.text),  # [n * K]
+        "text": found.text,  # [n * K]
         "mask_rate": mask.rate if mask else 0.0,
-        "temperature": temperature,
         "seconds": round(time.monotonic() - start, 2),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_atomically(answers_path(folder, name), json.dumps(record, ensure_ascii=False).encode())
-
-
-def store_swapped(folder: Path, name: str, model: LatentReasoner, problems: list[Problem]) -> None:
-    """Store the shares of `swap_thoughts`."""
-    write_atomically(answers_path(folder, name), json.dumps(swap_thoughts(model, problems)).encode())
-
-
-def outcomes_of(folder: Path, name: str) -> np.ndarray:
-    """Right or wrong, [n] of 0/1, of greedy answers."""
-    return np.array(read_answers(folder, name)["correct"])[:, 0]
+    write_atomically(path, json.dumps(record, ensure_ascii=False).encode())
 
 
 def greedy_score(folder: Path, name: str) -> dict:
@@ -119,7 +92,6 @@ def deployments(folder: Path, run: str) -> dict:
         "sampled": {
             "K": k,
             "mask_rate": found["mask_rate"],
-            "temperature": found["temperature"],
             "mean": float(counts.mean()),
             "pass@k": {str(j): float(pass_at_k(counts.sum(1), k, j).mean()) for j in range(1, k + 1)},
             "majority": float(np.mean(found["majority"])),

@@ -34,7 +34,7 @@ from latentlab.problems import Problem
 from latentlab.runtime.environment import environment
 from latentlab.runtime.files import write_atomically
 from latentlab.study import results
-from latentlab.study.answers import answers_path, deployments, greedy_score, outcomes_of, read_answers
+from latentlab.study.answers import answers_path, deployments, greedy_score, read_answers
 from latentlab.study.budget import Budget
 from latentlab.study.launch import read_done
 from latentlab.training.run import read_metrics, seconds_spent
@@ -62,7 +62,7 @@ def write_report(
     seeds = [_seed_of(name) for name in names if name.startswith("shared-s")]
     cot = f"cot-s{_seed_of(names[0])}"
     answered = [name for name in (cot, *names) if answers_path(folder, f"{name}.test").exists()]
-    outcomes = {name: outcomes_of(folder, f"{name}.test") for name in answered}
+    outcomes = {name: np.array(read_answers(folder, f"{name}.test")["correct"])[:, 0] for name in answered}
     arms = [_row(name, outcomes, folder) for name in names]
     gain, main = (contrast(outcomes, "shared", other, seeds) for other in ("coconut", "temperature"))
     metrics = {

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,14 +43,15 @@ class Budget:
 
     def __init__(self, folder: Path, made_for: dict, minutes: float | None, device: str, start: float):
         self.path, self.minutes, self.start, self.device = folder / "plan.json", minutes, start, device
-        self.data = {"made_for": made_for, "started": time.time(), "spent": 0.0, "peak_memory_gib": 0.0, "plan": {}}
+        self.data: dict[str, Any] = {"made_for": made_for, "started": time.time(), "spent": 0.0, "plan": {}}
+        self.data |= {"peak_memory_gib": 0.0, "commits": []}
         if self.path.exists():
             self.data = read_json(self.path, "the plan of this experiment", *self.data)
             expect_same(self.data["made_for"], made_for, str(self.path))
             last_sign = max(file.stat().st_mtime for file in folder.rglob("*") if file.is_file())
             self.data["spent"] += max(0.0, last_sign - self.path.stat().st_mtime)
         self.before = self.data["spent"]
-        self.data["commits"] = list(dict.fromkeys([*self.data.get("commits", []), commit()]))
+        self.data["commits"] = list(dict.fromkeys([*self.data["commits"], commit()]))
         self.save()
 
     def spent(self) -> float:
@@ -73,9 +75,9 @@ class Budget:
             self.save()
         return self.data["plan"][key]
 
-    def affordable(self, share: float, each: float, most: int) -> int:
-        """How many problems of `each` seconds fit into `share` of the time left; 0 below 50: too few to tell."""
-        fit = min(most, int(share * self.left() / each)) if self.minutes else most
+    def affordable(self, share: float, each: Callable[[], float], most: int) -> int:
+        """How many problems of `each()` seconds fit into `share` of the time left; 0 instead of fewer than 50."""
+        fit = min(most, int(share * self.left() / each())) if self.minutes else most
         return fit if fit >= min(50, most) else 0
 
 
@@ -156,8 +158,9 @@ def _iteration_seconds(model: LatentReasoner, problems: list[Problem], config: C
     rolled: list[Rollouts] = []
 
     def roll() -> None:
-        options = {"num_generations": g.num_generations, "run_seed": 0, "step": 0}
-        rolled[:] = [rollout(model, problems, masks=mask, temperature=temperature, **options)]
+        k = g.num_generations
+        out = rollout(model, problems, num_generations=k, masks=mask, temperature=temperature, run_seed=0, step=0)
+        rolled[:] = [out]
 
     def update() -> None:
         policy_gradient(model, out, torch.ones_like(out.logp[:, 0]), config, reference=model if g.beta else None)

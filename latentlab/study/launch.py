@@ -35,7 +35,7 @@ from latentlab.study.tables import cell, table
 from latentlab.training.run import Stopped, seconds_spent
 
 STOPPED = Stopped.exit_code  # of a run that was asked to stop, has saved its state and can be resumed
-WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # processes side by side: one thread each
+WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # side by side: one thread each
 SLURM_DEFAULTS = {"job_name": "latentlab", "time": 240, "cpus_per_task": 2}  # submitit's own limit is 5 minutes
 
 
@@ -49,7 +49,7 @@ class Job:
     init_from: str = ""
 
     def words(self, folder: Path) -> tuple[str, ...]:
-        """The command line of `latentlab` that makes this run, without --threads and --resume."""
+        """The command line of `latentlab` that makes this run, without --resume."""
         changed = changed_words(to_dict(self.config), but=("sweep.",))
         start = ("--init-from", self.init_from) if self.init_from else ()
         return (self.verb, "--preset", self.config.preset, *changed, *start, "--out", str(folder / self.name))
@@ -93,7 +93,7 @@ class Process:
         begun, made_by = time.time() - seconds_spent(self.target), commit()
         resume = ["--resume"] if (self.target / "config.json").exists() else []
         gpu = {"CUDA_VISIBLE_DEVICES": self.gpu} if self.gpu else {}
-        command = [sys.executable, "-m", "latentlab", *self.words, "--threads", "1", *resume]
+        command = [sys.executable, "-m", "latentlab", *self.words, *resume]
         environment = {**os.environ, **WORKER_ENVIRONMENT, **gpu}
         self.child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         if self.told_to_stop:
