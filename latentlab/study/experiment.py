@@ -83,7 +83,11 @@ def run_experiment(
     data = {split: datasets.load(config.data, split) for split in ("validation", "test")}
     data["train"] = [] if not in_process else read_jsonl(kept) if kept.exists() else datasets.load(config.data, "train")
     model = model_from_config(config, init_from=init_from).place(device if in_process else "cpu", config.precision)
-    _expect_runnable(model, data, config, curriculum=not init_from)
+    learned = [*data["train"], *data["validation"]]
+    expect_together(model, [*learned, *data["test"]], config)
+    if not init_from:
+        expect_together(model, learned, config, curriculum=True)
+    _expect_memory(model)
     kind, weights = torch_device(device).type, model.provenance
     made_for = {**flat(to_dict(config)), "budget_minutes": budget_minutes, "weights": weights.get("sha256", "")}
     if budget_minutes is None:
@@ -108,15 +112,11 @@ def run_experiment(
     return write_report(config, folder, names, data["test"], budget, chosen=chosen, trials=trials, weights=weights)
 
 
-def _expect_runnable(model: LatentReasoner, data: dict, config: Config, *, curriculum: bool) -> None:
-    """ValueError if model and problems do not fit together, OSError if the GPU is too small to train."""
-    learned = [*data["train"], *data["validation"]]
-    expect_together(model, [*learned, *data["test"]], config)
-    if curriculum:
-        expect_together(model, learned, config, curriculum=True)
+def _expect_memory(model: LatentReasoner) -> None:
+    """OSError if the GPU cannot hold weights, gradients, two moments and some activations."""
     if model.device.type != "cuda":
         return
-    need = 16 * sum(p.numel() for p in model.parameters()) + 2 * 2**30  # weights, gradients, two moments; activations
+    need = 16 * sum(p.numel() for p in model.parameters()) + 2 * 2**30
     free, _ = torch.cuda.mem_get_info(model.device)
     if free + torch.cuda.memory_allocated(model.device) < need:
         raise OSError(

@@ -9,9 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tests.reliability.kills import write_sections
 
 from latentlab.study import results
+from tests.reliability.kills import write_sections
 
 SECTIONS = ("inputs", "pipeline", "sweeps")
 

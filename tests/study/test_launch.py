@@ -21,10 +21,10 @@ from latentlab.study.launch import STOPPED, Job, Launcher, Process, Stopped, run
 
 SMOKE = load_preset("smoke")
 JOBS = [Job(name, "curriculum", replace(SMOKE, seed=seed)) for name, seed in (("a", 1), ("b", 2), ("c", 3))]
-ONCE = Launcher(retries=0)
+LOCAL, ONCE = Launcher(), Launcher(retries=0)
 
 
-def run(jobs, folder, launcher=Launcher(), workers=1):
+def run(jobs, folder, launcher=LOCAL, workers=1):
     run_jobs(jobs, folder, partial(run_processes, launcher=launcher, workers=workers))
 
 
