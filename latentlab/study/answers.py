@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,14 +24,15 @@ from latentlab.problems import Problem, answers_match, extract_answer
 from latentlab.runtime.files import read_json, write_atomically
 
 
-def answers_path(folder: Path, name: str) -> Path:
-    """The file of `name`, such as "shared-s0.test", in the experiment's `folder`."""
-    return folder / "answers" / f"{name}.json"
+def answers_path(folder: Path, name: str, benchmark: str) -> Path:
+    """The file of a run's answers in the experiment's `folder`."""
+    return folder / "answers" / f"{name}.{benchmark}.json"
 
 
-def read_answers(folder: Path, name: str) -> dict:
-    """What was stored under `name`."""
-    return read_json(answers_path(folder, name), "stored answers")
+def stored(folder: Path, names: Iterable[str], benchmark: str) -> dict[str, dict]:
+    """The answers to `benchmark` of those runs that have them."""
+    paths = {name: answers_path(folder, name, benchmark) for name in names}
+    return {name: read_json(path, "stored answers") for name, path in paths.items() if path.exists()}
 
 
 def store_answers(path: Path, model: LatentReasoner, problems: list[Problem], *, mask=None, **options) -> None:
@@ -52,49 +54,41 @@ def store_answers(path: Path, model: LatentReasoner, problems: list[Problem], *,
     write_atomically(path, json.dumps(record, ensure_ascii=False).encode())
 
 
-def greedy_score(folder: Path, name: str) -> dict:
+def greedy_score(answers: dict) -> dict:
     """Right answers by both grading rules, their interval, the commonest answer and its share, when and how long.
 
     A model that gives one number to many questions has learned the format, and is right by chance.
     """
-    found = read_answers(folder, name)
-    n, correct = len(found["ids"]), int(np.sum(found["correct"]))
-    commonest, times = Counter(extract_answer(text) for text in found["text"]).most_common(1)[0]
+    commonest, times = Counter(extract_answer(text) for text in answers["text"]).most_common(1)[0]
     return {
-        "n": n,
-        "correct": correct,
-        "interval": list(wilson_interval(correct, n)),
+        **_right(answers, len(answers["ids"])),
         "commonest_answer": commonest,
-        "commonest_share": times / n,
-        "correct_string_rule": sum(found["correct_string"]),
-        "answer_seconds": found["seconds"],
-        "evaluated_at": found["at"],
+        "commonest_share": times / len(answers["ids"]),
+        "answer_seconds": answers["seconds"],
+        "evaluated_at": answers["at"],
     }
 
 
-def deployments(folder: Path, run: str) -> dict:
-    """Two ways to use a model, on the same problems: the clean greedy one, and K answers sampled with its noise.
+def deployments(greedy: dict, sampled: dict) -> dict:
+    """Two ways to use a model, on the same problems: clean and greedy, and K answers sampled under its noise.
 
     sampled: their mean is what GRPO optimises; pass@k and the majority vote of K; seconds for all of them.
     """
-    greedy, found = read_answers(folder, f"{run}.test"), read_answers(folder, f"{run}.sampled")
-    counts = np.array(found["correct"])  # [n, K]
+    counts = np.array(sampled["correct"])  # [n, K]
     n, k = counts.shape
-    correct = int(np.sum(greedy["correct"][:n]))
-    return {
-        "n": n,
-        "greedy": {
-            "correct": correct,
-            "pass@1": correct / n,
-            "interval": list(wilson_interval(correct, n)),
-            "correct_string_rule": sum(greedy["correct_string"][:n]),
-        },
-        "sampled": {
-            "K": k,
-            "mask_rate": found["mask_rate"],
-            "mean": float(counts.mean()),
-            "pass@k": {str(j): float(pass_at_k(counts.sum(1), k, j).mean()) for j in range(1, k + 1)},
-            "majority": float(np.mean(found["majority"])),
-            "seconds": found["seconds"],
-        },
+    found = {
+        "K": k,
+        "mask_rate": sampled["mask_rate"],
+        "mean": float(counts.mean()),
+        "pass@k": {str(j): float(pass_at_k(counts.sum(1), k, j).mean()) for j in range(1, k + 1)},
+        "majority": float(np.mean(sampled["majority"])),
+        "seconds": sampled["seconds"],
     }
+    clean = _right(greedy, n)
+    return {"n": n, "greedy": {**clean, "pass@1": clean["correct"] / n}, "sampled": found}
+
+
+def _right(answers: dict, n: int) -> dict:
+    """The right ones of the first n greedy answers."""
+    correct, exact = (int(np.sum(answers[key][:n])) for key in ("correct", "correct_string"))
+    return {"n": n, "correct": correct, "interval": list(wilson_interval(correct, n)), "correct_string_rule": exact}

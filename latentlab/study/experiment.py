@@ -38,7 +38,7 @@ from latentlab.pretrained.loading import load_model, model_from_config, save_mod
 from latentlab.problems import Problem
 from latentlab.runtime.environment import commit, peak_memory_gib
 from latentlab.runtime.files import write_atomically
-from latentlab.study.answers import answers_path, read_answers, store_answers
+from latentlab.study.answers import answers_path, store_answers, stored
 from latentlab.study.arms_report import write_report
 from latentlab.study.budget import Budget, answer_seconds, plan_curriculum, plan_grpo
 from latentlab.study.launch import IN_PROCESS, Job, Launcher, read_done, run_jobs, run_processes, write_done
@@ -102,14 +102,15 @@ def run_experiment(
     e = Experiment(config, folder, data, device, launcher, budget)
     names = e.make_baselines(model, init_from)
     del model  # the runs load their own
-    chosen, trials = ({}, []) if e.budgeted else e.tune()
+    tuning = {} if e.budgeted else e.tune()
+    chosen = tuning.get("chosen_on_validation", {})
     names += e.run_arms(chosen)
     for name in names:
         e.answer(name, "test", data["test"])
     e.answer_by_sampling(names, chosen)
     e.answer_benchmarks(names) if e.budgeted else e.swap_thoughts(names)
     budget.save()
-    return write_report(config, folder, names, data["test"], budget, chosen=chosen, trials=trials, weights=weights)
+    return write_report(config, folder, names, data["test"], budget, tuning=tuning, weights=weights)
 
 
 def _expect_memory(model: LatentReasoner) -> None:
@@ -159,7 +160,7 @@ class Experiment:
             self.answer(name, "test", self.data["test"])
         return names
 
-    def tune(self) -> tuple[dict[str, dict], list[dict]]:
+    def tune(self) -> dict[str, Any]:
         """Settings of each family of arms, by the validation accuracy of short trials, and the trials.
 
         They start from the first seed's baseline; a grid of one candidate needs no trial.
@@ -181,7 +182,7 @@ class Experiment:
             table.append({"arm": arm, **settings, "validation_accuracy": accuracy})
             if accuracy > best[arm]:
                 chosen[arm], best[arm] = settings, accuracy
-        return chosen, table
+        return {"chosen_on_validation": chosen, "tuning": table}
 
     def run_arms(self, chosen: dict[str, dict]) -> list[str]:
         """Controls and arms of every seed, at equal iterations; returns their names."""
@@ -200,7 +201,7 @@ class Experiment:
 
     def answer(self, name: str, benchmark: str, problems: list[Problem], model=None, **options) -> None:
         """Store the answers of run `name`, unless they are there: greedy ones of its best weights by default."""
-        path = answers_path(self.folder, f"{name}.{benchmark}")
+        path = answers_path(self.folder, name, benchmark)
         if not path.exists():
             options = {"batch_size": self.config.evaluate.batch_size, **options}
             store_answers(path, model or self.trained(name), problems, **options)
@@ -228,7 +229,7 @@ class Experiment:
     def answer_benchmarks(self, names: list[str]) -> None:
         """Other benchmarks, on as many problems as the time left in the budget allows."""
         names = self._shown(names)
-        found = read_answers(self.folder, f"{names[0]}.test")
+        found = stored(self.folder, names, "test")[names[0]]
         for i, benchmark in enumerate(TRANSFER):
             key, share = f"transfer_{benchmark}", 0.9 / (len(TRANSFER) - i) / len(names)
             try:
@@ -245,7 +246,7 @@ class Experiment:
     def swap_thoughts(self, names: list[str]) -> None:
         """What swapped thoughts do to the answers of each baseline."""
         for name in names:
-            path = answers_path(self.folder, f"{name}.swapped")
+            path = answers_path(self.folder, name, "swapped")
             if name.startswith("coconut") and not path.exists():
                 shares = swap_thoughts(self.trained(name), self.data["test"][:SAMPLED_PROBLEMS])
                 write_atomically(path, json.dumps(shares).encode())
@@ -276,7 +277,7 @@ class Experiment:
                 summary = fit_grpo(model, train, validation, config, **options)
             else:
                 cot = f"cot-s{config.seed}"
-                if self.budgeted and not answers_path(folder, f"{cot}.test").exists():  # after stage 0 alone
+                if self.budgeted and not answers_path(folder, cot, "test").exists():  # after stage 0 alone
                     fit_curriculum(model, train, validation, config, last_stage=0, **options)
                     set_stage(model, config, 0, validation)
                     self.answer(cot, "test", self.data["test"], model)

@@ -16,14 +16,13 @@ import json
 import os
 import queue
 import re
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from typing import Any
 from latentlab.config import Config, changed_words, to_dict
 from latentlab.runtime.environment import commit
 from latentlab.runtime.files import expect_writable, read_json, write_atomically
+from latentlab.runtime.signals import on_signals
 from latentlab.study.tables import cell, table
 from latentlab.training.run import Stopped, seconds_spent
 
@@ -220,7 +220,7 @@ def run_processes(jobs: list[Job], folder: Path, launcher: Launcher, workers: in
         for process in processes:
             process.stop()
 
-    with _on_signals(stop), ThreadPoolExecutor(width) as pool:
+    with on_signals(stop), ThreadPoolExecutor(width) as pool:
         futures = {pool.submit(run, job): job.name for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
@@ -271,18 +271,6 @@ def _gpus() -> list[str]:
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-
-
-@contextmanager
-def _on_signals(handler):
-    """SIGTERM and SIGINT call `handler` inside this context; only a main thread can set handlers."""
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT) if main}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
 
 
 def _locked(log) -> bool:

@@ -19,7 +19,7 @@ from latentlab.model import LatentReasoner
 from latentlab.pretrained.loading import load_model
 from latentlab.rollouts import rollout
 from latentlab.study import arms_report, experiment, results
-from latentlab.study.answers import greedy_score, read_answers, store_answers
+from latentlab.study.answers import greedy_score, store_answers, stored
 from latentlab.study.experiment import run_experiment
 from latentlab.study.launch import IN_PROCESS
 from latentlab.study.results import read_outcomes, write_outcomes
@@ -226,10 +226,10 @@ def test_answers_are_those_of_the_clean_greedy_model(written, questions, tmp_pat
     number = [re.fullmatch(r"### (\d+)", answer) for answer in text]
     solved = [dataclasses.replace(p, answer=m[1] if m else "-1") for p, m in zip(questions, number, strict=True)]
     store_answers(tmp_path / "answers" / "run.test.json", model, solved, batch_size=4)
-    found = read_answers(tmp_path, "run.test")
+    found = stored(tmp_path, ["run"], "test")["run"]
     assert found["correct"] == [[int(bool(m))] for m in number]
     assert found["text"] == list(text) and found["ids"] == [p.id for p in questions]
-    score = greedy_score(tmp_path, "run.test")
+    score = greedy_score(found)
     assert (score["n"], score["correct"]) == (12, sum(map(bool, number))) == (12, score["correct_string_rule"])
 
 

@@ -18,6 +18,7 @@ from latentlab.evaluation.statistics import wilson_interval
 from latentlab.pretrained.loading import model_from_config
 from latentlab.runtime import environment
 from latentlab.study import arms_report, budget, experiment, tables
+from latentlab.study.answers import stored
 from latentlab.study.experiment import run_experiment
 from tests.conftest import tiny_gpt2
 
@@ -90,9 +91,12 @@ def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, mon
         right = np.unpackbits(packed[f"{arm['name']}-s{arm['seed']}"])[:6]
         assert right.sum() == arm["correct"]
     recorded = json.loads((out / "answers" / "shared-s0.test.json").read_text())
-    right = {"coconut-s0": np.zeros(6), "shared-s0": np.eye(6)[2]}  # as if the third problem had flipped
+    pair = ("coconut-s0", "shared-s0")
+    answers = stored(out, pair, "test")
+    for name, right in zip(pair, (np.zeros((6, 1)), np.eye(6)[:, 2:3]), strict=True):
+        answers[name]["correct"] = right.tolist()  # as if the third problem had flipped
     test = datasets.load(toy.data, "test")
-    (sample,) = arms_report._samples(toy, out, ["coconut-s0", "shared-s0"], right, test, "cpu")
+    (sample,) = arms_report._samples(toy, out, pair, answers, test, "cpu")
     assert sample["id"] == test[2].id == recorded["ids"][2] and sample["change"] == "became right"
     assert sample["shared-s0"]["text"] == recorded["text"][2]
     assert [len(top) for top in sample["shared-s0"]["thoughts"]] == [5] * toy.num_thoughts

@@ -64,7 +64,7 @@ def plan(processes, tmp_path, monkeypatch):
     """plan(config): run the experiment without answers and report; (chosen settings, trials)."""
     for stage in ("answer", "answer_by_sampling", "swap_thoughts"):
         monkeypatch.setattr(Experiment, stage, lambda *_, **__: None)
-    monkeypatch.setattr(experiment, "write_report", lambda *_, **found: (found["chosen"], found["trials"]))
+    monkeypatch.setattr(experiment, "write_report", lambda *_, tuning, **__: tuple(tuning.values()))
     folder = tmp_path / "sweep"
 
     def call(config):
