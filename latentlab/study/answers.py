@@ -8,7 +8,6 @@ answers/coconut-s0.swapped.json  what swapping thoughts between problems does
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ from latentlab.evaluation.accuracy import evaluate
 from latentlab.evaluation.statistics import pass_at_k, wilson_interval
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem, answers_match, extract_answer
-from latentlab.runtime.files import read_json, write_atomically
+from latentlab.runtime.files import read_json
 
 
 def answers_path(folder: Path, name: str, benchmark: str) -> Path:
@@ -35,13 +34,13 @@ def stored(folder: Path, names: Iterable[str], benchmark: str) -> dict[str, dict
     return {name: read_json(path, "stored answers") for name, path in paths.items() if path.exists()}
 
 
-def store_answers(path: Path, model: LatentReasoner, problems: list[Problem], *, mask=None, **options) -> None:
-    """Answer n problems K times; store texts, grades by both rules, seconds and date. Options as in `evaluate`."""
+def graded_answers(model: LatentReasoner, problems: list[Problem], *, mask=None, **options) -> dict:
+    """Answers to n problems, K each: texts, grades by both rules, seconds, date. Options as in `evaluate`."""
     start = time.monotonic()
     found = evaluate(model, problems, mask=mask, **options)
     asked = [problem for problem in problems for _ in found.correct[0]]
     exact = [answers_match(extract_answer(t), p.answer, "string") for t, p in zip(found.text, asked, strict=True)]
-    record = {
+    return {
         "ids": [problem.id for problem in problems],
         "correct": found.correct.astype(int).tolist(),  # [n, K]
         "correct_string": exact,  # [n * K]
@@ -51,7 +50,6 @@ def store_answers(path: Path, model: LatentReasoner, problems: list[Problem], *,
         "seconds": round(time.monotonic() - start, 2),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_atomically(path, json.dumps(record, ensure_ascii=False).encode())
 
 
 def greedy_score(answers: dict) -> dict:

@@ -38,7 +38,7 @@ from latentlab.pretrained.loading import load_model, model_from_config, save_mod
 from latentlab.problems import Problem
 from latentlab.runtime.environment import commit, peak_memory_gib
 from latentlab.runtime.files import write_atomically
-from latentlab.study.answers import answers_path, store_answers, stored
+from latentlab.study.answers import answers_path, graded_answers, stored
 from latentlab.study.arms_report import write_report
 from latentlab.study.budget import Budget, answer_seconds, plan_curriculum, plan_grpo
 from latentlab.study.launch import IN_PROCESS, Job, Launcher, read_done, run_jobs, run_processes, write_done
@@ -73,35 +73,21 @@ def run_experiment(
     Raises ValueError or OSError, one line, before any compute: a missing data file, a foreign folder, too little
     memory; RuntimeError that lists failed runs; Stopped after SIGTERM or SIGINT.
     """
-    start, folder, in_process = time.monotonic(), Path(out), launcher.executor == "in_process"
+    start, folder = time.monotonic(), Path(out)
     if backbone and init_from:
         raise ValueError("--backbone and --init-from: got both, expected an untrained or a trained model; drop one")
     check_arms(config.sweep)
     if backbone:
         config = replace(config, backbone=replace(config.backbone, name_or_path=backbone))
-    kept = folder / "train.jsonl"  # making the copies of training problems takes half a minute
-    data = {split: datasets.load(config.data, split) for split in ("validation", "test")}
-    data["train"] = [] if not in_process else read_jsonl(kept) if kept.exists() else datasets.load(config.data, "train")
-    model = model_from_config(config, init_from=init_from).place(device if in_process else "cpu", config.precision)
-    learned = [*data["train"], *data["validation"]]
-    expect_together(model, [*learned, *data["test"]], config)
-    if not init_from:
-        expect_together(model, learned, config, curriculum=True)
-    _expect_memory(model)
-    kind, weights = torch_device(device).type, model.provenance
-    made_for = {**flat(to_dict(config)), "budget_minutes": budget_minutes, "weights": weights.get("sha256", "")}
-    if budget_minutes is None:
-        made_for = {key: value for key, value in made_for.items() if key not in ADDABLE}
-        made_for["sweep.seeds, the first"] = config.sweep.seeds[0]  # trials start from its baseline
-    else:
-        made_for["device"] = kind
-    budget = Budget(folder, made_for, budget_minutes, kind, start)
-    if in_process and not kept.exists():
-        write_jsonl(data["train"], kept)
+    data = _load_data(config, folder, with_train=launcher.executor == "in_process")
+    weights = _checked_weights(config, data, device if data["train"] else "cpu", init_from)
+    kind = torch_device(device).type
+    budget = Budget(folder, _made_for(config, weights, budget_minutes, kind), budget_minutes, kind, start)
+    if data["train"] and not (folder / "train.jsonl").exists():
+        write_jsonl(data["train"], folder / "train.jsonl")
 
     e = Experiment(config, folder, data, device, launcher, budget)
-    names = e.make_baselines(model, init_from)
-    del model  # the runs load their own
+    names = e.make_baselines(init_from)
     tuning = {} if e.budgeted else e.tune()
     chosen = tuning.get("chosen_on_validation", {})
     names += e.run_arms(chosen)
@@ -111,6 +97,26 @@ def run_experiment(
     e.answer_benchmarks(names) if e.budgeted else e.swap_thoughts(names)
     budget.save()
     return write_report(config, folder, names, data["test"], budget, tuning=tuning, weights=weights)
+
+
+# ---------------------------------------------------------------- before any compute
+def _load_data(config: Config, folder: Path, *, with_train: bool) -> dict[str, list[Problem]]:
+    """Problems by split. Training problems are kept in train.jsonl: making copies of them takes half a minute."""
+    data = {split: datasets.load(config.data, split) for split in ("validation", "test")}
+    kept = folder / "train.jsonl"
+    data["train"] = [] if not with_train else read_jsonl(kept) if kept.exists() else datasets.load(config.data, "train")
+    return data
+
+
+def _checked_weights(config: Config, data: dict, device: str, init_from: str) -> dict:
+    """The provenance of the first model, after checks: it fits the problems, and the GPU can train it."""
+    model = model_from_config(config, init_from=init_from).place(device, config.precision)
+    learned = [*data["train"], *data["validation"]]
+    expect_together(model, [*learned, *data["test"]], config)
+    if not init_from:
+        expect_together(model, learned, config, curriculum=True)
+    _expect_memory(model)
+    return model.provenance
 
 
 def _expect_memory(model: LatentReasoner) -> None:
@@ -124,6 +130,15 @@ def _expect_memory(model: LatentReasoner) -> None:
             f"GPU: got {free / 2**30:.1f} GiB free, expected {need / 2**30:.1f} for weights, gradients, optimizer "
             "and a micro-batch; free some, or use a larger GPU"
         )
+
+
+def _made_for(config: Config, weights: dict, minutes: float | None, device: str) -> dict:
+    """The settings that a folder keeps: other ones would take its finished runs for theirs."""
+    settings = {**flat(to_dict(config)), "budget_minutes": minutes, "weights": weights.get("sha256", "")}
+    if minutes is not None:  # planned for all seeds and arms, on one device
+        return {**settings, "device": device}
+    kept = {key: value for key, value in settings.items() if key not in ADDABLE}
+    return {**kept, "sweep.seeds, the first": config.sweep.seeds[0]}  # trials start from its baseline
 
 
 # ---------------------------------------------------------------- the stages
@@ -142,23 +157,18 @@ class Experiment:
     def budgeted(self) -> bool:
         return self.budget.minutes is not None
 
-    def make_baselines(self, model: LatentReasoner, init_from: str) -> list[str]:
-        """Train the baselines, or store `model`, a trained one, in their place; returns their names."""
+    def make_baselines(self, init_from: str) -> list[str]:
+        """Train the baselines, or store a model that was trained elsewhere in their place; returns their names."""
         config, seeds = self.config, self.config.sweep.seeds
         seeds = seeds[:1] if self.budgeted or init_from else seeds
-        names = [f"coconut-s{seed}" for seed in seeds]
+        jobs = [_curriculum_job("coconut", seed, config) for seed in seeds]
         if init_from:
-            self._store_baseline(model, self.folder / names[0], init_from)
+            self._store_baseline(self.folder / jobs[0].name, init_from)
         else:
-            if self.budgeted:
-                plan = partial(plan_curriculum, model, self.data, config, self.budget)
-                steps = tuple(self.budget.once("curriculum_steps", plan))
-                warmup = min(config.curriculum.warmup_steps, max(1, min(steps) // 4))  # short stages: not all warm-up
-                config = replace(config, curriculum=replace(config.curriculum, steps=steps, warmup_steps=warmup))
-            self._run([_curriculum_job("coconut", seed, config) for seed in seeds])
-        for name in names:
-            self.answer(name, "test", self.data["test"])
-        return names
+            self._run([self._fitted(job) for job in jobs] if self.budgeted else jobs)
+        for job in jobs:
+            self.answer(job.name, "test", self.data["test"])
+        return [job.name for job in jobs]
 
     def tune(self) -> dict[str, Any]:
         """Settings of each family of arms, by the validation accuracy of short trials, and the trials.
@@ -171,26 +181,29 @@ class Experiment:
             "shared": [{"learning_rate": lr, "mask.rate": p} for lr in s.learning_rates for p in s.rates],
             "supervised": [{"learning_rate": lr} for lr in s.learning_rates],
         }
-        grid_points = [
-            (arm, settings, f"tune-{arm}-{i}") for arm, grid in grids.items() for i, settings in enumerate(grid)
-        ]
-        trials = [trial for trial in grid_points if len(grids[trial[0]]) > 1]
-        self._run([self._arm_job(arm, s.seeds[0], settings, s.tune_steps, name) for arm, settings, name in trials])
-        chosen, best, table = {arm: grid[0] for arm, grid in grids.items()}, dict.fromkeys(grids, -1.0), []
-        for arm, settings, name in trials:
-            accuracy = read_done(self.folder, name)["validation_accuracy"]
-            table.append({"arm": arm, **settings, "validation_accuracy": accuracy})
-            if accuracy > best[arm]:
-                chosen[arm], best[arm] = settings, accuracy
-        return {"chosen_on_validation": chosen, "tuning": table}
+        points = [(arm, i, settings) for arm, grid in grids.items() for i, settings in enumerate(grid) if len(grid) > 1]
+        jobs = [self._arm_job(arm, s.seeds[0], found, s.tune_steps, f"tune-{arm}-{i}") for arm, i, found in points]
+        self._run(jobs)
+        scores = [read_done(self.folder, job.name)["validation_accuracy"] for job in jobs]
+        best: dict[str, dict] = {}
+        for (arm, _, settings), _ in sorted(zip(points, scores, strict=True), key=lambda trial: -trial[1]):
+            best.setdefault(arm, settings)
+        pairs = zip(points, scores, strict=True)
+        return {
+            "chosen_on_validation": {arm: best.get(arm, grid[0]) for arm, grid in grids.items()},
+            "tuning": [{"arm": arm, **settings, "validation_accuracy": score} for (arm, _, settings), score in pairs],
+        }
 
     def run_arms(self, chosen: dict[str, dict]) -> list[str]:
         """Controls and arms of every seed, at equal iterations; returns their names."""
         config, seeds, controls = self.config, self.config.sweep.seeds, self.config.sweep.controls
         iterations = config.grpo.steps
         if self.budgeted:
-            plan = partial(plan_grpo, self.trained(f"coconut-s{seeds[0]}"), self.data, config, self.budget)
-            count, iterations = self.budget.once("seeds_and_iterations", plan)
+            base = f"coconut-s{seeds[0]}"
+            plan = self.budget.once(
+                "seeds_and_iterations", lambda: plan_grpo(self.trained(base), self.data, config, self.budget)
+            )
+            count, iterations = plan
             seeds, controls = seeds[: count if iterations else 0], ()
         jobs = [_curriculum_job(control, seed, config) for seed in seeds for control in controls]  # the longest first
         for seed, arm in product(seeds, config.sweep.arms):
@@ -199,12 +212,13 @@ class Experiment:
         self._run(jobs)
         return [job.name for job in jobs]
 
-    def answer(self, name: str, benchmark: str, problems: list[Problem], model=None, **options) -> None:
-        """Store the answers of run `name`, unless they are there: greedy ones of its best weights by default."""
+    def answer(self, name: str, benchmark: str, problems: list[Problem], model=None, by=graded_answers, **options):
+        """Store what run `name` answers, unless it is there; by default greedily, with its best weights."""
         path = answers_path(self.folder, name, benchmark)
         if not path.exists():
             options = {"batch_size": self.config.evaluate.batch_size, **options}
-            store_answers(path, model or self.trained(name), problems, **options)
+            found = by(model or self.trained(name), problems, **options)
+            write_atomically(path, json.dumps(found, ensure_ascii=False).encode())
             self.budget.save()
 
     def answer_by_sampling(self, names: list[str], chosen: dict[str, dict]) -> None:
@@ -246,10 +260,9 @@ class Experiment:
     def swap_thoughts(self, names: list[str]) -> None:
         """What swapped thoughts do to the answers of each baseline."""
         for name in names:
-            path = answers_path(self.folder, name, "swapped")
-            if name.startswith("coconut") and not path.exists():
-                shares = swap_thoughts(self.trained(name), self.data["test"][:SAMPLED_PROBLEMS])
-                write_atomically(path, json.dumps(shares).encode())
+            if name.startswith("coconut"):
+                test = self.data["test"][:SAMPLED_PROBLEMS]
+                self.answer(name, "swapped", test, by=lambda model, problems, **_: swap_thoughts(model, problems))
 
     def trained(self, name: str) -> LatentReasoner:
         """The best weights of a finished run."""
@@ -259,6 +272,18 @@ class Experiment:
         """The models that answer more than the test set: of all seeds, or of the first where time is limited."""
         names = [name for name in names if name.startswith(SAMPLED)]
         return [name for name in names if name.endswith(names[0][7:])] if self.budgeted else names
+
+    def _fitted(self, job: Job) -> Job:
+        """The job of a baseline, its stages sized to the budget."""
+        config, c = job.config, job.config.curriculum
+
+        def plan() -> list[int]:
+            model = model_from_config(config).place(self.device, config.precision)
+            return plan_curriculum(model, self.data, config, self.budget)
+
+        steps = tuple(self.budget.once("curriculum_steps", plan))
+        warmup = min(c.warmup_steps, max(1, min(steps) // 4))  # short stages are not all warm-up
+        return replace(job, config=replace(config, curriculum=replace(c, steps=steps, warmup_steps=warmup)))
 
     def _run(self, jobs: list[Job]) -> None:
         processes = partial(run_processes, launcher=self.launcher, workers=self.config.sweep.workers)
@@ -296,10 +321,10 @@ class Experiment:
         start = (own if own.exists() else first) / "best"  # without its own: the baseline that all seeds share
         return Job(name, "grpo", replace(self.config, seed=seed, grpo=grpo), str(start))
 
-    def _store_baseline(self, model: LatentReasoner, run: Path, init_from: str) -> None:
+    def _store_baseline(self, run: Path, init_from: str) -> None:
         """Store a model that was trained elsewhere where the curriculum would have left its own."""
         if not (run / "done.json").exists():
-            begun = time.time()
+            begun, model = time.time(), load_model(init_from).place(self.device, self.config.precision)
             save_model(model, run / "best")
             found = evaluate(model, self.data["validation"], batch_size=self.config.evaluate.batch_size)
             summary = {"stages": {}, "validation_accuracy": found.accuracy}

@@ -49,14 +49,14 @@ def toy(config, monkeypatch, tmp_path):
 def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, monkeypatch):
     out = tmp_path / "run"
     killed = iter([False, False, False, True])
-    original = experiment.store_answers
+    original = experiment.graded_answers
 
     def answer(*args, **options):
         if next(killed, False):
             raise KeyboardInterrupt
-        original(*args, **options)
+        return original(*args, **options)
 
-    monkeypatch.setattr(experiment, "store_answers", answer)
+    monkeypatch.setattr(experiment.Experiment.answer, "__defaults__", (None, answer))
     with pytest.raises(KeyboardInterrupt):
         run_experiment(toy, out=str(out), budget_minutes=0.01, device="cpu")
     before = {path.name: path.read_bytes() for path in (out / "answers").iterdir()}
