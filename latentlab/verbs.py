@@ -148,11 +148,12 @@ class Sweep(Verb):
     retries: Count = 1  # further tries of a failed run
 
     def __call__(self) -> None:
-        from latentlab.study import launch, sweep
+        from latentlab.study.experiment import run_experiment
+        from latentlab.study.launch import Launcher
 
         out = _study_folder(self.out, self.config, "sweep")
-        launcher = launch.Launcher(self.executor, self.slurm, self.retries)
-        sweep.run_sweep("compare", self.config, out=out, launcher=launcher)
+        launcher = Launcher(self.executor, self.slurm, self.retries)
+        print("wrote", run_experiment(self.config, out=out, launcher=launcher))
 
 
 @section("")
@@ -167,11 +168,11 @@ class Reproduce(Verb):
     threads: Threads = 0  # torch threads; 0 leaves torch's default
 
     def __call__(self) -> None:
-        from latentlab.study.reproduce import reproduce
+        from latentlab.study.experiment import run_experiment
 
-        options = {"device": self.device, "weights": self.backbone, "init_from": self.init_from}
+        options = {"device": self.device, "backbone": self.backbone, "init_from": self.init_from}
         out = _study_folder(self.out, self.config, "reproduce")
-        print("wrote", reproduce(self.config, out=out, budget_minutes=self.budget_minutes, **options))
+        print("wrote", run_experiment(self.config, out=out, budget_minutes=self.budget_minutes, **options))
 
 
 def _study_folder(out: str, config: Config, name: str) -> str:

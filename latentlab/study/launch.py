@@ -1,12 +1,13 @@
-"""Runs as processes of their own, side by side on this machine or as SLURM jobs: what a sweep is made of.
+"""Runs as separate processes, side by side on this machine or as SLURM jobs, and the record of what is finished.
 
-    runs/tiny/compare/shared-s0/    the run's folder; done.json is written last: the run is finished and never redone
-    runs/tiny/compare/shared-s0.log what its processes said, appended
-    runs/tiny/compare/table.md      one line a run, filled as runs finish
+    runs/tiny/sweep/shared-s0/      a run's folder; done.json is written last: the run is finished, never redone
+    runs/tiny/sweep/shared-s0.log   the output of its processes, appended
+    runs/tiny/sweep/table.md        one line per run, updated as runs finish
 
-`local` starts `sweep.workers` processes at a time. `slurm` submits every run as a job through submitit, which has to be
-installed; its own local executor is not used: it starts everything at once and hides the GPUs. A run that stops because
-it was told to (exit code STOPPED) is queued again and resumes; a failed one is tried `retries` times more, then listed.
+`local` starts `sweep.workers` processes at a time. `slurm` submits every run as a job through submitit, which has
+to be installed; submitit's own local executor is not used: it starts everything at once and hides the GPUs.
+`in_process` runs them one after another (experiment.py). A run that stops on request (exit code STOPPED) is queued
+again and resumes; a failed one gets `retries` further attempts, then it is listed.
 """
 
 from __future__ import annotations
@@ -15,80 +16,74 @@ import json
 import os
 import queue
 import re
-import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from latentlab.config import Config
+from latentlab.config import Config, changed_words, to_dict
 from latentlab.runtime.environment import commit
 from latentlab.runtime.files import expect_writable, read_json, write_atomically
+from latentlab.runtime.signals import on_signals
 from latentlab.study.tables import cell, table
 from latentlab.training.run import Stopped, seconds_spent
 
-try:
-    import fcntl
-except ImportError:  # not on Windows: there two sweeps in one folder are not told apart
-    fcntl = None
-
-STOPPED = Stopped.exit_code  # of a run that was told to stop, has saved itself and can be resumed
-
-# Two processes on two cores: one thread each. The malloc settings keep freed memory instead of handing it back to the
-# system; page faults otherwise cost a fifth of a step (measured on two-core x86 machines).
-WORKER_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "TQDM_DISABLE": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-}
+STOPPED = Stopped.exit_code  # of a run that was asked to stop, has saved its state and can be resumed
+WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # side by side: one thread each
 SLURM_DEFAULTS = {"job_name": "latentlab", "time": 240, "cpus_per_task": 2}  # submitit's own limit is 5 minutes
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its folder's name and the command line of `latentlab` that makes it."""
+    """One run: the name of its folder, its verb, its configuration, and the checkpoint an arm starts from."""
 
     name: str
-    words: tuple[str, ...]
+    verb: str  # curriculum | grpo
+    config: Config
+    init_from: str = ""
+
+    def words(self, folder: Path) -> tuple[str, ...]:
+        """The command line of `latentlab` that makes this run, without --resume."""
+        changed = changed_words(to_dict(self.config), but=("sweep.",))
+        start = ("--init-from", self.init_from) if self.init_from else ()
+        return (self.verb, "--preset", self.config.preset, *changed, *start, "--out", str(folder / self.name))
 
 
 @dataclass(frozen=True)
 class Launcher:
     """Where runs are started. slurm: options of sbatch, as "partition=gpu", "time=600" (minutes), "gpus_per_node=1"."""
 
-    executor: str = "local"  # local | slurm
+    executor: str = "local"  # in_process | local | slurm
     slurm: tuple[str, ...] = ()
-    retries: int = 1  # further tries of a failed run
+    retries: int = 1  # further attempts of a failed run
 
     def __post_init__(self):
         if self.slurm and self.executor != "slurm":
             raise ValueError(f"--slurm: got {self.slurm[0]} with --executor {self.executor}; add --executor slurm")
 
 
-LOCAL = Launcher()
+IN_PROCESS = Launcher("in_process")
 
 
 @dataclass
 class Process:
-    """One run: called, it starts the run's process, waits for it and returns its exit code. submitit pickles it."""
+    """One run as a process: calling it starts the process, waits, and returns its exit code. submitit pickles it."""
 
-    words: tuple[str, ...]  # of `latentlab`, without --resume
+    words: tuple[str, ...]
     target: Path
     gpu: str = ""  # the only CUDA device that the run sees; "": all
-
-    child = None  # the process while it runs
-    told_to_stop = False
+    child: subprocess.Popen | None = field(default=None, init=False)
+    told_to_stop: bool = field(default=False, init=False)
 
     def __call__(self) -> int:
         with open(self.target.with_name(f"{self.target.name}.log"), "a") as log:
-            while not _locked(log):  # a process of a killed sweep is still at this run
+            while not _locked(log):  # a process of a killed sweep still works on this run
                 if self.told_to_stop:
                     return STOPPED
                 time.sleep(1)
@@ -98,10 +93,9 @@ class Process:
         begun, made_by = time.time() - seconds_spent(self.target), commit()
         resume = ["--resume"] if (self.target / "config.json").exists() else []
         gpu = {"CUDA_VISIBLE_DEVICES": self.gpu} if self.gpu else {}
-        self.child = subprocess.Popen(
-            [sys.executable, "-m", "latentlab.cli", *self.words, *resume],
-            stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, **WORKER_ENVIRONMENT, **gpu},
-        )  # fmt: skip
+        command = [sys.executable, "-m", "latentlab", *self.words, *resume]
+        environment = {**os.environ, **WORKER_ENVIRONMENT, **gpu}
+        self.child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         if self.told_to_stop:
             self.child.terminate()
         said, _ = self.child.communicate()
@@ -113,31 +107,52 @@ class Process:
         except (ValueError, TypeError, IndexError):
             log.write("latentlab: got no summary in the last line of the run's output, expected JSON\n")
             return 1
-        seconds = round(time.time() - begun, 1)
-        record = {**summary, "seconds": seconds, "command": " ".join(self.words), "commit": made_by}
-        write_atomically(self.target / "done.json", (json.dumps(record) + "\n").encode())
+        write_done(self.target, summary, self.words, begun, made_by)
         return 0
 
     def stop(self) -> None:
-        """Tell the run to save itself and end."""
+        """Ask the run to save its state and exit."""
         self.told_to_stop = True
         if self.child is not None:
             self.child.terminate()
 
     def checkpoint(self):
-        """Called by submitit before a job's time is up: the run saves itself, then the job is queued again."""
+        """Called by submitit before a job's time is up: the run saves its state, then the job is queued again."""
         from submitit.helpers import DelayedSubmission
 
         self.stop()
-        with suppress(ChildProcessError):  # it has ended already
-            if self.child is not None:  # no Popen.wait: that is what was interrupted
+        with suppress(ChildProcessError):  # it has exited already
+            if self.child is not None:  # not Popen.wait: that call is what was interrupted
                 os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(replace(self))
 
 
-def run_jobs(jobs: list[Job], folder: Path, config: Config, overrides: list[str], launcher: Launcher = LOCAL) -> None:
-    """Run what is not finished. Raises RuntimeError that lists the failed runs, Stopped after SIGTERM or SIGINT."""
-    waiting = [job for job in jobs if not _finished(job, folder, config, overrides)]
+# ---------------------------------------------------------------- the record of finished runs
+def write_done(target: Path, summary: dict, words: Iterable[str], begun: float, made_by: str) -> None:
+    """Write done.json: the run is finished. `begun`: time.time() at its start; `made_by`: the commit then."""
+    seconds = round(time.time() - begun, 1)
+    record = {**summary, "seconds": seconds, "command": " ".join(words), "commit": made_by}
+    write_atomically(target / "done.json", (json.dumps(record) + "\n").encode())
+
+
+def read_done(folder: Path, name: str) -> dict:
+    """done.json of a finished run; a one-line ValueError if it is damaged."""
+    return read_json(folder / name / "done.json", "the record of a finished run", "command")
+
+
+def _finished(job: Job, folder: Path) -> bool:
+    """Is the run done? ValueError if another command made its folder: its numbers do not belong here."""
+    if not (folder / job.name / "done.json").exists():
+        return False
+    made, asked = read_done(folder, job.name)["command"], " ".join(job.words(folder))
+    if made != asked:
+        raise ValueError(f"sweep: {job.name} was made by `{made}`, expected `{asked}`; delete it, or use another --out")
+    return True
+
+
+def run_jobs(jobs: list[Job], folder: Path, execute: Callable[[list[Job], Path], Iterator[tuple[str, int]]]) -> None:
+    """Run what is not finished; `execute` yields (name, exit code) as runs end. RuntimeError lists failed runs."""
+    waiting = [job for job in jobs if not _finished(job, folder)]
     states = {path.parent.name: "finished" for path in sorted(folder.glob("*/done.json"))}
     states |= {job.name: "waiting" for job in waiting}
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished, {len(waiting)} to go", flush=True)
@@ -145,24 +160,52 @@ def run_jobs(jobs: list[Job], folder: Path, config: Config, overrides: list[str]
     if not waiting:
         return
     sizes = [sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file()) for name in states]
-    expect_writable(folder, 2**20 + len(waiting) * max(sizes))  # as large as the largest so far; each looks for itself
+    expect_writable(folder, 2**20 + len(waiting) * max(sizes))  # estimate: as large as the largest run so far
+    for name, code in execute(waiting, folder):
+        states[name] = {0: "finished", STOPPED: "stopped"}.get(code, f"failed, exit code {code}")
+        print(*_row(folder, name, states[name]), sep="  ", flush=True)
+        _write_table(folder, states)
+    failed = [job.name for job in waiting if states[job.name].startswith("failed")]
+    if failed:
+        logs = ", ".join(str(folder / f"{name}.log") for name in failed)
+        raise RuntimeError(f"sweep: {len(failed)} runs failed, see {logs}; the same command tries them again")
+
+
+def _row(folder: Path, name: str, state: str) -> list[str]:
+    done = read_done(folder, name) if state == "finished" else {}
+    return [cell(value) for value in (name, state, done.get("validation_accuracy"), done.get("seconds"))]
+
+
+def _write_table(folder: Path, states: dict[str, str]) -> None:
+    rows = [_row(folder, name, state) for name, state in states.items()]
+    text = table(["Run", "State", "Validation accuracy", "Seconds"], rows)
+    write_atomically(folder / "table.md", (text + "\n").encode())
+
+
+# ---------------------------------------------------------------- processes
+def run_processes(jobs: list[Job], folder: Path, launcher: Launcher, workers: int) -> Iterator[tuple[str, int]]:
+    """Run jobs as local processes or SLURM jobs; yields (name, exit code) as they end.
+
+    SIGTERM and SIGINT stop all of them, each with its state saved; Stopped is then raised at the end.
+    """
     local = launcher.executor == "local"
-    width = config.sweep.workers if local else len(waiting)
+    width = workers if local else len(jobs)
     start = Process.__call__ if local else _slurm(launcher, folder)
-    gpus = queue.SimpleQueue()
-    for i, visible in enumerate([_gpus() if local else []] * width):
+    gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
+    visible = _gpus() if local else []
+    for i in range(width):
         gpus.put(visible[i % len(visible)] if visible else "")
     told, processes = threading.Event(), []
 
     def run(job: Job) -> int:
         gpu, failures = gpus.get(), 0
-        process = Process(_words(job, folder / job.name, config, overrides), folder / job.name, gpu)
+        process = Process(job.words(folder), folder / job.name, gpu)
         processes.append(process)
         try:
             while not told.is_set():
                 try:
                     code = start(process)
-                except (OSError, RuntimeError) as error:  # no disk, sbatch refused: the other runs go on
+                except (OSError, RuntimeError) as error:  # full disk, sbatch refused: the other runs continue
                     print(f"{job.name}: {' '.join(str(error).split())}", file=sys.stderr)
                     code = 1
                 failures += code != STOPPED
@@ -177,39 +220,28 @@ def run_jobs(jobs: list[Job], folder: Path, config: Config, overrides: list[str]
         for process in processes:
             process.stop()
 
-    with _on_signals(stop), ThreadPoolExecutor(width) as pool:
-        futures = {pool.submit(run, job): job.name for job in waiting}
+    with on_signals(stop), ThreadPoolExecutor(width) as pool:
+        futures = {pool.submit(run, job): job.name for job in jobs}
         for future in as_completed(futures):
-            name, code = futures[future], future.result()
-            states[name] = {0: "finished", STOPPED: "stopped"}.get(code, f"failed, exit code {code}")
-            print(*_row(folder, name, states[name]), sep="  ", flush=True)
-            _write_table(folder, states)
-    failed = [job.name for job in waiting if states[job.name].startswith("failed")]
-    if failed:
-        logs = ", ".join(str(folder / f"{name}.log") for name in failed)
-        raise RuntimeError(f"sweep: {len(failed)} runs failed, see {logs}; the same command tries them again")
+            yield futures[future], future.result()
     if told.is_set():
-        raise Stopped("sweep: told to stop, its runs have saved themselves; the same command goes on")
+        raise Stopped("sweep: told to stop, its runs have saved their state; the same command resumes them")
 
 
-def read_done(folder: Path, name: str) -> dict:
-    """done.json of a finished run; ValueError, one line, if it is damaged."""
-    return read_json(folder / name / "done.json", "the record of a finished run", "command")
-
-
-# ---------------------------------------------------------------- where processes run
-def _slurm(launcher: Launcher, folder: Path):
-    """start(process) -> exit code, as a SLURM job. ValueError, one line, without submitit, SLURM or a known option."""
+def _slurm(launcher: Launcher, folder: Path) -> Callable[[Process], int]:
+    """start(process) -> exit code, as a SLURM job. One-line ValueError without submitit, SLURM or a known option."""
     try:
         import submitit
     except ImportError:
         raise ValueError("--executor slurm: got no package submitit; pip install submitit, or use local") from None
-    options = dict(SLURM_DEFAULTS)
+    options: dict[str, Any] = dict(SLURM_DEFAULTS)
     for text in launcher.slurm:
-        key, equals, value = text.partition("=")
+        key, _, value = text.partition("=")
         if not re.fullmatch(r"[a-z_]+=[\w.,:/@%+-]+", text, re.ASCII) or key in ("setup", "teardown", "srun_args"):
             raise ValueError(f"--slurm: got {text!r}, expected sbatch options such as partition=gpu time=600")
-        options[key] = yaml.safe_load(value)
+        options[key] = value
+        with suppress(ValueError):
+            options[key] = json.loads(value)  # numbers, true and false
     try:
         executor = submitit.SlurmExecutor(folder / "slurm", max_num_timeout=1000)
         executor.update_parameters(**options)
@@ -220,12 +252,12 @@ def _slurm(launcher: Launcher, folder: Path):
         job = executor.submit(process)
         while not job.done():
             if process.told_to_stop:
-                job.cancel(check=False)  # SIGTERM: the run saves itself
+                job.cancel(check=False)  # sends SIGTERM: the run saves its state
                 return STOPPED
             time.sleep(1)
         try:
             return job.result()
-        except Exception as error:  # cancelled, a node lost, out of memory: submitit raises many kinds
+        except Exception as error:  # cancelled, node lost, out of memory: submitit raises many types
             with open(process.target.with_name(f"{process.target.name}.log"), "a") as log:
                 log.write(f"{error}\n")
             return 1
@@ -234,29 +266,19 @@ def _slurm(launcher: Launcher, folder: Path):
 
 
 def _gpus() -> list[str]:
-    """The CUDA devices of this machine that may be used: one after another for processes side by side."""
+    """The CUDA devices of this machine that may be used; processes side by side take them in turn."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
 
 
-@contextmanager
-def _on_signals(handler):
-    """SIGTERM and SIGINT call `handler` while this is open; signals reach only a main thread."""
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT) if main}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
-
-
 def _locked(log) -> bool:
-    """Lock the log, until this process and the run's, which inherits it, have ended; False if others hold it."""
-    if fcntl is None:
+    """Lock the log until this process and the run's, which inherits it, have exited; False if another holds it."""
+    if os.name == "nt":  # no such locks: two sweeps in one folder are not told apart
         return True
+    import fcntl
+
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -264,43 +286,3 @@ def _locked(log) -> bool:
     except OSError:  # a file system without locks
         pass
     return True
-
-
-# ---------------------------------------------------------------- what is there
-def _words(job: Job, target: Path, config: Config, overrides: list[str]) -> tuple[str, ...]:
-    """The command line of a run, without --resume."""
-    verb, *fields = job.words
-    return _last_of_each((verb, "--preset", config.preset, *overrides, *fields, "--out", str(target), "--threads", "1"))
-
-
-def _last_of_each(words: tuple[str, ...]) -> tuple[str, ...]:
-    """A command line without the options that a later one of the same name overrules."""
-    options: dict[str, list[str]] = {}
-    for word in words:
-        if word.startswith("--") or not options:  # the verb comes first
-            flag = word
-            options[flag] = []
-        else:
-            options[flag].append(word)
-    return tuple(word for flag, values in options.items() for word in (flag, *values))
-
-
-def _finished(job: Job, folder: Path, config: Config, overrides: list[str]) -> bool:
-    """Is the run done? ValueError if its folder was made by another command: its numbers are not this table's."""
-    if not (folder / job.name / "done.json").exists():
-        return False
-    made, asked = read_done(folder, job.name)["command"], " ".join(_words(job, folder / job.name, config, overrides))
-    if " ".join(_last_of_each(tuple(made.split(" ")))) != asked:
-        raise ValueError(f"sweep: {job.name} was made by `{made}`, expected `{asked}`; delete it, or use another --out")
-    return True
-
-
-def _row(folder: Path, name: str, state: str) -> list[str]:
-    done = read_done(folder, name) if state == "finished" else {}
-    return [cell(value) for value in (name, state, done.get("validation_accuracy"), done.get("seconds"))]
-
-
-def _write_table(folder: Path, states: dict[str, str]) -> None:
-    rows = [_row(folder, name, state) for name, state in states.items()]
-    text = table(["Run", "State", "Validation accuracy", "Seconds"], rows)
-    write_atomically(folder / "table.md", (text + "\n").encode())

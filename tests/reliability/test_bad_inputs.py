@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import mistune
@@ -545,17 +546,17 @@ def test_a_disk_that_fills_up_while_a_result_is_written(tmp_path, monkeypatch, c
 
 
 def test_a_sweep_without_room_for_its_runs(processes, tmp_path, monkeypatch):
-    from latentlab.study.launch import Job, run_jobs
+    from latentlab.study.launch import Job, Launcher, run_jobs, run_processes
 
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.pt").write_bytes(b"x" * 10_000)
-    jobs = [Job(name, ("curriculum",)) for name in "abc"]
-    config = load_preset("smoke")
-    run_jobs(jobs[:2], tmp_path, config, [])
+    jobs = [Job(name, "curriculum", load_preset("smoke")) for name in "abc"]
+    execute = partial(run_processes, launcher=Launcher(), workers=1)
+    run_jobs(jobs[:2], tmp_path, execute)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 10_000))
     with pytest.raises(OSError, match="free, expected"):
-        run_jobs(jobs, tmp_path, config, [])
+        run_jobs(jobs, tmp_path, execute)
     assert processes.names == ["a", "b"]
 
 

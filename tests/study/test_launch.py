@@ -7,23 +7,25 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from latentlab.config import from_dict, load_preset, to_dict
+from latentlab.cli import parse
+from latentlab.config import load_preset
 from latentlab.study import launch
-from latentlab.study.launch import STOPPED, Job, Launcher, Process, Stopped, run_jobs
+from latentlab.study.launch import STOPPED, Job, Launcher, Process, Stopped, run_jobs, run_processes
 
-JOBS = [Job(name, ("curriculum", "--seed", seed)) for name, seed in (("a", "1"), ("b", "2"), ("c", "3"))]
-ONCE = Launcher(retries=0)
+SMOKE = load_preset("smoke")
+JOBS = [Job(name, "curriculum", replace(SMOKE, seed=seed)) for name, seed in (("a", 1), ("b", 2), ("c", 3))]
+LOCAL, ONCE = Launcher(), Launcher(retries=0)
 
 
-def small(workers=1):
-    values = to_dict(load_preset("smoke"))
-    values["sweep"]["workers"] = workers
-    return from_dict(values)
+def run(jobs, folder, launcher=LOCAL, workers=1):
+    run_jobs(jobs, folder, partial(run_processes, launcher=launcher, workers=workers))
 
 
 @pytest.fixture
@@ -44,37 +46,34 @@ def table(folder):
 
 
 def test_a_finished_run_is_recorded_and_not_redone(processes, folder):
-    run_jobs(JOBS[:2], folder, small(), [])
+    run(JOBS[:2], folder)
     assert processes.names == ["a", "b"]
     done = json.loads((folder / "a" / "done.json").read_text())
     assert done["validation_accuracy"] == 0.5 and done["commit"] == "0123" and done["seconds"] >= 0
-    assert done["command"] == f"curriculum --preset smoke --seed 1 --out {folder / 'a'} --threads 1"
-    run_jobs(JOBS, folder, small(), [])
+    assert done["command"] == f"curriculum --preset smoke --seed 1 --out {folder / 'a'}"
+    run(JOBS, folder)
     assert processes.names == ["a", "b", "c"]
     assert all(env["OMP_NUM_THREADS"] == "1" and "PATH" in env for env in processes.environments)
     assert table(folder) == {"a": "finished", "b": "finished", "c": "finished"}
 
 
 def test_a_finished_run_of_another_command_is_refused_before_any_process(processes, folder):
-    run_jobs(JOBS[:1], folder, small(), [])
+    run(JOBS[:1], folder)
     with pytest.raises(
         ValueError, match="^sweep: a was made by `curriculum .*--seed 1 .*`, expected `curriculum .*--seed 9 "
     ) as error:
-        run_jobs([JOBS[1], Job("a", ("curriculum", "--seed", "9"))], folder, small(), [])
+        run([JOBS[1], Job("a", "curriculum", replace(SMOKE, seed=9))], folder)
     assert processes.names == ["a"] and "\n" not in str(error.value)
 
 
-def test_a_field_of_the_sweep_gives_way_to_that_of_the_run(processes, folder):
-    job, overrides = Job("a", ("grpo", "--grpo.steps", "4", "--seed", "1")), ["--grpo.steps", "9", "--grpo.beta", "0.1"]
-    run_jobs([job], folder, small(), overrides)
-    words = ["grpo", "--preset", "smoke", "--grpo.steps", "4", "--grpo.beta", "0.1", "--seed", "1"]
-    assert processes.words("a") == [*words, "--out", str(folder / "a"), "--threads", "1"]
-    done = json.loads((folder / "a" / "done.json").read_text())
-    done["command"] = (
-        done["command"].replace("--grpo.steps 4", "--grpo.steps 9").replace("--seed", "--grpo.steps 4 --seed")
-    )
-    (folder / "a" / "done.json").write_text(json.dumps(done))  # as it was written once
-    run_jobs([job], folder, small(), overrides)
+def test_the_words_of_a_run_are_its_changes_to_the_preset(processes, folder):
+    config = replace(SMOKE, seed=1, grpo=replace(SMOKE.grpo, steps=5, beta=0.1), sweep=replace(SMOKE.sweep, workers=7))
+    job = Job("a", "grpo", config, "start/best")
+    run([job], folder)
+    words = ["grpo", "--preset", "smoke", "--seed", "1", "--grpo.steps", "5", "--grpo.beta", "0.1"]
+    assert processes.words("a") == [*words, "--init-from", "start/best", "--out", str(folder / "a")]
+    assert parse(processes.words("a"))[1] == replace(config, sweep=SMOKE.sweep)
+    run([job], folder)
     assert processes.names == ["a"]
 
 
@@ -82,7 +81,7 @@ def test_a_field_of_the_sweep_gives_way_to_that_of_the_run(processes, folder):
 def test_a_damaged_record_is_one_line(processes, folder, content):
     (folder / "a" / "done.json").write_bytes(content)
     with pytest.raises(ValueError, match="expected the record of a finished run.*delete or restore it") as error:
-        run_jobs(JOBS, folder, small(), [])
+        run(JOBS, folder)
     assert "\n" not in str(error.value) and not processes.names
     assert (folder / "a" / "done.json").read_bytes() == content
 
@@ -91,7 +90,7 @@ def test_a_failed_run_is_tried_again_then_listed_with_its_log(processes, folder,
     processes.codes = {"a": iter([1, 1]), "c": iter([-9])}
     (folder / "c" / "config.json").write_text("{}")  # c began, a did not
     with pytest.raises(RuntimeError, match="^sweep: 1 runs failed, see ") as error:
-        run_jobs(JOBS, folder, small(), [])
+        run(JOBS, folder)
     assert str(folder / "a.log") in str(error.value) and "\n" not in str(error.value)
     assert "b.log" not in str(error.value) and "c.log" not in str(error.value)
     assert (folder / "a.log").read_text() == "a went wrong\n" * 2
@@ -99,7 +98,7 @@ def test_a_failed_run_is_tried_again_then_listed_with_its_log(processes, folder,
     assert not (folder / "a" / "done.json").exists()
     assert table(folder) == {"a": "failed, exit code 1", "b": "finished", "c": "finished"}
     processes.commands = []
-    run_jobs(JOBS, folder, small(), [])
+    run(JOBS, folder)
     assert processes.names == ["a"] and "--resume" not in processes.words("a")
     out = capsys.readouterr().out
     assert "2 of 3 runs are finished, 1 to go" in out and "b  finished  0.5" in out and "c  finished" in out
@@ -110,21 +109,21 @@ def test_how_often_a_failed_run_is_tried(processes, folder):
     for retries in (0, 2):
         processes.commands = []
         with pytest.raises(RuntimeError, match="1 runs failed"):
-            run_jobs(JOBS[:1], folder, small(), [], Launcher(retries=retries))
+            run(JOBS[:1], folder, Launcher(retries=retries))
         assert processes.names == ["a"] * (1 + retries)
 
 
 def test_a_run_that_was_told_to_stop_is_resumed_as_often_as_it_takes(processes, folder):
     (folder / "a" / "config.json").write_text("{}")
     processes.codes = {"a": iter([STOPPED] * 5)}
-    run_jobs(JOBS[:1], folder, small(), [], ONCE)
+    run(JOBS[:1], folder, ONCE)
     assert processes.names == ["a"] * 6 and all(words[-1] == "--resume" for _, words in processes.commands)
 
 
 def test_a_run_that_cannot_be_started_has_failed_and_the_others_go_on(processes, folder, capsys):
     (folder / "a.log").mkdir()
     with pytest.raises(RuntimeError, match="1 runs failed"):
-        run_jobs(JOBS, folder, small(), [])
+        run(JOBS, folder)
     assert processes.names == ["b", "c"] and table(folder)["a"] == "failed, exit code 1"
     assert "a: [Errno 21]" in capsys.readouterr().err
 
@@ -133,7 +132,7 @@ def test_a_run_without_a_summary_has_failed(processes, folder, monkeypatch):
     process = SimpleNamespace(returncode=0, communicate=lambda: ("no JSON\n", None))
     monkeypatch.setattr(launch.subprocess, "Popen", lambda *_, **__: process)
     with pytest.raises(RuntimeError, match="1 runs failed"):
-        run_jobs(JOBS[:1], folder, small(), [], ONCE)
+        run(JOBS[:1], folder, ONCE)
     assert "expected JSON" in (folder / "a.log").read_text() and not (folder / "a" / "done.json").exists()
 
 
@@ -141,7 +140,7 @@ def test_seconds_count_the_earlier_processes_of_a_resumed_run(processes, folder)
     """Each process counts from 0: 20 s and 300 s were spent before this one."""
     lines = [{"step": step, "seconds": seconds} for step, seconds in enumerate((10.0, 20.0, 5.0, 300.0))]
     (folder / "a" / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "sec')
-    run_jobs(JOBS[:1], folder, small(), [])
+    run(JOBS[:1], folder)
     assert 320 <= json.loads((folder / "a" / "done.json").read_text())["seconds"] < 330
 
 
@@ -151,13 +150,13 @@ def test_processes_side_by_side_get_one_gpu_each(processes, folder, monkeypatch,
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    run_jobs(JOBS, folder, small(workers=3), [])
+    run(JOBS, folder, workers=3)
     assert sorted(env["CUDA_VISIBLE_DEVICES"] for env in processes.environments) == sorted(seen)
 
 
 # -- real processes -------------------------------------------------------------------------------------------------
 
-# Stands in for the interpreter: `run -m latentlab.cli VERB ... --out FOLDER`. What it does at each start is a word of
+# Stands in for the interpreter: `run -m latentlab VERB ... --out FOLDER`. What it does at each start is a word of
 # FOLDER/plan; journal.txt has a line for each start and each end.
 RUN = """#!{python} -SE
 import json, os, signal, sys, time
@@ -186,7 +185,7 @@ print(json.dumps({{"validation_accuracy": 0.25}}))
 
 @pytest.fixture
 def real(folder, monkeypatch):
-    """Real processes, of a stand-in for `python -m latentlab.cli`."""
+    """Real processes, of a stand-in for `python -m latentlab`."""
     stub = folder / "run"
     stub.write_text(RUN.format(python=sys.executable))
     stub.chmod(0o755)
@@ -222,7 +221,7 @@ def test_workers_processes_at_a_time(real):
 
     thread = threading.Thread(target=let_go)
     thread.start()
-    run_jobs(JOBS, real, small(workers=2), [])
+    run(JOBS, real, workers=2)
     thread.join()
     assert sorted(seen) == ["begin a", "begin b"] and set(table(real).values()) == {"finished"}
 
@@ -239,13 +238,13 @@ def test_a_sweep_told_to_stop_stops_its_runs_and_the_next_goes_on(real, number, 
     thread = threading.Thread(target=tell)
     thread.start()
     before = signal.getsignal(number)
-    with pytest.raises(Stopped, match="told to stop.*the same command goes on"):
-        run_jobs(JOBS, real, small(workers=2), [])
+    with pytest.raises(Stopped, match="told to stop.*the same command resumes"):
+        run(JOBS, real, workers=2)
     thread.join()
     assert signal.getsignal(number) is before
     assert sorted(journal(real)[2:]) == ["stop a", "stop b"]  # c was never begun
     assert table(real) == {"a": "stopped", "b": "stopped", "c": "stopped"}
-    run_jobs(JOBS, real, small(workers=2), [])
+    run(JOBS, real, workers=2)
     assert sorted(line for line in journal(real)[4:] if line.startswith("begin")) == [
         "begin a --resume", "begin b --resume", "begin c",
     ]  # fmt: skip
@@ -257,18 +256,20 @@ def test_a_killed_sweep_leaves_its_run_to_itself_and_the_next_sweep_waits_for_it
     """kill -9 of the driver: its process goes on. The next sweep starts none beside it, and redoes nothing."""
     (real / "a" / "plan").write_text("wait")
     code = (
-        "import sys; from types import SimpleNamespace; from pathlib import Path; from latentlab import launch\n"
-        "from latentlab.config import load_preset\n"
+        "import sys; from types import SimpleNamespace; from pathlib import Path; from latentlab.study import launch\n"
+        "from dataclasses import replace; from functools import partial; from latentlab.config import load_preset\n"
         "launch.sys = SimpleNamespace(executable=sys.argv[1])\n"
         "launch._gpus = list\n"  # without torch's seconds
-        "launch.run_jobs([launch.Job('a', ('curriculum', '--seed', '1'))], Path(sys.argv[2]), load_preset('smoke'), [])"
+        "jobs = [launch.Job('a', 'curriculum', replace(load_preset('smoke'), seed=1))]\n"
+        "execute = partial(launch.run_processes, launcher=launch.Launcher(), workers=1)\n"
+        "launch.run_jobs(jobs, Path(sys.argv[2]), execute)"
     )
     driver = subprocess.Popen([sys.executable, "-c", code, str(real / "run"), str(real)])
     wait_for(lambda: journal(real) == ["begin a"])
     driver.kill()
     driver.wait()
     threading.Timer(0.5, (real / "go").touch).start()
-    run_jobs(JOBS[:1], real, small(), [])
+    run(JOBS[:1], real)
     assert journal(real) == ["begin a", "end a", "begin a --resume", "end a --resume"]
     record_property("sweeps", {"killed_and_resumed": 1})
 
@@ -388,7 +389,7 @@ def test_a_job_whose_time_is_up_saves_itself_and_is_queued_again(real):
 )
 def test_a_wrong_slurm_option_is_one_line_before_anything_is_submitted(slurm, folder, options, said):
     with pytest.raises(ValueError, match=said) as error:
-        run_jobs(JOBS, folder, small(), [], Launcher("slurm", options))
+        run(JOBS, folder, Launcher("slurm", options))
     assert "\n" not in str(error.value) and not (slurm / "script.sh").exists()
 
 
@@ -400,7 +401,7 @@ def test_slurm_options_need_slurm():
 def test_sbatch_that_refuses_is_a_failed_run(slurm, folder, capsys):
     (slurm / "sbatch").write_text("#!/bin/sh\necho 'invalid partition' >&2\nexit 1\n")
     with pytest.raises(RuntimeError, match="1 runs failed"):
-        run_jobs(JOBS[:1], folder, small(), [], Launcher("slurm", retries=0))
+        run(JOBS[:1], folder, Launcher("slurm", retries=0))
     assert "invalid partition" in capsys.readouterr().err
 
 
@@ -408,7 +409,7 @@ def test_no_slurm_and_no_submitit_are_one_line(folder, monkeypatch):
     launcher = Launcher("slurm")
     monkeypatch.setenv("PATH", str(folder))
     with pytest.raises(ValueError, match='Could not detect "srun".*use local'):
-        run_jobs(JOBS, folder, small(), [], launcher)
+        run(JOBS, folder, launcher)
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ValueError, match="got no package submitit; pip install submitit, or use local"):
-        run_jobs(JOBS, folder, small(), [], launcher)
+        run(JOBS, folder, launcher)

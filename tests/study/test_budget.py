@@ -1,4 +1,4 @@
-"""reproduce.py: the budgeted study from end to end on a toy, interrupted and resumed; parts.py: weights in parts."""
+"""budget.py, and experiments inside a time budget: from end to end on a toy, interrupted and resumed."""
 
 import json
 import os
@@ -15,9 +15,11 @@ from latentlab import cli
 from latentlab.data import datasets
 from latentlab.data.word_problems import word_problems
 from latentlab.evaluation.statistics import wilson_interval
-from latentlab.pretrained.loading import load_model, model_from_config, save_model
+from latentlab.pretrained.loading import model_from_config
 from latentlab.runtime import environment
-from latentlab.study import budget, gsm8k_report, parts, reproduce, tables
+from latentlab.study import arms_report, budget, experiment, tables
+from latentlab.study.answers import stored
+from latentlab.study.experiment import run_experiment
 from tests.conftest import tiny_gpt2
 
 ARMS = {"seeds": [0, 1], "arms": ["temperature", "shared"], "controls": []}
@@ -47,24 +49,24 @@ def toy(config, monkeypatch, tmp_path):
 def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, monkeypatch):
     out = tmp_path / "run"
     killed = iter([False, False, False, True])
-    original = reproduce._answer
+    original = experiment.graded_answers
 
     def answer(*args, **options):
         if next(killed, False):
             raise KeyboardInterrupt
-        original(*args, **options)
+        return original(*args, **options)
 
-    monkeypatch.setattr(reproduce, "_answer", answer)
+    monkeypatch.setattr(experiment.Experiment.answer, "__defaults__", (None, answer))
     with pytest.raises(KeyboardInterrupt):
-        reproduce.reproduce(toy, out=str(out), budget_minutes=0.01, device="cpu")
+        run_experiment(toy, out=str(out), budget_minutes=0.01, device="cpu")
     before = {path.name: path.read_bytes() for path in (out / "answers").iterdir()}
     plan = json.loads((out / "plan.json").read_text())
     planned = plan["plan"]
     monkeypatch.setattr(
         datasets, "load", lambda data, split, load=datasets.load: None if split == "train" else load(data, split)
     )
-    path = reproduce.reproduce(toy, out=str(out), budget_minutes=0.01, device="cpu")
-    assert path == tmp_path / "reports" / "tiny-cpu" / "reproduce.json"
+    path = run_experiment(toy, out=str(out), budget_minutes=0.01, device="cpu")
+    assert path == tmp_path / "reports" / "tiny-cpu" / "arms.json"
     assert all((out / "answers" / name).read_bytes() == content for name, content in before.items())
     result = json.loads(path.read_text())
     assert all(result["metrics"]["plan"][key] == value for key, value in planned.items())
@@ -84,33 +86,35 @@ def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, mon
     assert result["metrics"]["weights"] == model_from_config(toy).provenance  # where the study began
     assert result["started"] == datetime.fromtimestamp(plan["started"], UTC).isoformat(timespec="seconds")
     assert result["metrics"]["cost"]["peak_memory_gib"] >= round(plan["peak_memory_gib"], 2)
-    packed = np.load(path.with_name("reproduce_outcomes.npz"))
+    packed = np.load(path.with_name("arms_outcomes.npz"))
     for arm in result["arms"]:
         right = np.unpackbits(packed[f"{arm['name']}-s{arm['seed']}"])[:6]
         assert right.sum() == arm["correct"]
-    recorded = json.loads((out / "answers" / "shared-s0.gsm8k.json").read_text())
-    right = {"coconut-s0": np.zeros(6), "shared-s0": np.eye(6)[2]}  # as if the third problem had flipped
+    recorded = json.loads((out / "answers" / "shared-s0.test.json").read_text())
+    pair = ("coconut-s0", "shared-s0")
+    answers = stored(out, pair, "test")
+    for name, right in zip(pair, (np.zeros((6, 1)), np.eye(6)[:, 2:3]), strict=True):
+        answers[name]["correct"] = right.tolist()  # as if the third problem had flipped
     test = datasets.load(toy.data, "test")
-    (sample,) = gsm8k_report._samples(toy, out, ["coconut-s0", "shared-s0"], right, test, "cpu")
+    (sample,) = arms_report._samples(toy, out, pair, answers, test, "cpu")
     assert sample["id"] == test[2].id == recorded["ids"][2] and sample["change"] == "became right"
     assert sample["shared-s0"]["text"] == recorded["text"][2]
     assert [len(top) for top in sample["shared-s0"]["thoughts"]] == [5] * toy.num_thoughts
-    again = reproduce.reproduce(toy, out=str(out), budget_minutes=0.01, device="cpu")  # finished: nothing is done twice
+    again = run_experiment(toy, out=str(out), budget_minutes=0.01, device="cpu")  # finished: nothing is done twice
     assert json.loads(again.read_text())["arms"] == result["arms"]
 
 
 def test_a_spent_budget_still_ends_in_a_report(toy, tmp_path):
-    path = reproduce.reproduce(toy, out=str(tmp_path / "run"), budget_minutes=1e-4, device="cpu")
+    path = run_experiment(toy, out=str(tmp_path / "run"), budget_minutes=1e-4, device="cpu")
     metrics = json.loads(path.read_text())["metrics"]
     assert "no time was left" in metrics["gain"]["skipped"]
     assert metrics["verdict"] == f"not run on a GPU; {metrics['gain']['skipped']}"
 
 
-def test_the_time_of_a_killed_process_is_spent(config, tmp_path):
-    model = SimpleNamespace(device=torch.device("cpu"), provenance={})
+def test_the_time_of_a_killed_process_is_spent(tmp_path):
 
     def opened():
-        return budget.Budget(tmp_path, config(), 10, model, time.monotonic())
+        return budget.Budget(tmp_path, {}, 10, "cpu", time.monotonic())
 
     assert opened().spent() < 60
     (tmp_path / "run").mkdir()
@@ -125,8 +129,8 @@ def test_the_time_of_a_killed_process_is_spent(config, tmp_path):
 def test_a_model_that_cannot_hold_the_problems_is_refused_before_any_step(toy, tmp_path):
     config = replace(toy, backbone=replace(toy.backbone, n_positions=8))
     with pytest.raises(ValueError, match="expected at most 8"):
-        reproduce.reproduce(config, out=str(tmp_path / "run"), budget_minutes=0.01, device="cpu")
-    assert not any((tmp_path / "run").iterdir())
+        run_experiment(config, out=str(tmp_path / "run"), budget_minutes=0.01, device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_gpu_without_enough_memory_is_one_line(monkeypatch):
@@ -135,10 +139,10 @@ def test_a_gpu_without_enough_memory_is_one_line(monkeypatch):
     for free, enough in ((4 * 2**30, True), (3 * 2**30, False)):  # 16 bytes a weight and 2 GiB: 3.5 GiB
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**34))
         if enough:
-            reproduce._expect_memory(model)
+            experiment._expect_memory(model)
         else:
             with pytest.raises(OSError, match=r"^GPU: got 3.0 GiB free, expected 3.5 .*; free some") as error:
-                reproduce._expect_memory(model)
+                experiment._expect_memory(model)
             assert "\n" not in str(error.value)
 
 
@@ -192,32 +196,31 @@ def test_what_a_verdict_does_not_cover_is_said():
     outcomes = {"coconut-s0": (rng.random(400) < 0.3).astype(float)}
     for seed in range(3):
         outcomes[f"shared-s{seed}"] = np.maximum(outcomes["coconut-s0"], rng.random(400) < 0.1 + 0.01 * seed)
-    names = list(outcomes)
     for seeds, covers in (
         (1, ", over problems alone, with 1 seed"),
         (2, ", over problems and no more than 2 seeds"),
         (3, ""),
     ):
-        gain = gsm8k_report._pooled(outcomes, names[: 1 + seeds], "shared", "coconut")
-        assert gsm8k_report.verdict_of(gain, "cuda") == f"reproduced{covers}"
-        assert gsm8k_report.verdict_of(gain, "cuda", "word_problems").startswith("no GSM8K (the rule's word")
-        assert gsm8k_report.verdict_of(gain, "cpu").startswith("not run on a GPU (the rule's word")
+        gain = arms_report.contrast(outcomes, "shared", "coconut", range(seeds))
+        assert arms_report.verdict_of(gain, "cuda") == f"reproduced{covers}"
+        assert arms_report.verdict_of(gain, "cuda", "word_problems").startswith("no GSM8K (the rule's word")
+        assert arms_report.verdict_of(gain, "cpu").startswith("not run on a GPU (the rule's word")
         wide = gain.get("t_low", 0), gain.get("t_high", 0)
         assert seeds != 3 or (gain["wide_low"] <= wide[0] and gain["wide_high"] >= wide[1])
         assert seeds != 2 or (gain["wide_low"] > wide[0] and gain["wide_high"] < wide[1])
         by_seed = gain.get("seed_differences", [gain["difference"]])
-        assert [row["difference"] for row in gain["per_seed"]] == pytest.approx(by_seed)
-        assert all(0 < row["detectable_points"] < 10 for row in gain["per_seed"])
+        assert [row["difference"] for row in gain["by_seed"].values()] == pytest.approx(by_seed)
+        assert all(0 < row["detectable_points"] < 10 for row in gain["by_seed"].values())
     few = {name: values[:20] for name, values in outcomes.items()}
     few["shared-s0"] = few["coconut-s0"].copy()
     few["shared-s0"][0] = 1 - few["shared-s0"][0]  # one discordant problem of twenty: nothing can be detected
-    assert "detectable_points" not in gsm8k_report._pooled(few, names[:2], "shared", "coconut")["per_seed"][0]
+    assert "detectable_points" not in arms_report.contrast(few, "shared", "coconut", [0])["by_seed"]["0"]
 
 
 def test_another_plan_in_the_folder_is_refused(toy, tmp_path):
-    reproduce.reproduce(toy, out=str(tmp_path / "run"), budget_minutes=1e-4, device="cpu")
+    run_experiment(toy, out=str(tmp_path / "run"), budget_minutes=1e-4, device="cpu")
     with pytest.raises(ValueError, match="budget_minutes=1, expected 0.0001"):
-        reproduce.reproduce(toy, out=str(tmp_path / "run"), budget_minutes=1, device="cpu")
+        run_experiment(toy, out=str(tmp_path / "run"), budget_minutes=1, device="cpu")
 
 
 def test_wrong_use_is_one_line_before_any_compute(tmp_path, capsys, monkeypatch):
@@ -226,49 +229,16 @@ def test_wrong_use_is_one_line_before_any_compute(tmp_path, capsys, monkeypatch)
     for words, said in (
         (["--preset", "smol"], "LATENTLAB_DATA"),
         (["--preset", "tiny", "--budget-minutes", "-1"], "expected at least 0"),
-        (["--preset", "tiny", "--set", "grpo.nothing=3"], "expected a field of the preset"),
-        (["--preset", "tiny", "--set", "grpo.steps=many"], "expected int"),
-        (["--preset", "tiny", "--set", "sweep.arms=[shared]"], "sweep.arms: got no temperature"),
+        (["--preset", "tiny", "--grpo.nothing", "3"], "--grpo.nothing"),
+        (["--preset", "tiny", "--grpo.steps", "many"], "--grpo.steps"),
+        (["--preset", "tiny", "--sweep.arms", "shared"], "sweep.arms: got no temperature"),
         (["--preset", "tiny", "--weights", str(tmp_path / "none")], "which is no folder"),
+        (["--preset", "tiny", "--weights", "a", "--init-from", "b"], "got both, expected an untrained or a trained"),
     ):
-        assert reproduce.main([*words, "--out", str(tmp_path / "run")]) == 2
+        assert cli.main(["sweep", "reproduce", *words, "--out", str(tmp_path / "run")]) == 2
         captured = capsys.readouterr().err
         assert said in captured and captured.count("\n") == 1, captured
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
-
-
-def test_weights_in_parts_come_back_verified(gpt2, tmp_path):
-    save_model(gpt2, tmp_path / "model")
-    parts.split(tmp_path / "model", tmp_path / "parts", limit=10_000)
-    assert max(path.stat().st_size for path in (tmp_path / "parts").iterdir()) <= 10_000
-    joined = parts.join(tmp_path / "parts", tmp_path / "joined")
-    assert {p.name: p.read_bytes() for p in joined.iterdir()} == {
-        p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()
-    }
-    assert parts.join(tmp_path / "parts", tmp_path / "joined") == joined  # there already
-    assert load_model(joined).num_thoughts == 2
-    part = tmp_path / "parts" / "model.safetensors.part001"
-    content = part.read_bytes()
-    part.write_bytes(content[:-1] + b"x")
-    with pytest.raises(ValueError, match="sha256 .* of model.safetensors"):
-        parts.join(tmp_path / "parts", tmp_path / "other")
-    part.unlink()
-    with pytest.raises(FileNotFoundError, match="part001, expected all"):
-        parts.join(tmp_path / "parts", tmp_path / "other")
-    assert not (tmp_path / "other").exists()
-    listed = json.loads((tmp_path / "parts" / "parts.json").read_text())
-    (tmp_path / "parts" / "parts.json").write_text(json.dumps({"../escape": listed["model.safetensors"]}))
-    with pytest.raises(ValueError, match="could not read"):
-        parts.join(tmp_path / "parts", tmp_path / "other")
-
-
-def test_both_command_lines_start_the_same_study(monkeypatch, capsys):
-    seen = []
-    monkeypatch.setattr(reproduce, "reproduce", lambda config, **options: seen.append((config, options)) or "there")
-    assert reproduce.main(["--preset", "smol", "--budget-minutes", "3", "--set", "grpo.steps=7"]) == 0
-    assert cli.main("sweep reproduce --preset smol --budget-minutes 3 --grpo.steps 7".split()) == 0
-    assert seen[0] == seen[1] and seen[0][0].grpo.steps == 7 and seen[0][1]["out"] == "runs/smol/reproduce"
-    assert capsys.readouterr().out == "wrote there\n" * 2
 
 
 @pytest.fixture
@@ -304,7 +274,7 @@ def test_preset_paper_runs_offline_on_rows_in_gsm8k_augs_format(paper_folder, mo
     )
     command = f"sweep reproduce --preset paper --budget-minutes 0 --device cpu --weights {paper_folder} {fields}"
     assert cli.main(command.split()) == 0
-    result = json.loads((tmp_path / "reports" / "paper-cpu" / "reproduce.json").read_text())
+    result = json.loads((tmp_path / "reports" / "paper-cpu" / "arms.json").read_text())
     assert [arm["name"] for arm in result["arms"]] == ["coconut", "temperature", "shared"]
     assert result["metrics"]["plan"]["curriculum_steps"] == [1, 1, 1, 1] and result["arms"][1]["rollouts"] == 8
     assert result["parameters"]["precision"] == "bfloat16" and result["parameters"]["grpo"]["beta"] == 0.02
@@ -313,7 +283,7 @@ def test_preset_paper_runs_offline_on_rows_in_gsm8k_augs_format(paper_folder, mo
         f"sweep reproduce --preset paper --budget-minutes 0 --device cpu --out again --init-from {trained} {fields}"
     )
     assert cli.main(command.split()) == 0  # a published checkpoint goes the same way: straight into the arms
-    again = json.loads((tmp_path / "reports" / "paper-cpu" / "reproduce.json").read_text())
+    again = json.loads((tmp_path / "reports" / "paper-cpu" / "arms.json").read_text())
     assert "trained elsewhere" in again["metrics"]["cot"]["skipped"]
     assert again["arms"][0]["correct"] == result["arms"][0]["correct"]
     assert [arm["correct"] for arm in again["arms"]] == [arm["correct"] for arm in result["arms"]]

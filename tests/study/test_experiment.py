@@ -1,14 +1,15 @@
-"""sweep.py: which processes are started, with which words, and what is kept. No process is started here."""
+"""experiment.py: which runs are started, in which order, with which settings. No process is started here."""
 
-import json
+from itertools import product
 
 import pytest
 
 from latentlab import config
 from latentlab.cli import parse
 from latentlab.config import ARMS, changed_words, from_dict, load_preset, to_dict
-from latentlab.study import sweep
-from latentlab.study.sweep import _family, run_sweep
+from latentlab.study import experiment
+from latentlab.study.experiment import FAMILY, Experiment, run_experiment
+from latentlab.study.launch import Launcher
 
 
 def small(**fields):
@@ -60,18 +61,18 @@ def test_fields_of_the_sweep_itself_are_not_passed_on():
 
 @pytest.fixture
 def plan(processes, tmp_path, monkeypatch):
-    """plan(config): run the sweep with the table left out; what write_compare was given."""
-    monkeypatch.setattr(sweep, "write_compare", lambda *arguments: arguments)
+    """plan(config): run the experiment without answers and report; (chosen settings, trials)."""
+    for stage in ("answer", "answer_by_sampling", "swap_thoughts"):
+        monkeypatch.setattr(Experiment, stage, lambda *_, **__: None)
+    monkeypatch.setattr(experiment, "write_report", lambda *_, tuning, **__: tuple(tuning.values()))
     folder = tmp_path / "sweep"
 
     def call(config):
-        for family, count in (("temperature", 4), ("shared", 4), ("supervised", 2)):
-            for i in range(count):
-                (folder / f"tune-{family}-{i}").mkdir(parents=True, exist_ok=True)
-        for seed in config.sweep.seeds:
-            for name in ("coconut", *config.sweep.controls, *config.sweep.arms):
-                (folder / f"{name}-s{seed}").mkdir(parents=True, exist_ok=True)
-        return run_sweep("compare", config, out=str(folder))
+        trials = [f"tune-{family}-{i}" for family, i in product(("temperature", "shared", "supervised"), range(4))]
+        names = ("coconut", *config.sweep.controls, *config.sweep.arms)
+        for run in (*trials, *(f"{name}-s{seed}" for name, seed in product(names, config.sweep.seeds))):
+            (folder / run).mkdir(parents=True, exist_ok=True)
+        return run_experiment(config, out=str(folder), launcher=Launcher())
 
     return call
 
@@ -79,25 +80,18 @@ def plan(processes, tmp_path, monkeypatch):
 GRID = {"seeds": [5, 6], "learning_rates": [1e-4, 1e-3], "rates": [0.1, 0.2], "temperatures": [0.7, 1.3]}
 
 
-def test_tuning_picks_the_best_validation_accuracy_and_the_arms_get_it(plan, processes, tmp_path):
+def test_tuning_picks_the_best_validation_accuracy_and_the_arms_get_it(plan, processes):
     processes.scores = {"tune-temperature-1": 0.9, "tune-shared-2": 0.8, "tune-supervised-1": 0.7}
-    chosen = plan(small(**GRID))[2]
+    chosen, trials = plan(small(**GRID))
     assert chosen == {
         "temperature": {"learning_rate": 1e-4, "temperature": 1.3},
         "shared": {"learning_rate": 1e-3, "mask.rate": 0.1},
         "supervised": {"learning_rate": 1e-3},
     }
-    tuning = json.loads((tmp_path / "sweep" / "tuning.json").read_text())
-    assert tuning["chosen"] == chosen and len(tuning["trials"]) == 10
-    best = {
-        arm: max((t for t in tuning["trials"] if t["arm"] == arm), key=lambda t: t["validation_accuracy"])
-        for arm in chosen
-    }
-    assert {arm: t["validation_accuracy"] for arm, t in best.items()} == {
-        "temperature": 0.9,
-        "shared": 0.8,
-        "supervised": 0.7,
-    }
+    assert len(trials) == 10
+    for arm, best in (("temperature", 0.9), ("shared", 0.8), ("supervised", 0.7)):
+        found = max((t for t in trials if t["arm"] == arm), key=lambda t: t["validation_accuracy"])
+        assert found == {"arm": arm, **chosen[arm], "validation_accuracy": best}
     grpo = {arm: parse(processes.words(f"{arm}-s6"))[1].grpo for arm in ARMS}
     assert {arm: g.arm for arm, g in grpo.items()} == {arm: arm for arm in ARMS}
     for arm in ("shared", "per_step", "shared_greedy"):
@@ -117,13 +111,13 @@ def test_the_order_is_baselines_then_trials_then_controls_and_arms(plan, process
 
 
 def test_every_word_parses_and_arms_start_from_the_baseline_of_their_seed(plan, processes, tmp_path):
-    config = small(seeds=[5, 6])
+    config = small(**GRID)
     plan(config)
     for name, words in processes.commands:
         if name.endswith("-s5"):  # their words are those of -s6 but for the seed
             continue
         verb, got = parse(words)
-        assert verb.out == str(tmp_path / "sweep" / name) and verb.threads == 1 and verb.resume is False
+        assert verb.out == str(tmp_path / "sweep" / name) and verb.resume is False
         seed = 5 if name.startswith("tune") else int(name[-1])
         assert got.seed == seed and got.data == config.data and got.preset == "smoke"
         if words[0] == "grpo":
@@ -132,6 +126,12 @@ def test_every_word_parses_and_arms_start_from_the_baseline_of_their_seed(plan, 
             assert got.grpo.steps == steps
         else:
             assert got.curriculum.control == name.split("-")[0]
+
+
+def test_a_grid_of_one_candidate_needs_no_trial(plan, processes):
+    chosen, trials = plan(small(rates=[0.1, 0.3]))
+    assert [name for name in processes.names if name.startswith("tune")] == ["tune-shared-0", "tune-shared-1"]
+    assert chosen["temperature"] == {"learning_rate": 3e-5, "temperature": 1.0} and len(trials) == 2
 
 
 @pytest.mark.parametrize(("steps", "short"), [(400, 10), (4, 4)])
@@ -144,7 +144,7 @@ def test_none_is_short(plan, processes, steps, short):
 
 
 def test_families_of_arms():
-    assert {arm: _family(arm) for arm in ARMS} == {
+    assert {arm: FAMILY.get(arm, "temperature") for arm in ARMS} == {
         "none": "temperature", "temperature": "temperature", "shared": "shared", "per_step": "shared",
         "shared_greedy": "shared", "supervised": "supervised",
     }  # fmt: skip
@@ -161,7 +161,7 @@ def test_a_folder_of_other_settings_is_refused_before_any_run(plan, processes):
         (small(tune_steps=3), "sweep.tune_steps"),
         (small(seeds=[1]), "sweep.seeds"),
     ):
-        with pytest.raises(ValueError, match=f"^sweep: got {key}.* expected .*use another --out") as error:
+        with pytest.raises(ValueError, match=f"^resume: got {key}.* expected .*use another --out") as error:
             plan(other)
         assert "\n" not in str(error.value)
     assert len(processes.commands) == count

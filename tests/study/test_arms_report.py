@@ -1,9 +1,10 @@
-"""compare.py: the table of a finished sweep, made here of eight runs of one or two steps."""
+"""arms_report.py, answers.py: the report of a finished experiment, made here of runs of one or two steps."""
 
 import dataclasses
+import itertools
 import json
 import re
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,13 +17,14 @@ from latentlab.data.word_problems import word_problems
 from latentlab.evaluation.accuracy import evaluate
 from latentlab.evaluation.thoughts import swap_thoughts
 from latentlab.model import LatentReasoner
-from latentlab.pretrained.loading import load_model, model_from_config
+from latentlab.pretrained.loading import load_model
 from latentlab.rollouts import rollout
-from latentlab.study import compare, launch, results, sweep
-from latentlab.study.compare import write_compare
+from latentlab.study import arms_report, experiment, results
+from latentlab.study.answers import graded_answers, greedy_score
+from latentlab.study.experiment import run_experiment
+from latentlab.study.launch import IN_PROCESS
 from latentlab.study.results import read_outcomes, write_outcomes
 from latentlab.training.arms import fit_grpo
-from latentlab.training.curriculum import fit_curriculum
 from latentlab.training.run import read_metrics
 from tests.conftest import sharpen, tiny_gpt2
 
@@ -70,63 +72,58 @@ def test_where_no_thought_is_fed_back_swapping_changes_nothing(thinker, question
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """(config, folder) of a finished sweep: two seeds, all arms; the processes are replaced by calls in this one."""
+def written(tmp_path_factory):
+    """(config, folder, result, outcomes) of an experiment in this process: two seeds, all arms.
+
+    Every third answer earns the reward; a sixth of the outcomes are turned, or all would be 0.
+    """
     settings = {
-        "data.train-size": 24, "data.validation-size": 6, "data.test-size": 40, "data.steps": 2,
-        "backbone.n-embd": 16, "backbone.n-head": 2, "curriculum.steps": "1 1 1", "curriculum.batch-size": 4,
-        "grpo.steps": 2, "grpo.num-problems": 2, "grpo.num-generations": 4, "grpo.learning-rate": 0.05,
-        "grpo.eval-every": 1, "evaluate.num-generations": 4, "sweep.seeds": "0 1", "sweep.tune-steps": 1,
-        "sweep.workers": 1,
-    }  # fmt: skip
+        "data.train-size": 24,
+        "data.validation-size": 6,
+        "data.test-size": 40,
+        "data.steps": 2,
+        "backbone.n-embd": 16,
+        "backbone.n-head": 2,
+        "curriculum.steps": "1 1 1",
+        "curriculum.batch-size": 4,
+        "grpo.steps": 2,
+        "grpo.num-problems": 2,
+        "grpo.num-generations": 4,
+        "grpo.learning-rate": 0.05,
+        "grpo.eval-every": 1,
+        "evaluate.num-generations": 4,
+        "sweep.seeds": "0 1",
+        "sweep.tune-steps": 1,
+        "sweep.rates": "0.1 0.2",
+    }
     words = [word for key, value in settings.items() for word in (f"--{key}", *str(value).split())]
-    _, config = parse(["sweep", "compare", "--preset", "smoke", *words])
-    folder = tmp_path_factory.mktemp("compare")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "commit", lambda: "toy")
-        patch.setattr(launch, "subprocess", SimpleNamespace(Popen=_in_process, PIPE=None))
-        patch.setattr(sweep, "write_compare", lambda *arguments: arguments)
-        found, runs, chosen, _ = sweep.run_sweep("compare", config, out=str(folder))
-    assert found == config and runs == folder
-    return config, folder, chosen
+    _, config = parse(["grpo", "--preset", "smoke", *words])
+    folder, reports = tmp_path_factory.mktemp("sweep"), tmp_path_factory.mktemp("reports")
+    original, seeds = experiment.graded_answers, itertools.count()
 
+    def turned(model, problems, **options):
+        found = original(model, problems, **options)
+        if "num_generations" not in options:
+            noise = np.random.default_rng(next(seeds)).random(len(problems)) < 1 / 6
+            found["correct"] = np.abs(np.array(found["correct"]) - noise[:, None]).tolist()
+        return found
 
-def _in_process(command, **_):
-    """What `python -m latentlab.cli WORDS` does, without a process; every third answer earns the reward."""
-    verb, config = parse(command[command.index("latentlab.cli") + 1 :])
-    train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))
-    if command[3] == "curriculum":
-        summary = fit_curriculum(model_from_config(config), train, validation, config, out=verb.out)
-    else:
-        model = load_model(verb.init_from)
-        reward = lambda text, problem: float(sum(map(ord, text)) % 3 == 0)  # noqa: E731
-        summary = fit_grpo(model, train, validation, config, out=verb.out, reward=reward)
-    said = "a line before\n" + json.dumps(summary) + "\n"
-    return SimpleNamespace(returncode=0, communicate=lambda: (said, None))
-
-
-@pytest.fixture(scope="module")
-def written(toy, tmp_path_factory):
-    """(result, outcomes, reports folder) of that sweep; a sixth of the outcomes are turned, or all would be 0."""
-    reports = tmp_path_factory.mktemp("reports")
-    original = compare._outcomes
-
-    def turned(run, test, config):
-        noise = np.random.default_rng(sum(run.name.encode())).random(len(test)) < 1 / 6
-        return np.abs(original(run, test, config) - noise)
+    def reward(text, problem):
+        return float(sum(map(ord, text)) % 3 == 0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LATENTLAB_REPORTS", str(reports))
-        patch.setattr(compare, "_outcomes", turned)
-        config, folder, chosen = toy
-        path = write_compare(config, folder, chosen, started=0.0)
-    assert path == reports / "smoke" / "compare.json"
-    result = results.read_result("compare", "smoke", reports)
-    return result, read_outcomes(reports / "smoke" / "compare_outcomes.npz"), reports
+        patch.setattr(experiment, "commit", lambda: "toy")
+        patch.setattr(experiment, "fit_grpo", partial(fit_grpo, reward=reward))
+        patch.setattr(experiment.Experiment.answer, "__defaults__", (None, turned))
+        path = run_experiment(config, out=str(folder), launcher=IN_PROCESS)
+    assert path == reports / "smoke" / "arms.json"
+    result = results.read_result("arms", "smoke", reports)
+    return config, folder, result, read_outcomes(reports / "smoke" / "arms_outcomes.npz")
 
 
-def test_every_run_is_a_row_with_its_numbers(toy, written):
-    (config, folder, _), (result, outcomes, _) = toy, written
+def test_every_run_is_a_row_with_its_numbers(written):
+    config, folder, result, outcomes = written
     assert [(row["name"], row["seed"]) for row in result["arms"]] == [(name, seed) for seed in (0, 1) for name in RUNS]
     assert result["parameters"] == to_dict(config) and result["preset"] == "smoke"
     for row in result["arms"]:
@@ -134,7 +131,7 @@ def test_every_run_is_a_row_with_its_numbers(toy, written):
         done = json.loads((folder / run / "done.json").read_text())
         assert row["n"] == 40 and row["correct"] == outcomes[run].sum() and row["seconds"] == done["seconds"]
         assert row["interval"][0] <= row["correct"] / 40 <= row["interval"][1]
-        assert row["validation_accuracy"] == done["validation_accuracy"]
+        assert row["validation_accuracy"] == done["validation_accuracy"] and row["commit"] == "toy"
         assert row["rollouts"] == (0 if row["name"] in RUNS[:3] else 2 * 2 * 4)  # equal rollouts
         gaps = [line["replay_gap"] for line in read_metrics(folder / run) if "replay_gap" in line]
         assert row.get("replay_gap") == (max(gaps) if gaps else None)
@@ -143,7 +140,7 @@ def test_every_run_is_a_row_with_its_numbers(toy, written):
 
 
 def test_differences_are_paired_with_the_baseline_of_the_same_seed(written):
-    result, outcomes, _ = written
+    _, _, result, outcomes = written
     for row in result["arms"]:
         mine, base = (outcomes[f"{name}-s{row['seed']}"].astype(int) for name in (row["name"], "coconut"))
         if row["name"] == "coconut":
@@ -157,7 +154,7 @@ def test_differences_are_paired_with_the_baseline_of_the_same_seed(written):
 
 
 def test_the_main_contrast_is_shared_minus_temperature(written):
-    result, outcomes, _ = written
+    _, _, result, outcomes = written
     contrast = result["metrics"]["main_contrast"]
     gaps = [100 * (outcomes[f"shared-s{s}"].astype(int) - outcomes[f"temperature-s{s}"]).mean() for s in (0, 1)]
     assert contrast["seed_differences"] == pytest.approx(gaps) and contrast["difference"] == pytest.approx(
@@ -169,54 +166,87 @@ def test_the_main_contrast_is_shared_minus_temperature(written):
     assert result["headline"] == f"shared - temperature: {text}"
 
 
-def test_the_metrics_hold_what_the_notebooks_read(toy, written):
-    (_, folder, chosen), (result, _, _) = toy, written
-    metrics = result["metrics"]
-    assert metrics["chosen_on_validation"] == chosen and set(chosen) == {"temperature", "shared", "supervised"}
-    assert metrics["tuning"] == json.loads((folder / "tuning.json").read_text())["trials"]
+def test_the_metrics_hold_what_the_notebooks_read(written):
+    config, _, result, outcomes = written
+    metrics, every = result["metrics"], [f"{name}-s{seed}" for seed in (0, 1) for name in RUNS]
+    assert set(metrics["chosen_on_validation"]) == {"temperature", "shared", "supervised"}
+    assert metrics["chosen_on_validation"]["shared"]["mask.rate"] in (0.1, 0.2)
+    assert [trial["arm"] for trial in metrics["tuning"]] == ["shared", "shared"]
     assert set(metrics["curriculum"]) == {f"{name}-s{seed}" for seed in (0, 1) for name in RUNS[:3]}
     assert set(metrics["curriculum"]["pause-s1"]["stages"]) == {"0", "1", "2"}
-    assert set(metrics["curves"]) == {f"{arm}-s{seed}" for seed in (0, 1) for arm in ARMS}
-    assert metrics["curves"]["shared-s0"]["validation_step"] == [-1, 0, 1]
-    assert len(metrics["curves"]["shared-s0"]["reward"]) == 1  # iteration 0, then every tenth
+    assert list(metrics["curves"]) == every
+    assert metrics["curves"]["shared-s0"]["validation_accuracy"]["step"] == [-1, 0, 1]
+    assert metrics["curves"]["shared-s0"]["reward"]["step"] == [0, 1]
     assert {name: entry["n"] for name, entry in metrics["swapped_thoughts"].items()} == {
         "coconut-s0": 40,
         "coconut-s1": 40,
     }
     assert {name.split("-")[0] for name in metrics["deployments"]} == {"coconut", "temperature", "shared"}
+    assert len(metrics["deployments"]) == 6
+    shown = metrics["deployments"]["shared-s1"]
+    assert shown["n"] == 40 and shown["greedy"]["correct"] == outcomes["shared-s1"].sum()
+    assert shown["sampled"]["mask_rate"] == metrics["chosen_on_validation"]["shared"]["mask.rate"]
+    assert set(shown["sampled"]["pass@k"]) == {"1", "2", "3", "4"}
+    assert metrics["gain"]["arms"] == "shared - coconut" and "rule's word" in metrics["verdict"]
+    assert "cot" not in metrics and "transfer" not in metrics and metrics["cost"]["budget_minutes"] is None
 
 
-def test_arm_none_left_every_weight_alone_and_an_altered_weight_shows(toy, written, tmp_path):
-    (_, folder, _), (result, _, _) = toy, written
+def test_sampled_answers_are_summed_up_as_evaluate_does(written):
+    config, folder, result, _ = written
+    model = load_model(folder / "temperature-s0" / "best")
+    test = datasets.load(config.data, "test")
+    found = evaluate(model, test, batch_size=7, num_generations=4, temperature=1.0, run_seed=config.seed)
+    sampled = result["metrics"]["deployments"]["temperature-s0"]["sampled"]
+    assert sampled["mean"] == pytest.approx(found.accuracy) and sampled["mask_rate"] == 0.0
+    assert sampled["majority"] == pytest.approx(found.majority().mean())
+    assert list(sampled["pass@k"].values()) == pytest.approx([found.pass_at(k) for k in (1, 2, 3, 4)])
+
+
+def test_arm_none_left_every_weight_alone_and_an_altered_weight_shows(written, tmp_path):
+    _, folder, result, _ = written
     assert result["metrics"]["weights_unchanged"] == {"none-s0": True, "none-s1": True}
     for arm in ("coconut", "none"):
         (tmp_path / f"{arm}-s0").symlink_to(folder / f"{arm}-s0")
-    assert compare._same_weights(tmp_path, 0) is True
+    assert arms_report._same_weights(tmp_path, "coconut-s0", "none-s0") is True
     state = torch.load(folder / "none-s0" / "state.pt", weights_only=True)
     state["model"]["transformer.h.0.mlp.c_fc.weight"][0, 0] += 1e-6
     (tmp_path / "none-s0").unlink()
     (tmp_path / "none-s0").mkdir()
     torch.save(state, tmp_path / "none-s0" / "state.pt")
-    assert compare._same_weights(tmp_path, 0) is False
+    assert arms_report._same_weights(tmp_path, "coconut-s0", "none-s0") is False
     (tmp_path / "none-s0" / "state.pt").unlink()
     (tmp_path / "none-s0" / "state.pt").symlink_to(folder / "shared-s0" / "state.pt")
-    assert compare._same_weights(tmp_path, 0) is False  # an arm that learnt
+    assert arms_report._same_weights(tmp_path, "coconut-s0", "none-s0") is False  # an arm that learnt
 
 
-def test_outcomes_are_those_of_the_clean_greedy_model(toy, questions):
-    config, folder, _ = toy
+def test_answers_are_those_of_the_clean_greedy_model(written, questions):
+    _, folder, _, _ = written
     model = load_model(folder / "shared-s0" / "best")
-    model.eval()
-    answers = evaluate(model, questions, batch_size=5).text
-    number = [re.fullmatch(r"### (\d+)", text) for text in answers]
+    text = evaluate(model, questions, batch_size=5).text
+    number = [re.fullmatch(r"### (\d+)", answer) for answer in text]
     solved = [dataclasses.replace(p, answer=m[1] if m else "-1") for p, m in zip(questions, number, strict=True)]
-    expected = [float(bool(m)) for m in number]
-    assert compare._outcomes(folder / "shared-s0", solved, config).tolist() == expected
+    found = graded_answers(model, solved, batch_size=4)
+    assert found["correct"] == [[int(bool(m))] for m in number]
+    assert found["text"] == text and found["ids"] == [p.id for p in questions]
+    score = greedy_score(found)
+    assert (score["n"], score["correct"]) == (12, sum(map(bool, number))) == (12, score["correct_string_rule"])
+
+
+def test_the_result_is_found_with_its_outcomes_and_samples(written, monkeypatch, tmp_path):
+    _, folder, result, outcomes = written
+    monkeypatch.setenv("LATENTLAB_REPORTS", str(tmp_path))
+    assert arms_report.read_arms("nowhere") is None
+    results.write_result(
+        **{key: result[key] for key in ("name", "metrics", "parameters", "arms", "started", "seconds")}, preset="smoke"
+    )
+    write_outcomes(tmp_path / "smoke" / "arms_outcomes.npz", outcomes)
+    found = arms_report.read_arms("nowhere", "smoke")
+    assert found["samples"] == [] and found["outcomes"].keys() == outcomes.keys()
 
 
 def test_outcomes_survive_packing_at_any_length(written, tmp_path):
     """n is no multiple of 8: the padding bits must not come back as problems."""
-    _, outcomes, _ = written
+    _, _, _, outcomes = written
     assert set(outcomes) == {f"{name}-s{seed}" for seed in (0, 1) for name in RUNS}
     assert all(values.shape == (40,) and set(np.unique(values)) <= {0, 1} for values in outcomes.values())
     values = np.array([1, 0, 1, 1, 0, 0, 1, 0, 1, 1, 1])
@@ -225,7 +255,7 @@ def test_outcomes_survive_packing_at_any_length(written, tmp_path):
 
 
 def test_one_seed_needs_no_pooling(written):
-    _, outcomes, _ = written
-    contrast = compare.contrast(outcomes, "shared", "temperature", (1,))
+    _, _, _, outcomes = written
+    contrast = arms_report.contrast(outcomes, "shared", "temperature", (1,))
     assert contrast["difference"] == contrast["by_seed"]["1"]["difference"]
-    assert compare.in_words(contrast).endswith("over 1 seed")
+    assert arms_report.in_words(contrast).endswith("over 1 seed")

@@ -1,0 +1,292 @@
+"""The report of an experiment, made from its small files: done.json, metrics.jsonl and answers/.
+
+    <reports>/<preset>/arms.json            arms, paired differences, main contrast, verdict, curves, cost
+    <reports>/<preset>/arms_outcomes.npz    right or wrong for every test problem and model
+    <reports>/<preset>/arms_samples.json    problems whose answer changed and some whose did not, thoughts decoded
+
+<preset> is smol-cpu instead of smol where a budgeted run was made on a CPU. Here models are loaded only to decode
+thoughts, and nothing is chosen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from latentlab.config import Config, to_dict
+from latentlab.evaluation import statistics
+from latentlab.evaluation.thoughts import decoded_thoughts
+from latentlab.pretrained.loading import load_model
+from latentlab.problems import Problem
+from latentlab.runtime.environment import environment
+from latentlab.runtime.files import write_atomically
+from latentlab.study import results
+from latentlab.study.answers import deployments, greedy_score, stored
+from latentlab.study.budget import Budget
+from latentlab.study.launch import read_done
+from latentlab.study.tables import table
+from latentlab.training.run import read_metrics, seconds_spent
+
+PUBLISHED = {"baseline": 27.29, "after": 29.01, "points": 1.72}  # arXiv 2606.10184, GPT-2, GSM8K test
+SAMPLES = 10  # problems of each kind (became right, became wrong, stayed right) whose answers and thoughts are kept
+CURVES = ("reward", "frac_reward_zero_std", "replay_gap", "kl", "validation_accuracy")
+RECORDED = ("rollouts", "seconds", "validation_accuracy", "commit", "peak_memory_gib")  # of done.json
+NOT_ON_GPU = "not run on a GPU"
+
+
+def write_report(
+    config: Config, folder: Path, names: list[str], test: list[Problem], budget: Budget, *, tuning: dict, weights: dict
+) -> Path:
+    """Write the three files for the runs `names` of `folder`, all of which have answered the `test` problems.
+
+    tuning: the chosen settings and the trials; weights: the provenance of what the baselines were trained from.
+    """
+    budgeted, device, plan = budget.minutes is not None, budget.device, budget.data["plan"]
+    names = sorted(names, key=_seed)  # of each seed: baseline, controls, arms
+    cot = f"cot-s{_seed(names[0])}"
+    answers = stored(folder, [cot, *names], "test")
+    outcomes = {name: np.array(found["correct"])[:, 0] for name, found in answers.items()}
+    done = {path.parent.name: read_done(folder, path.parent.name) for path in folder.glob("*/done.json")}
+    lines = {name: read_metrics(folder / name) for name in names if (folder / name / "metrics.jsonl").exists()}
+    seeds = [_seed(name) for name in names if name.startswith("shared-s")]
+    gain, main = (contrast(outcomes, "shared", other, seeds) for other in ("coconut", "temperature"))
+    metrics = {
+        "data": config.data.name,
+        "published": PUBLISHED,
+        "gain": gain,
+        "main_contrast": main,
+        "verdict": verdict_of(gain, device, config.data.name),
+        "curriculum": {n: {k: done[n][k] for k in ("stages", "seconds")} for n in names if "stages" in done[n]},
+        **tuning,
+        "curves": {name: _curves(found) for name, found in lines.items()},
+        "deployments": {n: deployments(answers[n], found) for n, found in stored(folder, names, "sampled").items()},
+        "swapped_thoughts": stored(folder, names, "swapped"),
+        "weights_unchanged": {n: _same_weights(folder, _base(n, names), n) for n in names if n.startswith("none-s")},
+        "cost": _cost(folder, done, budget),
+        "plan": plan,
+        "commits": budget.data["commits"],  # of every process that took part; the result's own is that which wrote it
+        "weights": weights,
+    }
+    metrics = {key: section for key, section in metrics.items() if section != {}}
+    if budgeted:
+        elsewhere = {"skipped": "the baseline was trained elsewhere"}
+        metrics["cot"] = greedy_score(answers[cot]) if cot in answers else elsewhere
+        metrics["transfer"] = _transfer(folder, names, plan)
+    arms = []
+    for name in names:
+        row = {"name": name.rpartition("-s")[0], "seed": _seed(name), **greedy_score(answers[name]), "rollouts": 0}
+        row |= {key: done[name][key] for key in RECORDED if key in done[name]}
+        arms.append(row | _replay_gaps(lines.get(name, [])) | _difference(outcomes, name, _base(name, names)))
+    preset = f"{config.preset}-cpu" if budgeted and device != "cuda" else config.preset
+    target = results.reports_folder() / preset
+    results.write_outcomes(target / "arms_outcomes.npz", outcomes)
+    samples = json.dumps(_samples(config, folder, names, answers, test, device), indent=1, ensure_ascii=False)
+    write_atomically(target / "arms_samples.json", f"{samples}\n".encode())
+    return results.write_result(
+        "arms",
+        preset=preset,
+        parameters=to_dict(config),
+        metrics=metrics,
+        arms=arms,
+        started=budget.data["started"],
+        seconds=budget.spent(),
+        environment=environment(weights, device=device),
+        question="Which arm helps, at equal rollouts?",
+        headline=_headline(arms[0], metrics) if budgeted else in_words(main),
+    )
+
+
+# ---------------------------------------------------------------- reading a report
+def read_arms(*presets: str) -> dict | None:
+    """The first of these presets' results that exists, with `outcomes` {run: [n] of 0/1} and `samples`; or None."""
+    for preset in presets:
+        found = results.find_result("arms", preset)
+        if found:
+            samples = found["folder"] / "arms_samples.json"
+            found["samples"] = json.loads(samples.read_text()) if samples.exists() else []
+            return {**found, "outcomes": results.read_outcomes(found["folder"] / "arms_outcomes.npz")}
+    return None
+
+
+def contrast(outcomes: dict, arm: str, other: str, seeds: Sequence[int]) -> dict:
+    """The `arm_comparison` of two arms, by seed (`by_seed`); outcomes as `results.read_outcomes` gives them.
+
+    before, after: shares of right answers of `other` and `arm`. A seed without a run of `other` is compared with the
+    first seed's: a shared baseline.
+    """
+    if not seeds:
+        return {"skipped": f"arm {arm} was not trained: no time was left in the budget"}
+    ours = np.stack([outcomes[f"{arm}-s{seed}"] for seed in seeds])
+    theirs = np.stack([outcomes.get(f"{other}-s{seed}", outcomes[f"{other}-s{seeds[0]}"]) for seed in seeds])
+    pooled = statistics.arm_comparison(ours, theirs, seed=0)
+    by_seed = dict(zip(map(str, seeds), pooled.pop("per_seed"), strict=True))
+    for row in by_seed.values():
+        if PUBLISHED["points"] <= 100 * row["discordance"]:
+            row["power_at_published_gain"] = statistics.power_at(PUBLISHED["points"], row["n"], row["discordance"])
+            with suppress(ValueError):  # too few problems to detect any difference
+                row["detectable_points"] = statistics.detectable_difference(row["n"], row["discordance"])
+    shares = {"before": float(theirs.mean()), "after": float(ours.mean())}
+    return {"arms": f"{arm} - {other}", **pooled, **shares, "by_seed": by_seed}
+
+
+def in_words(found: dict) -> str:
+    """One line of a `contrast`."""
+    return (
+        f"{found['arms']}: {found['difference']:+.2f} points "
+        f"[{found['wide_low']:+.2f}, {found['wide_high']:+.2f}] over {found['seeds']} seed{'s' * (found['seeds'] > 1)}"
+    )
+
+
+def overview(found: dict) -> str:
+    """What `read_arms` found for a budgeted run, as text: cost, training problems, a line per model, the verdict.
+
+    kept: the iteration whose checkpoint validation chose; `start` is the baseline, whose answers are then repeated.
+    """
+    metrics, curriculum = found["metrics"], found["parameters"]["curriculum"]
+    cost, steps = metrics["cost"], metrics["plan"].get("curriculum_steps", curriculum["steps"])
+    cot, *latent = (curriculum["batch_size"] * count for count in steps)
+    stages = next(iter(metrics["curriculum"].values()))["stages"]
+    lines = [
+        f"{found['preset']}, on a {cost['device']}: {cost['minutes']:.0f} minutes, {cost['peak_memory_gib']:.1f} GiB",
+        f"weights: {metrics['weights']['kind']}",
+        f"training problems: chain of thought {cot} · latent stages {latent}",
+        f"validation accuracy after each stage: { {stage: f'{accuracy:.1%}' for stage, accuracy in stages.items()} }",
+        "",
+    ]
+    head = ["model", "right", "pass@1", "95 % interval", "rollouts", "says most", "kept", "difference to coconut"]
+    rows = []
+    for row in [{"name": "chain of thought", "seed": 0, **metrics["cot"]}, *found["arms"]]:
+        if "n" not in row:  # trained elsewhere
+            continue
+        change, curves = row.get("difference"), metrics["curves"].get(f"{row['name']}-s{row['seed']}", {})
+        checks = curves.get("validation_accuracy")
+        kept = checks["step"][int(np.argmax(checks["value"]))] if change and checks else ""
+        accuracy, low, high = (f"{100 * share:.2f}" for share in (row["correct"] / row["n"], *row["interval"]))
+        most = f"{row['commonest_answer'] or 'nothing'}: {row['commonest_share']:.0%}"
+        gain = f"{change['points']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]" if change else ""
+        cells = (row["correct"], f"{accuracy} %", f"[{low}, {high}]", row.get("rollouts", 0), most)
+        rows.append([f"{row['name']} {row['seed']}", *map(str, cells), "start" if kept == -1 else str(kept), gain])
+    return "\n".join([*lines, table(head, rows), "", f"verdict on the published gain: {metrics['verdict']}"])
+
+
+def verdict_of(gain: dict, device: str, data: str = "gsm8k") -> str:
+    """The verdict of a `contrast`, and what it does not cover: other seeds, where there are fewer than FEW_SEEDS.
+
+    Synthetic problems and runs on a CPU, whose budget is no real one, get the rule's word in brackets.
+    """
+    if "skipped" in gain:
+        return gain["skipped"] if device == "cuda" else f"{NOT_ON_GPU}; {gain['skipped']}"
+    low, high = gain["wide_low"], gain["wide_high"]
+    word = statistics.verdict(gain["difference"], low, high, target=PUBLISHED["points"])
+    if low == high:  # no problem was answered differently: an interval of width 0 resolves nothing
+        word = "not resolved"
+    if gain["seeds"] < statistics.FEW_SEEDS:
+        word += {1: ", over problems alone, with 1 seed", 2: ", over problems and no more than 2 seeds"}[gain["seeds"]]
+    why = NOT_ON_GPU if device != "cuda" else "no GSM8K" if data == "word_problems" else ""
+    return f"{why} (the rule's word for these numbers: {word})" if why else word
+
+
+# ---------------------------------------------------------------- sections
+def _seed(name: str) -> int:
+    return int(name.rpartition("-s")[2])
+
+
+def _base(name: str, names: list[str]) -> str:
+    """The baseline that a run is compared with: that of its seed, or the only one."""
+    own = f"coconut-s{_seed(name)}"
+    return own if own in names else names[0]
+
+
+def _difference(outcomes: dict, name: str, base: str) -> dict:
+    if name == base:
+        return {}
+    pair = statistics.paired_comparison(outcomes[name], outcomes[base], seed=0)
+    kept = ("low", "high", "only_a", "only_b", "discordance", "p_value")
+    return {"difference": {"points": pair["difference"], **{key: pair[key] for key in kept}}}
+
+
+def _replay_gaps(lines: list[dict]) -> dict:
+    gaps = [line["replay_gap"] for line in lines if "replay_gap" in line]
+    share = {"replay_gap_over_1e-5": float(np.mean([gap > 1e-5 for gap in gaps]))} if gaps else {}
+    return {"replay_gap": max(gaps), **share} if gaps else {}
+
+
+def _curves(lines: list[dict]) -> dict[str, dict]:
+    """Each metric against its step, at most 200 points."""
+    curves = {}
+    for name in CURVES:
+        kept = [line for line in lines if name in line]
+        kept = kept[:: max(1, len(kept) // 200)]
+        if kept:
+            curves[name] = {"step": [line["step"] for line in kept], "value": [line[name] for line in kept]}
+    return curves
+
+
+def _cost(folder: Path, done: dict, budget: Budget) -> dict:
+    """Time, memory and speed; rollouts per second of training count updates, validations and checkpoints."""
+    rollouts = {name: record["rollouts"] for name, record in done.items() if "rollouts" in record}
+    rates = {name: round(count / max(seconds_spent(folder / name), 1e-9), 2) for name, count in rollouts.items()}
+    return {
+        "budget_minutes": budget.minutes,
+        "minutes": round(budget.spent() / 60, 1),
+        "device": budget.device,
+        "peak_memory_gib": round(budget.data["peak_memory_gib"], 2),
+        "run_seconds": round(sum(record["seconds"] for record in done.values()), 1),
+        "all_in_rollouts_per_second": rates,
+    }
+
+
+def _same_weights(folder: Path, base: str, name: str) -> bool:
+    """Did arm `none` leave every weight bit-identical? Its last state is compared, not its best."""
+    before = load_file(folder / base / "best" / "model.safetensors")
+    after = torch.load(folder / name / "state.pt", weights_only=True, map_location="cpu")["model"]
+    return all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def _transfer(folder: Path, names: list[str], plan: dict) -> dict:
+    """Greedy scores on other benchmarks, {benchmark: {run: score}}."""
+    rows: dict[str, dict] = {}
+    for key, limit in plan.items():
+        if key.startswith("transfer_"):
+            benchmark = key.removeprefix("transfer_")
+            why = limit.removeprefix("skipped: ") if isinstance(limit, str) else "no time was left in the budget"
+            scores = {name: greedy_score(found) for name, found in stored(folder, names, benchmark).items()}
+            rows[benchmark] = scores or {"skipped": why}
+    return rows
+
+
+def _samples(config, folder: Path, names: list[str], answers: dict, test: list[Problem], device: str) -> list[dict]:
+    """Answers and decoded thoughts of the first baseline and its arm `shared`, where not both are wrong."""
+    pair = (names[0], f"shared-s{_seed(names[0])}")
+    if pair[1] not in names:
+        return []
+    before, after = (np.array(answers[name]["correct"])[:, 0] for name in pair)
+    kinds = {"became right": after > before, "became wrong": after < before, "stayed right": after * before > 0}
+    change = {row: kind for kind, found in kinds.items() for row in np.flatnonzero(found)[:SAMPLES].tolist()}
+    chosen = [test[i] for i in change]
+    samples: list[dict] = [{"id": p.id, "question": p.question, "answer": p.answer} for p in chosen]
+    for name in pair if chosen else ():
+        model = load_model(folder / name / "best").place(device, config.precision)
+        for sample, i, thoughts in zip(samples, change, decoded_thoughts(model, chosen), strict=True):
+            sample |= {"change": change[i], name: {"text": answers[name]["text"][i], "thoughts": thoughts}}
+    return samples
+
+
+def _headline(baseline: dict, metrics: dict) -> str:
+    gain, synthetic = metrics["gain"], metrics["data"] == "word_problems"
+    rows = {"chain of thought": metrics["cot"], "latent baseline": baseline}
+    shares = [f"{name} {100 * row['correct'] / row['n']:.2f} %" for name, row in rows.items() if "n" in row]
+    text = "rehearsal on synthetic word problems" if synthetic else "GSM8K test"
+    text += f", {baseline['n']} problems: {', '.join(shares)}"
+    if baseline["commonest_share"] > 0.2:
+        text += f" (says {baseline['commonest_answer'] or 'no number'} to {baseline['commonest_share']:.0%})"
+    if "skipped" not in gain:
+        interval = f"[{gain['wide_low']:+.2f}, {gain['wide_high']:+.2f}]"
+        text += f" → {100 * gain['after']:.2f} %, {gain['difference']:+.2f} {interval}"
+    return text if synthetic else f"{text}; {metrics['verdict']}"

@@ -1,0 +1,343 @@
+"""One experiment: arms x seeds from latent baselines, with or without a time budget, and one report.
+
+    runs/tiny/sweep/plan.json                        settings, time spent, and what a budget allowed each part
+    runs/tiny/sweep/coconut-s0, pause-s0, direct-s0  the curriculum: the baseline and its controls
+    runs/tiny/sweep/tune-shared-0, ...               trials, judged on the validation set
+    runs/tiny/sweep/shared-s0, ...                   the arms, each from the baseline of its seed
+    runs/tiny/sweep/answers/                         what finished models answered (answers.py)
+    reports/tiny/arms.json, ...                      the report (arms_report.py)
+
+Stages: baselines -> trials -> controls and arms -> answers -> report. Without a budget every seed has a baseline of
+its own, and mask rate, learning rate and temperature are chosen by trials on the validation set. With one
+(`budget_minutes`) all seeds share the first seed's baseline, the preset's own settings are used, every part is sized to
+the budget (budget.py), and time that is left buys sampled answers and other benchmarks. The test set decides nothing.
+The same command resumes an experiment that was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from operator import truediv
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentlab.config import Config, GRPOConfig, arm_settings, check_arms, flat, to_dict
+from latentlab.data import datasets
+from latentlab.data.jsonl import read_jsonl, write_jsonl
+from latentlab.evaluation.accuracy import evaluate
+from latentlab.evaluation.thoughts import swap_thoughts
+from latentlab.model import LatentReasoner
+from latentlab.pretrained.loading import load_model, model_from_config, save_model
+from latentlab.problems import Problem
+from latentlab.runtime.devices import select_device
+from latentlab.runtime.environment import commit, peak_memory_gib
+from latentlab.runtime.files import write_atomically
+from latentlab.study.answers import answers_path, graded_answers, stored
+from latentlab.study.arms_report import write_report
+from latentlab.study.budget import Budget, answer_seconds, plan_curriculum, plan_grpo
+from latentlab.study.launch import IN_PROCESS, Job, Launcher, read_done, run_jobs, run_processes, write_done
+from latentlab.training.arms import fit_grpo
+from latentlab.training.curriculum import fit_curriculum, set_stage
+from latentlab.training.preflight import expect_together
+from latentlab.training.run import seconds_spent
+
+TRANSFER = ("gsm8k_perturbable", "gsm8k_perturbed", "svamp", "multiarith", "gsm_hard")
+SAMPLED = ("coconut-s", "temperature-s", "shared-s")  # models that also answer by sampling
+SAMPLED_PROBLEMS = 1000  # test problems for sampled answers and swapped thoughts, where no budget decides
+CHECKPOINT_MINUTES = 3.0  # work that a kill may cost: the whole budget may be half an hour
+FAMILY = {arm: "shared" for arm in ("shared", "per_step", "shared_greedy")} | {"supervised": "supervised"}  # by trials
+ADDABLE = ("sweep.workers", "sweep.seeds", "sweep.arms", "sweep.controls")  # they change no run, or only add some
+
+
+def run_experiment(
+    config: Config,
+    *,
+    out: str,
+    launcher: Launcher = IN_PROCESS,
+    budget_minutes: float | None = None,
+    device: str = "auto",
+    backbone: str = "",
+    init_from: str = "",
+) -> Path:
+    """Run or resume the experiment in folder `out`; returns the path of its result file.
+
+    budget_minutes: None for no budget, else the limit, in this process; 0 takes the preset's own steps.
+    backbone: a folder or Hub id instead of the preset's. init_from: a trained Coconut checkpoint that replaces
+    the curriculum, for all seeds. device: of the runs in this process, and of all answers.
+    Raises ValueError or OSError, one line, before any compute: a missing data file, a foreign folder, too little
+    memory; RuntimeError that lists failed runs; Stopped after SIGTERM or SIGINT.
+    """
+    start, folder = time.monotonic(), Path(out)
+    if backbone and init_from:
+        raise ValueError("--backbone and --init-from: got both, expected an untrained or a trained model; drop one")
+    check_arms(config.sweep)
+    if backbone:
+        config = replace(config, backbone=replace(config.backbone, name_or_path=backbone))
+    data = _load_data(config, folder, with_train=launcher.executor == "in_process")
+    weights = _checked_weights(config, data, device if data["train"] else "cpu", init_from)
+    kind = select_device(device).type
+    budget = Budget(folder, _made_for(config, weights, budget_minutes, kind), budget_minutes, kind, start)
+    if data["train"] and not (folder / "train.jsonl").exists():
+        write_jsonl(data["train"], folder / "train.jsonl")
+
+    e = Experiment(config, folder, data, device, launcher, budget)
+    names = e.make_baselines(init_from)
+    tuning = {} if e.budgeted else e.tune()
+    chosen = tuning.get("chosen_on_validation", {})
+    names += e.run_arms(chosen)
+    for name in names:
+        e.answer(name, "test", data["test"])
+    e.answer_by_sampling(names, chosen)
+    e.answer_benchmarks(names) if e.budgeted else e.swap_thoughts(names)
+    budget.save()
+    return write_report(config, folder, names, data["test"], budget, tuning=tuning, weights=weights)
+
+
+# ---------------------------------------------------------------- before any compute
+def _load_data(config: Config, folder: Path, *, with_train: bool) -> dict[str, list[Problem]]:
+    """Problems by split. Training problems are kept in train.jsonl: making copies of them takes half a minute."""
+    data = {split: datasets.load(config.data, split) for split in ("validation", "test")}
+    kept = folder / "train.jsonl"
+    data["train"] = [] if not with_train else read_jsonl(kept) if kept.exists() else datasets.load(config.data, "train")
+    return data
+
+
+def _checked_weights(config: Config, data: dict, device: str, init_from: str) -> dict:
+    """The provenance of the first model, after checks: it fits the problems, and the GPU can train it."""
+    model = model_from_config(config, init_from=init_from).place(select_device(device), config.precision)
+    learned = [*data["train"], *data["validation"]]
+    expect_together(model, [*learned, *data["test"]], config)
+    if not init_from:
+        expect_together(model, learned, config, curriculum=True)
+    _expect_memory(model)
+    return model.provenance
+
+
+def _expect_memory(model: LatentReasoner) -> None:
+    """OSError if the GPU cannot hold weights, gradients, two moments and some activations."""
+    if model.device.type != "cuda":
+        return
+    need = 16 * sum(p.numel() for p in model.parameters()) + 2 * 2**30
+    free, _ = torch.cuda.mem_get_info(model.device)
+    if free + torch.cuda.memory_allocated(model.device) < need:
+        raise OSError(
+            f"GPU: got {free / 2**30:.1f} GiB free, expected {need / 2**30:.1f} for weights, gradients, optimizer "
+            "and a micro-batch; free some, or use a larger GPU"
+        )
+
+
+def _made_for(config: Config, weights: dict, minutes: float | None, device: str) -> dict:
+    """The settings that a folder keeps: other ones would take its finished runs for theirs."""
+    settings = {**flat(to_dict(config)), "budget_minutes": minutes, "weights": weights.get("sha256", "")}
+    if minutes is not None:  # planned for all seeds and arms, on one device
+        return {**settings, "device": device}
+    kept = {key: value for key, value in settings.items() if key not in ADDABLE}
+    return {**kept, "sweep.seeds, the first": config.sweep.seeds[0]}  # trials start from its baseline
+
+
+# ---------------------------------------------------------------- the stages
+@dataclass
+class Experiment:
+    """What the stages share; each stage does what is missing, so that a resumed experiment continues."""
+
+    config: Config
+    folder: Path
+    data: dict[str, list[Problem]]
+    device: str
+    launcher: Launcher
+    budget: Budget
+
+    @property
+    def budgeted(self) -> bool:
+        return self.budget.minutes is not None
+
+    def make_baselines(self, init_from: str) -> list[str]:
+        """Train the baselines, or store a model that was trained elsewhere in their place; returns their names."""
+        config, seeds = self.config, self.config.sweep.seeds
+        seeds = seeds[:1] if self.budgeted or init_from else seeds
+        jobs = [_curriculum_job("coconut", seed, config) for seed in seeds]
+        if init_from:
+            self._store_baseline(self.folder / jobs[0].name, init_from)
+        else:
+            self._run([self._fitted(job) for job in jobs] if self.budgeted else jobs)
+        for job in jobs:
+            self.answer(job.name, "test", self.data["test"])
+        return [job.name for job in jobs]
+
+    def tune(self) -> dict[str, Any]:
+        """Settings of each family of arms, by the validation accuracy of short trials, and the trials.
+
+        They start from the first seed's baseline; a grid of one candidate needs no trial.
+        """
+        s = self.config.sweep
+        grids: dict[str, list[dict]] = {
+            "temperature": [{"learning_rate": lr, "temperature": t} for lr in s.learning_rates for t in s.temperatures],
+            "shared": [{"learning_rate": lr, "mask.rate": p} for lr in s.learning_rates for p in s.rates],
+            "supervised": [{"learning_rate": lr} for lr in s.learning_rates],
+        }
+        points = [(arm, i, settings) for arm, grid in grids.items() for i, settings in enumerate(grid) if len(grid) > 1]
+        jobs = [self._arm_job(arm, s.seeds[0], found, s.tune_steps, f"tune-{arm}-{i}") for arm, i, found in points]
+        self._run(jobs)
+        scores = [read_done(self.folder, job.name)["validation_accuracy"] for job in jobs]
+        best: dict[str, dict] = {}
+        for (arm, _, settings), _ in sorted(zip(points, scores, strict=True), key=lambda trial: -trial[1]):
+            best.setdefault(arm, settings)
+        pairs = zip(points, scores, strict=True)
+        return {
+            "chosen_on_validation": {arm: best.get(arm, grid[0]) for arm, grid in grids.items()},
+            "tuning": [{"arm": arm, **settings, "validation_accuracy": score} for (arm, _, settings), score in pairs],
+        }
+
+    def run_arms(self, chosen: dict[str, dict]) -> list[str]:
+        """Controls and arms of every seed, at equal iterations; returns their names."""
+        config, seeds, controls = self.config, self.config.sweep.seeds, self.config.sweep.controls
+        iterations = config.grpo.steps
+        if self.budgeted:
+            base = f"coconut-s{seeds[0]}"
+            plan = self.budget.once(
+                "seeds_and_iterations", lambda: plan_grpo(self.trained(base), self.data, config, self.budget)
+            )
+            count, iterations = plan
+            seeds, controls = seeds[: count if iterations else 0], ()
+        jobs = [_curriculum_job(control, seed, config) for seed in seeds for control in controls]  # the longest first
+        for seed, arm in product(seeds, config.sweep.arms):
+            family = FAMILY.get(arm, "temperature")
+            jobs.append(self._arm_job(arm, seed, chosen.get(family, {}), iterations, f"{arm}-s{seed}"))
+        self._run(jobs)
+        return [job.name for job in jobs]
+
+    def answer(self, name: str, benchmark: str, problems: list[Problem], model=None, by=graded_answers, **options):
+        """Store what run `name` answers, unless it is there; by default greedily, with its best weights."""
+        path = answers_path(self.folder, name, benchmark)
+        if not path.exists():
+            options = {"batch_size": self.config.evaluate.batch_size, **options}
+            found = by(model or self.trained(name), problems, **options)
+            write_atomically(path, json.dumps(found, ensure_ascii=False).encode())
+            self.budget.save()
+
+    def answer_by_sampling(self, names: list[str], chosen: dict[str, dict]) -> None:
+        """K sampled answers of each SAMPLED model to test problems, with the noise that it was trained with."""
+        names, test, k = self._shown(names), self.data["test"], self.config.evaluate.num_generations
+        size = max(1, 4 * self.config.evaluate.batch_size // k)  # rows are cheap beside the question that they share
+
+        def noise(name: str) -> dict:
+            arm = "temperature" if name.startswith("temperature") else "shared"  # the baseline's: that of `shared`
+            mask, temperature = arm_settings(_with_settings(self.config.grpo, chosen.get(arm, {})), arm)
+            return {"batch_size": size, "num_generations": k, "mask": mask, "temperature": temperature}
+
+        def seconds() -> float:
+            return answer_seconds(self.trained(names[0]), self.data["validation"], **noise(names[0]))
+
+        afford, limit = partial(self.budget.affordable, 0.4 / len(names), seconds, len(test)), SAMPLED_PROBLEMS
+        if self.budgeted:
+            limit = self.budget.once("sampled_problems", afford)
+        for name in names if limit else ():
+            self.answer(name, "sampled", test[:limit], run_seed=self.config.seed, **noise(name))
+
+    def answer_benchmarks(self, names: list[str]) -> None:
+        """Other benchmarks, on as many problems as the time left in the budget allows."""
+        names = self._shown(names)
+        found = stored(self.folder, names, "test")[names[0]]
+        for i, benchmark in enumerate(TRANSFER):
+            key, share = f"transfer_{benchmark}", 0.9 / (len(TRANSFER) - i) / len(names)
+            try:
+                problems = datasets.benchmark(benchmark)
+                expect_together(self.trained(names[0]), problems, self.config)
+            except (OSError, ValueError) as error:  # not in this data folder, or too long for this model
+                self.budget.once(key, partial(str, f"skipped: {error}"))
+                continue
+            rate = partial(truediv, found["seconds"], len(found["ids"]))
+            limit = self.budget.once(key, partial(self.budget.affordable, share, rate, len(problems)))
+            for name in names if limit else ():
+                self.answer(name, benchmark, problems[:limit])
+
+    def swap_thoughts(self, names: list[str]) -> None:
+        """What swapped thoughts do to the answers of each baseline."""
+        for name in names:
+            if name.startswith("coconut"):
+                test = self.data["test"][:SAMPLED_PROBLEMS]
+                self.answer(name, "swapped", test, by=lambda model, problems, **_: swap_thoughts(model, problems))
+
+    def trained(self, name: str) -> LatentReasoner:
+        """The best weights of a finished run."""
+        return load_model(self.folder / name / "best").place(select_device(self.device), self.config.precision)
+
+    def _shown(self, names: list[str]) -> list[str]:
+        """The models that answer more than the test set: of all seeds, or of the first where time is limited."""
+        names = [name for name in names if name.startswith(SAMPLED)]
+        return [name for name in names if name.endswith(names[0][7:])] if self.budgeted else names
+
+    def _fitted(self, job: Job) -> Job:
+        """The job of a baseline, its stages sized to the budget."""
+        config, c = job.config, job.config.curriculum
+
+        def plan() -> list[int]:
+            model = model_from_config(config).place(select_device(self.device), config.precision)
+            return plan_curriculum(model, self.data, config, self.budget)
+
+        steps = tuple(self.budget.once("curriculum_steps", plan))
+        warmup = min(c.warmup_steps, max(1, min(steps) // 4))  # short stages are not all warm-up
+        return replace(job, config=replace(config, curriculum=replace(c, steps=steps, warmup_steps=warmup)))
+
+    def _run(self, jobs: list[Job]) -> None:
+        processes = partial(run_processes, launcher=self.launcher, workers=self.config.sweep.workers)
+        run_jobs(jobs, self.folder, self._fit if self.launcher.executor == "in_process" else processes)
+        self.budget.save()
+
+    def _fit(self, jobs: list[Job], folder: Path) -> Iterator[tuple[str, int]]:
+        """Run jobs one after another in this process; yields (name, exit code)."""
+        train, validation = self.data["train"], self.data["validation"]
+        for job in jobs:
+            target, config, made_by = folder / job.name, job.config, commit()
+            begun = time.time() - seconds_spent(target)
+            model = model_from_config(config, init_from=job.init_from).place(select_device(self.device), config.precision)
+            options: dict[str, Any] = {"out": str(target), "resume": True, "checkpoint_minutes": CHECKPOINT_MINUTES}
+            if job.verb == "grpo":
+                summary = fit_grpo(model, train, validation, config, **options)
+            else:
+                cot = f"cot-s{config.seed}"
+                if self.budgeted and not answers_path(folder, cot, "test").exists():  # after stage 0 alone
+                    fit_curriculum(model, train, validation, config, last_stage=0, **options)
+                    set_stage(model, config, 0, validation)
+                    self.answer(cot, "test", self.data["test"], model)
+                summary = fit_curriculum(model, train, validation, config, **options)
+            summary |= {"out": str(target), "peak_memory_gib": peak_memory_gib()}
+            write_done(target, summary, job.words(folder), begun, made_by)
+            yield job.name, 0
+
+    def _arm_job(self, arm: str, seed: int, settings: dict, iterations: int, name: str) -> Job:
+        """An arm from its baseline; `none` stops early, since nothing can move (the report checks it)."""
+        steps = max(1, min(10, iterations) if arm == "none" else iterations)
+        grpo = replace(_with_settings(self.config.grpo, settings), arm=arm, steps=steps)
+        if self.budgeted:
+            grpo = replace(grpo, eval_every=min(grpo.eval_every, steps))
+        own, first = (self.folder / f"coconut-s{s}" for s in (seed, self.config.sweep.seeds[0]))
+        start = (own if own.exists() else first) / "best"  # without its own: the baseline that all seeds share
+        return Job(name, "grpo", replace(self.config, seed=seed, grpo=grpo), str(start))
+
+    def _store_baseline(self, run: Path, init_from: str) -> None:
+        """Store a model that was trained elsewhere where the curriculum would have left its own."""
+        if not (run / "done.json").exists():
+            begun, model = time.time(), load_model(init_from).place(select_device(self.device), self.config.precision)
+            save_model(model, run / "best")
+            found = evaluate(model, self.data["validation"], batch_size=self.config.evaluate.batch_size)
+            summary = {"stages": {}, "validation_accuracy": found.accuracy}
+            write_done(run, summary, ("--init-from", init_from), begun, commit())
+
+
+def _curriculum_job(control: str, seed: int, config: Config) -> Job:
+    curriculum = replace(config.curriculum, control=control)
+    return Job(f"{control}-s{seed}", "curriculum", replace(config, seed=seed, curriculum=curriculum))
+
+
+def _with_settings(grpo: GRPOConfig, settings: dict) -> GRPOConfig:
+    """`grpo` with the fields that trials chose: learning_rate, temperature, mask.rate."""
+    fields = {key: value for key, value in settings.items() if key != "mask.rate"}
+    return replace(grpo, **fields, mask=replace(grpo.mask, rate=settings.get("mask.rate", grpo.mask.rate)))
