@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from latentlab.model import torch_device
+from latentlab.runtime.devices import select_device
 from latentlab.runtime.environment import environment
 from latentlab.runtime.files import write_atomically
 from latentlab.theory.enumeration import example
@@ -32,7 +32,7 @@ def run_verify(device: str = "cpu", dtype: str = "float64", only: Iterable[str] 
         raise ValueError(f"verify: got the property {unknown[0]!r}, expected some of {', '.join(NAMES)}")
     if dtype not in BOUNDS:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(BOUNDS)}")
-    device = str(torch_device(device))
+    device = str(select_device(device))
     x, engine = cache(example), cache(lambda: Engine(device, dtype))  # each is built for the first row that needs it
     rows = []
     for name in (name for name in NAMES if name in names):

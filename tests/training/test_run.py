@@ -200,7 +200,10 @@ def test_a_state_of_another_shape_is_one_line(tmp_path, start, kind):
 def test_a_damaged_config_is_one_line(tmp_path, start, content):
     start()
     (tmp_path / "run" / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match="config.json: expected the configuration of this run, a JSON object; it is damaged: delete or restore it$"):
+    with pytest.raises(
+        ValueError,
+        match="config.json: expected the configuration of this run, a JSON object; it is damaged: delete or restore it$",
+    ):
         start(resume=True)
 
 
@@ -234,9 +237,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, start,
         elif where == "metrics":
             broken.setattr("builtins.open", full)
         else:
-            owner, name = {"weights": (run_module, "save_model"), "fsync": (os, "fsync")}.get(
-                where, (os, "replace")
-            )
+            owner, name = {"weights": (run_module, "save_model"), "fsync": (os, "fsync")}.get(where, (os, "replace"))
             broken.setattr(owner, name, full)
         end(run, 1, validation_accuracy=0.75)
     assert "\n" not in str(error.value)
@@ -371,7 +372,9 @@ def test_a_run_of_one_step_a_process_equals_one_in_one_go(fit, tmp_path, loop):
             resumed, summary = fit(loop, "run", resume=True, max_minutes=1e-9)  # the last step: the run is done
         else:
             where = "before the first step" if step < 0 else f"after step {step}"
-            with pytest.raises(Stopped, match=f"^stopped by --max-minutes 1e-09 {where}, .*run the same command with --resume"):
+            with pytest.raises(
+                Stopped, match=f"^stopped by --max-minutes 1e-09 {where}, .*run the same command with --resume"
+            ):
                 fit(loop, "run", resume=True, max_minutes=1e-9)
     assert summary == expected and same(model.lm.state_dict(), resumed.lm.state_dict())
     expect_same_runs(tmp_path / "whole", tmp_path / "run")
