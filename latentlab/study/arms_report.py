@@ -47,7 +47,7 @@ def write_report(
 
     tuning: the chosen settings and the trials; weights: the provenance of what the baselines were trained from.
     """
-    budgeted, device, plan = budget.minutes is not None, budget.device, budget.data["plan"]
+    budgeted, device, plan = budget.planned, budget.device, budget.data["plan"]
     names = sorted(names, key=_seed)  # of each seed: baseline, controls, arms
     cot = f"cot-s{_seed(names[0])}"
     answers = stored(folder, [cot, *names], "test")
@@ -256,7 +256,7 @@ def _transfer(folder: Path, names: list[str], plan: dict) -> dict:
         if key.startswith("transfer_"):
             benchmark = key.removeprefix("transfer_")
             why = limit.removeprefix("skipped: ") if isinstance(limit, str) else "no time was left in the budget"
-            scores = {name: greedy_score(found) for name, found in stored(folder, names, benchmark).items()}
+            scores: dict = {name: greedy_score(found) for name, found in stored(folder, names, benchmark).items()}
             rows[benchmark] = scores or {"skipped": why}
     return rows
 
