@@ -8,19 +8,34 @@ answers/coconut-s0.swapped.json  what swapping thoughts between problems does
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
+from operator import truediv
 from pathlib import Path
 
 import numpy as np
 
+from latentlab.config import Config, GRPOConfig, arm_settings
+from latentlab.data import datasets
 from latentlab.evaluation.accuracy import evaluate
 from latentlab.evaluation.statistics import pass_at_k, wilson_interval
+from latentlab.evaluation.thoughts import swap_thoughts
 from latentlab.model import LatentReasoner
+from latentlab.pretrained.loading import load_model
 from latentlab.problems import Problem, answers_match, extract_answer
-from latentlab.runtime.files import read_json
+from latentlab.runtime.devices import select_device
+from latentlab.runtime.files import read_json, write_atomically
+from latentlab.study.budget import Budget, answer_seconds
+from latentlab.training.preflight import expect_together
+
+TRANSFER = ("gsm8k_perturbable", "gsm8k_perturbed", "svamp", "multiarith", "gsm_hard")
+SAMPLED = ("coconut-s", "temperature-s", "shared-s")  # models that also answer by sampling
+SAMPLED_PROBLEMS = 1000  # test problems for sampled answers and swapped thoughts, where no budget decides
 
 
 def answers_path(folder: Path, name: str, benchmark: str) -> Path:
@@ -52,6 +67,85 @@ def graded_answers(model: LatentReasoner, problems: list[Problem], *, mask=None,
     }
 
 
+@dataclass
+class Answers:
+    """Stores what the trained models of an experiment answer, each benchmark once."""
+
+    config: Config
+    folder: Path
+    data: dict[str, list[Problem]]
+    device: str
+    budget: Budget
+
+    def store(self, name: str, benchmark: str, problems: list[Problem], model=None, by=None, **options):
+        """Store what run `name` answers, unless it is there; by default greedily, with its best weights."""
+        path = answers_path(self.folder, name, benchmark)
+        if not path.exists():
+            options = {"batch_size": self.config.evaluate.batch_size, **options}
+            found = (by or graded_answers)(model or self.trained(name), problems, **options)
+            write_atomically(path, json.dumps(found, ensure_ascii=False).encode())
+            self.budget.save()
+
+    def store_sampled(self, names: list[str], chosen: dict[str, dict]) -> None:
+        """K sampled answers of each SAMPLED model to test problems, with the noise that it was trained with."""
+        names, test, k = self._shown(names), self.data["test"], self.config.evaluate.num_generations
+        size = max(1, 4 * self.config.evaluate.batch_size // k)  # rows are cheap beside the question that they share
+
+        def noise(name: str) -> dict:
+            arm = "temperature" if name.startswith("temperature") else "shared"  # the baseline's: that of `shared`
+            mask, temperature = arm_settings(with_settings(self.config.grpo, chosen.get(arm, {})), arm)
+            return {"batch_size": size, "num_generations": k, "mask": mask, "temperature": temperature}
+
+        def seconds() -> float:
+            return answer_seconds(self.trained(names[0]), self.data["validation"], **noise(names[0]))
+
+        afford, limit = partial(self.budget.affordable, 0.4 / len(names), seconds, len(test)), SAMPLED_PROBLEMS
+        if self.budget.planned:
+            limit = self.budget.once("sampled_problems", afford)
+        for name in names if limit else ():
+            self.store(name, "sampled", test[:limit], run_seed=self.config.seed, **noise(name))
+
+    def store_benchmarks(self, names: list[str]) -> None:
+        """Other benchmarks, on as many problems as the time left in the budget allows."""
+        names = self._shown(names)
+        found = stored(self.folder, names, "test")[names[0]]
+        for i, benchmark in enumerate(TRANSFER):
+            key, share = f"transfer_{benchmark}", 0.9 / (len(TRANSFER) - i) / len(names)
+            try:
+                problems = datasets.benchmark(benchmark)
+                expect_together(self.trained(names[0]), problems, self.config)
+            except (OSError, ValueError) as error:  # not in this data folder, or too long for this model
+                self.budget.once(key, partial(str, f"skipped: {error}"))
+                continue
+            rate = partial(truediv, found["seconds"], len(found["ids"]))
+            limit = self.budget.once(key, partial(self.budget.affordable, share, rate, len(problems)))
+            for name in names if limit else ():
+                self.store(name, benchmark, problems[:limit])
+
+    def store_swapped(self, names: list[str]) -> None:
+        """What swapped thoughts do to the answers of each baseline."""
+        for name in names:
+            if name.startswith("coconut"):
+                test = self.data["test"][:SAMPLED_PROBLEMS]
+                self.store(name, "swapped", test, by=lambda model, problems, **_: swap_thoughts(model, problems))
+
+    def trained(self, name: str) -> LatentReasoner:
+        """The best weights of a finished run."""
+        return load_model(self.folder / name / "best").place(select_device(self.device), self.config.precision)
+
+    def _shown(self, names: list[str]) -> list[str]:
+        """The models that answer more than the test set: of all seeds, or of the first where time is limited."""
+        names = [name for name in names if name.startswith(SAMPLED)]
+        return [name for name in names if name.endswith(names[0][7:])] if self.budget.planned else names
+
+
+def with_settings(grpo: GRPOConfig, settings: dict) -> GRPOConfig:
+    """`grpo` with the fields that trials chose: learning_rate, temperature, mask.rate."""
+    fields = {key: value for key, value in settings.items() if key != "mask.rate"}
+    return replace(grpo, **fields, mask=replace(grpo.mask, rate=settings.get("mask.rate", grpo.mask.rate)))
+
+
+# ---------------------------------------------------------------- scores
 def greedy_score(answers: dict) -> dict:
     """Right answers by both grading rules, their interval, the commonest answer and its share, when and how long.
 

@@ -24,6 +24,7 @@ from latentlab.evaluation import statistics
 from latentlab.evaluation.thoughts import decoded_thoughts
 from latentlab.pretrained.loading import load_model
 from latentlab.problems import Problem
+from latentlab.runtime.devices import select_device
 from latentlab.runtime.environment import environment
 from latentlab.runtime.files import write_atomically
 from latentlab.study import results
@@ -47,7 +48,7 @@ def write_report(
 
     tuning: the chosen settings and the trials; weights: the provenance of what the baselines were trained from.
     """
-    budgeted, device, plan = budget.minutes is not None, budget.device, budget.data["plan"]
+    budgeted, device, plan = budget.planned, budget.device, budget.data["plan"]
     names = sorted(names, key=_seed)  # of each seed: baseline, controls, arms
     cot = f"cot-s{_seed(names[0])}"
     answers = stored(folder, [cot, *names], "test")
@@ -256,7 +257,7 @@ def _transfer(folder: Path, names: list[str], plan: dict) -> dict:
         if key.startswith("transfer_"):
             benchmark = key.removeprefix("transfer_")
             why = limit.removeprefix("skipped: ") if isinstance(limit, str) else "no time was left in the budget"
-            scores = {name: greedy_score(found) for name, found in stored(folder, names, benchmark).items()}
+            scores: dict = {name: greedy_score(found) for name, found in stored(folder, names, benchmark).items()}
             rows[benchmark] = scores or {"skipped": why}
     return rows
 
@@ -272,7 +273,7 @@ def _samples(config, folder: Path, names: list[str], answers: dict, test: list[P
     chosen = [test[i] for i in change]
     samples: list[dict] = [{"id": p.id, "question": p.question, "answer": p.answer} for p in chosen]
     for name in pair if chosen else ():
-        model = load_model(folder / name / "best").place(device, config.precision)
+        model = load_model(folder / name / "best").place(select_device(device), config.precision)
         for sample, i, thoughts in zip(samples, change, decoded_thoughts(model, chosen), strict=True):
             sample |= {"change": change[i], name: {"text": answers[name]["text"][i], "thoughts": thoughts}}
     return samples

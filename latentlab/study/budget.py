@@ -43,6 +43,7 @@ class Budget:
 
     def __init__(self, folder: Path, made_for: dict, minutes: float | None, device: str, start: float):
         self.path, self.minutes, self.start, self.device = folder / "plan.json", minutes, start, device
+        self.planned = minutes is not None  # is this a budgeted experiment, if without a limit?
         self.data: dict[str, Any] = {"made_for": made_for, "started": time.time(), "spent": 0.0, "plan": {}}
         self.data |= {"peak_memory_gib": 0.0, "commits": []}
         if self.path.exists():

@@ -16,41 +16,34 @@ The same command resumes an experiment that was interrupted.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
-from operator import truediv
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from latentlab.config import Config, GRPOConfig, arm_settings, check_arms, flat, to_dict
+from latentlab.config import Config, check_arms, flat, to_dict
 from latentlab.data import datasets
 from latentlab.data.jsonl import read_jsonl, write_jsonl
 from latentlab.evaluation.accuracy import evaluate
-from latentlab.evaluation.thoughts import swap_thoughts
 from latentlab.model import LatentReasoner
 from latentlab.pretrained.loading import load_model, model_from_config, save_model
 from latentlab.problems import Problem
 from latentlab.runtime.devices import select_device
 from latentlab.runtime.environment import commit, peak_memory_gib
-from latentlab.runtime.files import write_atomically
-from latentlab.study.answers import answers_path, graded_answers, stored
+from latentlab.study.answers import Answers, answers_path, with_settings
 from latentlab.study.arms_report import write_report
-from latentlab.study.budget import Budget, answer_seconds, plan_curriculum, plan_grpo
+from latentlab.study.budget import Budget, plan_curriculum, plan_grpo
 from latentlab.study.launch import IN_PROCESS, Job, Launcher, read_done, run_jobs, run_processes, write_done
 from latentlab.training.arms import fit_grpo
 from latentlab.training.curriculum import fit_curriculum, set_stage
 from latentlab.training.preflight import expect_together
 from latentlab.training.run import seconds_spent
 
-TRANSFER = ("gsm8k_perturbable", "gsm8k_perturbed", "svamp", "multiarith", "gsm_hard")
-SAMPLED = ("coconut-s", "temperature-s", "shared-s")  # models that also answer by sampling
-SAMPLED_PROBLEMS = 1000  # test problems for sampled answers and swapped thoughts, where no budget decides
 CHECKPOINT_MINUTES = 3.0  # work that a kill may cost: the whole budget may be half an hour
 FAMILY = {arm: "shared" for arm in ("shared", "per_step", "shared_greedy")} | {"supervised": "supervised"}  # by trials
 ADDABLE = ("sweep.workers", "sweep.seeds", "sweep.arms", "sweep.controls")  # they change no run, or only add some
@@ -89,13 +82,13 @@ def run_experiment(
 
     e = Experiment(config, folder, data, device, launcher, budget)
     names = e.make_baselines(init_from)
-    tuning = {} if e.budgeted else e.tune()
+    tuning = {} if budget.planned else e.tune()
     chosen = tuning.get("chosen_on_validation", {})
     names += e.run_arms(chosen)
     for name in names:
-        e.answer(name, "test", data["test"])
-    e.answer_by_sampling(names, chosen)
-    e.answer_benchmarks(names) if e.budgeted else e.swap_thoughts(names)
+        e.answers.store(name, "test", data["test"])
+    e.answers.store_sampled(names, chosen)
+    e.answers.store_benchmarks(names) if budget.planned else e.answers.store_swapped(names)
     budget.save()
     return write_report(config, folder, names, data["test"], budget, tuning=tuning, weights=weights)
 
@@ -153,22 +146,22 @@ class Experiment:
     device: str
     launcher: Launcher
     budget: Budget
+    answers: Answers = field(init=False)
 
-    @property
-    def budgeted(self) -> bool:
-        return self.budget.minutes is not None
+    def __post_init__(self):
+        self.answers = Answers(self.config, self.folder, self.data, self.device, self.budget)
 
     def make_baselines(self, init_from: str) -> list[str]:
         """Train the baselines, or store a model that was trained elsewhere in their place; returns their names."""
         config, seeds = self.config, self.config.sweep.seeds
-        seeds = seeds[:1] if self.budgeted or init_from else seeds
+        seeds = seeds[:1] if self.budget.planned or init_from else seeds
         jobs = [_curriculum_job("coconut", seed, config) for seed in seeds]
         if init_from:
             self._store_baseline(self.folder / jobs[0].name, init_from)
         else:
-            self._run([self._fitted(job) for job in jobs] if self.budgeted else jobs)
+            self._run([self._fitted(job) for job in jobs] if self.budget.planned else jobs)
         for job in jobs:
-            self.answer(job.name, "test", self.data["test"])
+            self.answers.store(job.name, "test", self.data["test"])
         return [job.name for job in jobs]
 
     def tune(self) -> dict[str, Any]:
@@ -199,10 +192,10 @@ class Experiment:
         """Controls and arms of every seed, at equal iterations; returns their names."""
         config, seeds, controls = self.config, self.config.sweep.seeds, self.config.sweep.controls
         iterations = config.grpo.steps
-        if self.budgeted:
+        if self.budget.planned:
             base = f"coconut-s{seeds[0]}"
             plan = self.budget.once(
-                "seeds_and_iterations", lambda: plan_grpo(self.trained(base), self.data, config, self.budget)
+                "seeds_and_iterations", lambda: plan_grpo(self.answers.trained(base), self.data, config, self.budget)
             )
             count, iterations = plan
             seeds, controls = seeds[: count if iterations else 0], ()
@@ -212,67 +205,6 @@ class Experiment:
             jobs.append(self._arm_job(arm, seed, chosen.get(family, {}), iterations, f"{arm}-s{seed}"))
         self._run(jobs)
         return [job.name for job in jobs]
-
-    def answer(self, name: str, benchmark: str, problems: list[Problem], model=None, by=graded_answers, **options):
-        """Store what run `name` answers, unless it is there; by default greedily, with its best weights."""
-        path = answers_path(self.folder, name, benchmark)
-        if not path.exists():
-            options = {"batch_size": self.config.evaluate.batch_size, **options}
-            found = by(model or self.trained(name), problems, **options)
-            write_atomically(path, json.dumps(found, ensure_ascii=False).encode())
-            self.budget.save()
-
-    def answer_by_sampling(self, names: list[str], chosen: dict[str, dict]) -> None:
-        """K sampled answers of each SAMPLED model to test problems, with the noise that it was trained with."""
-        names, test, k = self._shown(names), self.data["test"], self.config.evaluate.num_generations
-        size = max(1, 4 * self.config.evaluate.batch_size // k)  # rows are cheap beside the question that they share
-
-        def noise(name: str) -> dict:
-            arm = "temperature" if name.startswith("temperature") else "shared"  # the baseline's: that of `shared`
-            mask, temperature = arm_settings(_with_settings(self.config.grpo, chosen.get(arm, {})), arm)
-            return {"batch_size": size, "num_generations": k, "mask": mask, "temperature": temperature}
-
-        def seconds() -> float:
-            return answer_seconds(self.trained(names[0]), self.data["validation"], **noise(names[0]))
-
-        afford, limit = partial(self.budget.affordable, 0.4 / len(names), seconds, len(test)), SAMPLED_PROBLEMS
-        if self.budgeted:
-            limit = self.budget.once("sampled_problems", afford)
-        for name in names if limit else ():
-            self.answer(name, "sampled", test[:limit], run_seed=self.config.seed, **noise(name))
-
-    def answer_benchmarks(self, names: list[str]) -> None:
-        """Other benchmarks, on as many problems as the time left in the budget allows."""
-        names = self._shown(names)
-        found = stored(self.folder, names, "test")[names[0]]
-        for i, benchmark in enumerate(TRANSFER):
-            key, share = f"transfer_{benchmark}", 0.9 / (len(TRANSFER) - i) / len(names)
-            try:
-                problems = datasets.benchmark(benchmark)
-                expect_together(self.trained(names[0]), problems, self.config)
-            except (OSError, ValueError) as error:  # not in this data folder, or too long for this model
-                self.budget.once(key, partial(str, f"skipped: {error}"))
-                continue
-            rate = partial(truediv, found["seconds"], len(found["ids"]))
-            limit = self.budget.once(key, partial(self.budget.affordable, share, rate, len(problems)))
-            for name in names if limit else ():
-                self.answer(name, benchmark, problems[:limit])
-
-    def swap_thoughts(self, names: list[str]) -> None:
-        """What swapped thoughts do to the answers of each baseline."""
-        for name in names:
-            if name.startswith("coconut"):
-                test = self.data["test"][:SAMPLED_PROBLEMS]
-                self.answer(name, "swapped", test, by=lambda model, problems, **_: swap_thoughts(model, problems))
-
-    def trained(self, name: str) -> LatentReasoner:
-        """The best weights of a finished run."""
-        return load_model(self.folder / name / "best").place(select_device(self.device), self.config.precision)
-
-    def _shown(self, names: list[str]) -> list[str]:
-        """The models that answer more than the test set: of all seeds, or of the first where time is limited."""
-        names = [name for name in names if name.startswith(SAMPLED)]
-        return [name for name in names if name.endswith(names[0][7:])] if self.budgeted else names
 
     def _fitted(self, job: Job) -> Job:
         """The job of a baseline, its stages sized to the budget."""
@@ -297,18 +229,16 @@ class Experiment:
         for job in jobs:
             target, config, made_by = folder / job.name, job.config, commit()
             begun = time.time() - seconds_spent(target)
-            model = model_from_config(config, init_from=job.init_from).place(
-                select_device(self.device), config.precision
-            )
+            model = model_from_config(config, init_from=job.init_from).place(select_device(self.device), config.precision)
             options: dict[str, Any] = {"out": str(target), "resume": True, "checkpoint_minutes": CHECKPOINT_MINUTES}
             if job.verb == "grpo":
                 summary = fit_grpo(model, train, validation, config, **options)
             else:
                 cot = f"cot-s{config.seed}"
-                if self.budgeted and not answers_path(folder, cot, "test").exists():  # after stage 0 alone
+                if self.budget.planned and not answers_path(folder, cot, "test").exists():  # after stage 0 alone
                     fit_curriculum(model, train, validation, config, last_stage=0, **options)
                     set_stage(model, config, 0, validation)
-                    self.answer(cot, "test", self.data["test"], model)
+                    self.answers.store(cot, "test", self.data["test"], model)
                 summary = fit_curriculum(model, train, validation, config, **options)
             summary |= {"out": str(target), "peak_memory_gib": peak_memory_gib()}
             write_done(target, summary, job.words(folder), begun, made_by)
@@ -317,8 +247,8 @@ class Experiment:
     def _arm_job(self, arm: str, seed: int, settings: dict, iterations: int, name: str) -> Job:
         """An arm from its baseline; `none` stops early, since nothing can move (the report checks it)."""
         steps = max(1, min(10, iterations) if arm == "none" else iterations)
-        grpo = replace(_with_settings(self.config.grpo, settings), arm=arm, steps=steps)
-        if self.budgeted:
+        grpo = replace(with_settings(self.config.grpo, settings), arm=arm, steps=steps)
+        if self.budget.planned:
             grpo = replace(grpo, eval_every=min(grpo.eval_every, steps))
         own, first = (self.folder / f"coconut-s{s}" for s in (seed, self.config.sweep.seeds[0]))
         start = (own if own.exists() else first) / "best"  # without its own: the baseline that all seeds share
@@ -337,9 +267,3 @@ class Experiment:
 def _curriculum_job(control: str, seed: int, config: Config) -> Job:
     curriculum = replace(config.curriculum, control=control)
     return Job(f"{control}-s{seed}", "curriculum", replace(config, seed=seed, curriculum=curriculum))
-
-
-def _with_settings(grpo: GRPOConfig, settings: dict) -> GRPOConfig:
-    """`grpo` with the fields that trials chose: learning_rate, temperature, mask.rate."""
-    fields = {key: value for key, value in settings.items() if key != "mask.rate"}
-    return replace(grpo, **fields, mask=replace(grpo.mask, rate=settings.get("mask.rate", grpo.mask.rate)))

@@ -19,7 +19,7 @@ from latentlab.evaluation.thoughts import swap_thoughts
 from latentlab.model import LatentReasoner
 from latentlab.pretrained.loading import load_model
 from latentlab.rollouts import rollout
-from latentlab.study import arms_report, experiment, results
+from latentlab.study import answers, arms_report, experiment, results
 from latentlab.study.answers import graded_answers, greedy_score
 from latentlab.study.experiment import run_experiment
 from latentlab.study.launch import IN_PROCESS
@@ -99,7 +99,7 @@ def written(tmp_path_factory):
     words = [word for key, value in settings.items() for word in (f"--{key}", *str(value).split())]
     _, config = parse(["grpo", "--preset", "smoke", *words])
     folder, reports = tmp_path_factory.mktemp("sweep"), tmp_path_factory.mktemp("reports")
-    original, seeds = experiment.graded_answers, itertools.count()
+    original, seeds = answers.graded_answers, itertools.count()
 
     def turned(model, problems, **options):
         found = original(model, problems, **options)
@@ -115,7 +115,7 @@ def written(tmp_path_factory):
         patch.setenv("LATENTLAB_REPORTS", str(reports))
         patch.setattr(experiment, "commit", lambda: "toy")
         patch.setattr(experiment, "fit_grpo", partial(fit_grpo, reward=reward))
-        patch.setattr(experiment.Experiment.answer, "__defaults__", (None, turned))
+        patch.setattr(answers, "graded_answers", turned)
         path = run_experiment(config, out=str(folder), launcher=IN_PROCESS)
     assert path == reports / "smoke" / "arms.json"
     result = results.read_result("arms", "smoke", reports)

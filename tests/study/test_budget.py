@@ -17,7 +17,7 @@ from latentlab.data.word_problems import word_problems
 from latentlab.evaluation.statistics import wilson_interval
 from latentlab.pretrained.loading import model_from_config
 from latentlab.runtime import environment
-from latentlab.study import arms_report, budget, experiment, tables
+from latentlab.study import answers, arms_report, budget, experiment, tables
 from latentlab.study.answers import stored
 from latentlab.study.experiment import run_experiment
 from tests.conftest import tiny_gpt2
@@ -49,14 +49,14 @@ def toy(config, monkeypatch, tmp_path):
 def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, monkeypatch):
     out = tmp_path / "run"
     killed = iter([False, False, False, True])
-    original = experiment.graded_answers
+    original = answers.graded_answers
 
     def answer(*args, **options):
         if next(killed, False):
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(experiment.Experiment.answer, "__defaults__", (None, answer))
+    monkeypatch.setattr(answers, "graded_answers", answer)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(toy, out=str(out), budget_minutes=0.01, device="cpu")
     before = {path.name: path.read_bytes() for path in (out / "answers").iterdir()}
@@ -92,11 +92,11 @@ def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, mon
         assert right.sum() == arm["correct"]
     recorded = json.loads((out / "answers" / "shared-s0.test.json").read_text())
     pair = ("coconut-s0", "shared-s0")
-    answers = stored(out, pair, "test")
+    found = stored(out, pair, "test")
     for name, right in zip(pair, (np.zeros((6, 1)), np.eye(6)[:, 2:3]), strict=True):
-        answers[name]["correct"] = right.tolist()  # as if the third problem had flipped
+        found[name]["correct"] = right.tolist()  # as if the third problem had flipped
     test = datasets.load(toy.data, "test")
-    (sample,) = arms_report._samples(toy, out, pair, answers, test, "cpu")
+    (sample,) = arms_report._samples(toy, out, pair, found, test, "cpu")
     assert sample["id"] == test[2].id == recorded["ids"][2] and sample["change"] == "became right"
     assert sample["shared-s0"]["text"] == recorded["text"][2]
     assert [len(top) for top in sample["shared-s0"]["thoughts"]] == [5] * toy.num_thoughts
