@@ -68,7 +68,7 @@ def _sample(model, problems, spec, *, k: int = 4, temperature: float = 1.0, run_
 
 @torch.no_grad()
 def replay(e: Engine) -> Property:
-    """Recorded log-probs equal re-scored ones: all schemes, scopes, backbones; a shrinking batch."""
+    """Recorded log-probs equal re-scored: all schemes, scopes, backbones; a shrinking batch."""
     gaps = []
     for model in e.models.values():
         for scheme, scope in product(("shared", "per_step"), SCOPES):
