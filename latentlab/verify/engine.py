@@ -68,7 +68,7 @@ def _sample(model, problems, spec, *, k: int = 4, temperature: float = 1.0, run_
 
 @torch.no_grad()
 def replay(e: Engine) -> Property:
-    """Recorded log-probs equal re-scored ones: all schemes, scopes, backbones; shrinking batches."""
+    """Recorded log-probs equal re-scored: all schemes, scopes, backbones; a shrinking batch."""
     gaps = []
     for model in e.models.values():
         for scheme, scope in product(("shared", "per_step"), SCOPES):
@@ -76,7 +76,7 @@ def replay(e: Engine) -> Property:
             gaps.append(_replay_gap(model, out))
         gaps.append(_replay_gap(model, _shrinking_batch(e, model)))
     note = f"max |re-scored - recorded| over {len(gaps)} cases, one shrinks to a single row"
-    return judge("replay", max(gaps), e.bound, note)
+    return judge("replay", _largest(gaps), e.bound, note)
 
 
 def _replay_gap(model, out: Rollouts) -> float:
@@ -102,9 +102,8 @@ def mask_identity(e: Engine) -> Property:
         out = _sample(model, [problem], MaskSpec(rate=0.2, scope="all"), k=1)
         scaled = _scaled_copy(model, _values(out.masks)[0])
         gaps.append((scaled.score(out, masks=None) - model.score(out, masks=out.masks)).abs().max().item())
-    return judge(
-        "mask_identity", max(gaps), e.bound, "masked outputs = scaled weight columns and biases, without hooks"
-    )
+    note = "masked outputs = scaled weight columns and biases, without hooks"
+    return judge("mask_identity", _largest(gaps), e.bound, note)
 
 
 def _scaled_copy(model: LatentReasoner, mask: torch.Tensor) -> LatentReasoner:
@@ -200,14 +199,19 @@ def _answer(out: Rollouts, row: int) -> tuple[list[int], list[float]]:
 
 
 def _difference(a: list[float], b: list[float]) -> float:
-    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+    return _largest([abs(x - y) for x, y in zip(a, b, strict=True)])
+
+
+def _largest(gaps: list[float]) -> float:
+    """The largest gap; NaN if one is NaN, which Python's max would hide."""
+    return torch.tensor(gaps, dtype=torch.float64).max().item()
 
 
 def _judge_pairs(name: str, e: Engine, pairs: list[tuple[bool, float]], note: str) -> Property:
     """From pairs of answers: are the tokens equal, and the largest difference of log-probs."""
     different = sum(not same for same, _ in pairs)
     note += f": {different} of {len(pairs)} answers differ"
-    return judge(name, max(gap for _, gap in pairs), e.bound, note, also=different == 0 or not e.tokens_decide)
+    return judge(name, _largest([gap for _, gap in pairs]), e.bound, note, also=different == 0 or not e.tokens_decide)
 
 
 CHECKS = {f.__name__: f for f in (replay, mask_identity, mask_statistics, batch_invariance, naive_equality)}

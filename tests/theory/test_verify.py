@@ -65,6 +65,15 @@ def drop_eos(patch):
     )
 
 
+def score_nan_once(patch):
+    real = LatentReasoner.score
+
+    def score(self, r, *, masks):
+        return real(self, r, masks=masks) * (math.nan if r.num_generations == 1 else 1)
+
+    patch.setattr(LatentReasoner, "score", score)
+
+
 def attend_to_padding(patch):
     real = model.RolloutCache
     patch.setattr(model, "RolloutCache", lambda valid, capacity: real(torch.ones_like(valid), capacity))
@@ -78,6 +87,7 @@ def attend_to_padding(patch):
         (redraw_masks, ("replay",)),
         (cut_gradient, ("latent_gradient",)),
         (drop_eos, ("score_function", "replay")),
+        (score_nan_once, ("replay", "mask_identity")),
         (attend_to_padding, ("batch_invariance", "naive_equality")),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
