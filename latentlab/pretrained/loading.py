@@ -151,7 +151,9 @@ def add_latent_tokens(lm, tokenizer) -> None:
     """Make START, LATENT, END single tokens; new rows start as the row of "<<", as in Coconut."""
     before, rows = len(tokenizer), lm.get_input_embeddings().weight.shape[0]
     if before > rows:
-        raise ValueError(f"tokenizer: got {before} tokens for {rows} embedding rows, expected that of these weights")
+        raise ValueError(
+            f"tokenizer: got {before} tokens for {rows} embedding rows, expected the tokenizer of these weights"
+        )
     marker = tokenizer("<<", add_special_tokens=False)["input_ids"]
     if not marker or tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: got none for '<<' or no eos token, expected a causal LM's with both; use another")
