@@ -12,7 +12,6 @@ GSM-Hard (arXiv:2211.10435), ASDiv-A (arXiv:2106.15772, as in Calc-X, arXiv:2305
 import json
 import os
 import re
-from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 
@@ -28,18 +27,11 @@ BENCHMARKS = ("gsm8k", "gsm8k_perturbable", "gsm8k_perturbed", "svamp", "multiar
 _FILES = {"train": "gsm8k_train.jsonl", "validation": "gsm8k_valid.jsonl", "test": "gsm8k_test.jsonl"}
 _GSM8K_VALIDATION = 500  # problems taken out of GSM8K's training set, which has no validation split of its own
 
-# name: (address on the Hub, row -> (question, steps, text with the answer))
-_HUB: dict[str, tuple[tuple[str, ...], Callable]] = {
-    "gsm8k": (
-        ("openai/gsm8k", "main"),
-        lambda row: (row["question"], _annotations(row["answer"]), extract_answer(row["answer"])),
-    ),
-    "gsm8k-aug": (
-        ("whynlp/gsm8k-aug",),
-        lambda row: (row["question"], _annotations("".join(row["steps"])), row["answer"]),
-    ),
-    "asdiv_a": (("MU-NLPC/Calc-asdiv_a",), lambda row: (row["question"], (), row["result"])),
-    "gsm_plus": (("qintongli/GSM-Plus",), lambda row: (row["question"], (), row["answer"])),
+_HUB = {  # name: (address on the Hub, field of the chain, field of the answer)
+    "gsm8k": (("openai/gsm8k", "main"), "answer", "answer"),
+    "gsm8k-aug": (("whynlp/gsm8k-aug",), "steps", "answer"),
+    "asdiv_a": (("MU-NLPC/Calc-asdiv_a",), None, "result"),
+    "gsm_plus": (("qintongli/GSM-Plus",), None, "answer"),
 }
 
 
@@ -128,10 +120,6 @@ def _folder(data_dir: str | os.PathLike | None) -> Path | None:
     return Path(chosen) if chosen else None
 
 
-def _annotations(text: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"<<[^<>]*>>", text))
-
-
 def _ends_at_answer(problem: Problem) -> bool:
     try:
         return bool(problem.steps) and step_result(problem.steps[-1]) == problem.answer
@@ -165,13 +153,14 @@ def _gsm8k_from_hub(split: str) -> list[Problem]:
 
 def _from_hub(name: str, split: str) -> list[Problem]:
     """Rows of a Hub data set as problems; ids count all rows, also those without numeric answer."""
-    address, convert = _HUB[name]
+    address, chain, answer_field = _HUB[name]
     problems = []
     for index, row in enumerate(_load_from_hub(address, split)):
         where = f"{address[0]}, {split}, row {index}"
         try:
-            question, steps, raw = convert(row)
-            question, answer = question.strip(), canonical_answer(raw or "")
+            question, raw = row["question"].strip(), row[answer_field]
+            steps = tuple(re.findall(r"<<[^<>]*>>", "".join(row[chain]))) if chain else ()
+            answer = canonical_answer((extract_answer(raw) if name == "gsm8k" else raw) or "")
             for text in (question, *steps):
                 refuse_control_tokens(text)
         except (AttributeError, KeyError, TypeError) as error:
@@ -184,9 +173,7 @@ def _from_hub(name: str, split: str) -> list[Problem]:
         if answer is not None:
             problems.append(Problem(f"{name}-{split}-{index:05d}", question, steps, answer, f"{name}/{split}"))
     if not problems:
-        raise ValueError(
-            f"{address[0]}, {split}: got no row with a numeric answer, expected some: clear the Hub's cache"
-        )
+        raise ValueError(f"{address[0]}, {split}: got no row with a numeric answer, expected some: clear its cache")
     return problems
 
 

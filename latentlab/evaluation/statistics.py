@@ -158,8 +158,7 @@ def detectable_difference(n: int, discordance: float, power: float = 0.8, confid
     largest = 100 * discordance
     if power_at(largest, n, discordance, confidence) < power:
         raise ValueError(
-            f"got n = {n} with discordance = {discordance}, expected enough problems to reach power {power} "
-            "at some difference: use more problems"
+            f"got n = {n}, discordance = {discordance}, expected enough for power {power}: use more problems"
         )
     if power <= 1 - confidence:
         return 0.0  # the test's error rate alone
@@ -221,9 +220,7 @@ def _outcomes(a: ArrayLike, b: ArrayLike, *, ndim: int) -> tuple[np.ndarray, np.
 
 def _check_share(name: str, value: float) -> None:
     if not 0 < value < 1:
-        raise ValueError(
-            f"got {name} = {value}, expected a share between 0 and 1, such as 0.95: divide per cent by 100"
-        )
+        raise ValueError(f"got {name} = {value}, expected a share between 0 and 1, such as 0.95: divide percent by 100")
 
 
 def _short(values: np.ndarray) -> str:

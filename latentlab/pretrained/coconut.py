@@ -39,9 +39,7 @@ def state_dict_file(name: str) -> Path | None:
         return path
     files = [] if (path / "config.json").exists() else [f for f in sorted(path.glob("checkpoint_*")) if f.is_file()]
     if len(files) > 1:
-        raise ValueError(
-            f"checkpoint: got {len(files)} files in {path.name}, expected one; name one, as {files[-1].name}"
-        )
+        raise ValueError(f"checkpoint: got {len(files)} files in {path.name}, expected one; name one of them")
     return files[0] if files else None
 
 
@@ -103,9 +101,7 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
     state = {key.removeprefix("module."): value for key, value in state.items()} if isinstance(state, dict) else {}
     weights = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
     if not weights:
-        raise ValueError(
-            f"checkpoint {file.name}: got no key {PREFIX}*, expected a Coconut state dict; use a checkpoint_N file"
-        )
+        raise ValueError(f"checkpoint {file.name}: got no key {PREFIX}*, expected a Coconut state dict; use another")
     return weights
 
 

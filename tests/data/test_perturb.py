@@ -35,8 +35,12 @@ APPLES = problem(
     "<<3*16=48>>",
     "<<28+48=76>>",
 )
-PENS = problem("A pen costs $2.50 and a ruler $4. How much are 6 pens and 7 rulers?",
-               "<<6*2.50=15.00>>", "<<7*4=28>>", "<<15+28=43>>")  # fmt: skip
+PENS = problem(
+    "A pen costs $2.50 and a ruler $4. How much are 6 pens and 7 rulers?",
+    "<<6*2.50=15.00>>",
+    "<<7*4=28>>",
+    "<<15+28=43>>",
+)
 SALE = problem("A coat of $140 is sold at 20% off. What does it cost?", "<<140*.20=28>>", "<<140-28=112>>")
 REST = problem("A coat of $1,400 is sold at 20% off. What does it cost?", "<<1400*.80=1120>>")
 WALK = problem("An 8-mile walk takes Bo 15 minutes a mile. How many hours is that?", "<<8*15=120>>", "<<120/60=2>>")
@@ -225,14 +229,16 @@ def test_what_may_change(question, steps, expected):
         ("He buys 5 pens at $3 each. How much?", ["<<5*3*2=30>>"]),  # no word licenses the 2
         ("He buys 5 pens at $3 each. How much?", ["<<5*3=16>>"]),
         ("He buys 5 pens at $3 each. How much?", ["<<15=15>>"]),
-        ("Bob needs 20 minutes a lap, Al 17. How long does the slower one take for 5 laps?",
-         ["<<5*17=85>>", "<<5*20=100>>"]),  # 85 is used by nothing: a comparison
+        (
+            "Bob needs 20 minutes a lap, Al 17. How long does the slower one take for 5 laps?",
+            ["<<5*17=85>>", "<<5*20=100>>"],
+        ),  # 85 is used by nothing: a comparison
         ("He was born in 1990. How old is he in 2020?", ["<<2020-1990=30>>"]),
         ("He eats 1/4 of 3/4 cake.", ["<<1*3=3>>"]),
         ("How many?", []),
         ("He owes 9 and has 4.", ["<<4-9=-5>>"]),
     ],
-)  # fmt: skip
+)
 def test_doubt_rejects_the_problem(question, steps):
     assert perturb(problem(question, *steps, answer=None if steps else "3"), 5, seed=0) == []
 
@@ -247,15 +253,23 @@ def test_new_numbers_fit_their_place():
     assert all(int(p.steps[1].rpartition("=")[2][:-2]) == float(p.answer) for p in copies)
     hours = problem("She works 8 hours a day for 20 days. How many hours is that?", "<<8*20=160>>")
     assert all(int(p.question.split()[2]) <= 12 for p in perturb(hours, 50, seed=0))
-    shares = problem("Of 400 nuts 60% are red, 30% are blue. How many?", "<<400*60/100=240>>", "<<400*30/100=120>>",
-                     "<<240+120=360>>")  # fmt: skip
+    shares = problem(
+        "Of 400 nuts 60% are red, 30% are blue. How many?",
+        "<<400*60/100=240>>",
+        "<<400*30/100=120>>",
+        "<<240+120=360>>",
+    )
     for copy in perturb(shares, 50, seed=0):
         assert sum(map(int, re.findall(r"(\d+)%", copy.question))) <= 100
 
 
 def test_a_decision_keeps_the_order_of_results():
-    race = problem("Al runs 9 laps of 20 seconds, Bo 4 of 30. By how much is the faster one faster?",
-                   "<<9*20=180>>", "<<4*30=120>>", "<<180-120=60>>")  # fmt: skip
+    race = problem(
+        "Al runs 9 laps of 20 seconds, Bo 4 of 30. By how much is the faster one faster?",
+        "<<9*20=180>>",
+        "<<4*30=120>>",
+        "<<180-120=60>>",
+    )
     for copy in perturb(race, 50, seed=0):
         results = [int(step.rpartition("=")[2][:-2]) for step in copy.steps]
         numbers = [int(n) for n in re.findall(r"\d+", copy.question)]

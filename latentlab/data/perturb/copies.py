@@ -37,6 +37,7 @@ def perturb(problem: Problem, n: int, seed: int) -> list[Problem]:
     rng = random.Random(f"perturb, seed {seed}, {problem.id}, {problem.question}")  # seeded through SHA-512 of the text
     grids = {i: _grid(template, i) for i in sorted(template.free)}
     variants: list[Problem] = []
+    source = f"{problem.source}/perturbed"
     seen, misses = {template.values}, 0
     while len(variants) < n and misses < _MISSES:
         values = _draw(rng, template, grids)
@@ -48,9 +49,7 @@ def perturb(problem: Problem, n: int, seed: int) -> list[Problem]:
         seen.add(values)
         question, steps = template.write(numbers)
         answer = write_like(numbers[-1], "0")
-        variants.append(
-            Problem(f"{problem.id}~{len(variants)}", question, steps, answer, f"{problem.source}/perturbed")
-        )
+        variants.append(Problem(f"{problem.id}~{len(variants)}", question, steps, answer, source))
     return variants
 
 

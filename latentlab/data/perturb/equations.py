@@ -3,14 +3,19 @@
 import ast
 import operator
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
 
 Number = int | Fraction  # int where whole, which is four times as fast
 
-_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: Fraction}
+_OPERATIONS: dict[type, Callable] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: Fraction,
+}
 
 
 @dataclass(frozen=True)
@@ -18,25 +23,23 @@ class Equation:
     """One step: numbers, + - * / and parentheses on the left, one number on the right."""
 
     left: str
-    literals: tuple[tuple[int, int], ...]  # (start, end) of each number on the left
-    program: tuple  # postfix: the index of a literal, or an operation
+    literals: list[tuple[int, int]]  # (start, end) of each number on the left
+    program: list  # postfix: None for the next literal, or an operation
     right: str
 
-    def compute(self, values: list[Number]) -> Number | None:
+    def compute(self, values: Iterable[Number]) -> Number | None:
         """The left side with these values in place of its literals; None for a division by zero."""
-        stack: list[Number] = []
-        for item in self.program:
-            if isinstance(item, int):
-                stack.append(values[item])
-                continue
-            right, left = stack.pop(), stack.pop()
-            if item is Fraction and not right:
-                return None
-            stack.append(item(left, right))
+        literals, stack = iter(values), list[Number]()
+        try:
+            for operation in self.program:
+                right = stack.pop() if operation else next(literals)
+                stack.append(operation(stack.pop(), right) if operation else right)
+        except ZeroDivisionError:
+            return None
         return simplest(stack[0])
 
     def holds(self) -> bool:
-        return self.compute([number(self.left[a:b]) for a, b in self.literals]) == number(self.right)
+        return self.compute(number(self.left[a:b]) for a, b in self.literals) == number(self.right)
 
 
 def parse_step(step: str) -> Equation | None:
@@ -44,28 +47,28 @@ def parse_step(step: str) -> Equation | None:
     match = re.fullmatch(r"<<([-+*/(). 0-9]{1,200})=([0-9]{0,40}(?:\.[0-9]{1,40})?)>>", step)
     if match is None or not match[2]:
         return None
-    text = match[1]
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    shift = len(text) - len(text.lstrip())
-    literals: list[tuple[int, int]] = []
-    program: list[Any] = []
+    equation = Equation(match[1], [], [], match[2])
+    shift = len(match[1]) - len(match[1].lstrip())
 
-    def visit(node: ast.expr) -> bool:
-        if isinstance(node, ast.Constant):
+    def visit(node: ast.expr) -> None:
+        if isinstance(node, ast.BinOp):
+            visit(node.left)
+            visit(node.right)
+            equation.program.append(_OPERATIONS[type(node.op)])
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd):
+            visit(node.operand)
+        else:  # a number, or what has no place here
             start, end = shift + node.col_offset, shift + (node.end_col_offset or 0)
-            program.append(len(literals))
-            literals.append((start, end))
-            return re.fullmatch(r"[0-9]*\.?[0-9]+", text[start:end]) is not None
-        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
-            known = visit(node.left) and visit(node.right)
-            program.append(_OPERATIONS[type(node.op)])
-            return known
-        return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd) and visit(node.operand)
+            if not re.fullmatch(r"[0-9]*\.?[0-9]+", equation.left[start:end]):
+                raise ValueError
+            equation.literals.append((start, end))
+            equation.program.append(None)
 
-    return Equation(text, tuple(literals), tuple(program), match[2]) if visit(tree) and len(program) > 1 else None
+    try:
+        visit(ast.parse(match[1].strip(), mode="eval").body)
+    except (SyntaxError, ValueError, KeyError, RecursionError, MemoryError):
+        return None
+    return equation if len(equation.program) > 1 else None
 
 
 def number(text: str) -> Number:
