@@ -28,7 +28,7 @@ STD_EPSILON = 1e-4  # as in TRL
 def group_advantages(
     rewards: Float[Tensor, "B K"], *, baseline: str = "mean", scale: str = "none"
 ) -> Float[Tensor, "B K"]:
-    """Advantages of K rollouts for each of B problems; ValueError for K < 2 or non-finite rewards."""
+    """Advantages of B groups of K rollouts; ValueError for K < 2 or non-finite rewards."""
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(
             f"rewards: got shape {list(rewards.shape)}, expected [B, K] with K >= 2; raise num_generations"
@@ -47,7 +47,7 @@ def group_advantages(
         advantages = rewards - rewards.mean(1, keepdim=True)
         if baseline == "leave_one_out":
             advantages = advantages * k / (k - 1)
-        advantages = advantages.masked_fill(is_collapsed(rewards)[:, None], 0.0)  # not 1e-8 from rounding
+        advantages = advantages.masked_fill(is_collapsed(rewards)[:, None], 0.0)  # not 1e-8
     if scale == "std":
         advantages = advantages / (rewards.std(1, keepdim=True) + STD_EPSILON)
     return advantages
@@ -59,7 +59,7 @@ def is_collapsed(rewards: Float[Tensor, "B K"]) -> Bool[Tensor, " B"]:
 
 
 def group_diagnostics(rewards: Float[Tensor, "B K"]) -> dict[str, float]:
-    """TRL's metrics `reward`, `reward_std` and `frac_reward_zero_std` (share of collapsed groups)."""
+    """TRL's `reward`, `reward_std` and `frac_reward_zero_std` (share of collapsed groups)."""
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(1).mean().item(),

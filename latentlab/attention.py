@@ -46,7 +46,7 @@ NAME = "latentlab"
 
 @dataclass
 class Positions:
-    """Keys or values [R, H, S, d] that grow along S: in place, unless a gradient flows through them.
+    """Keys or values [R, H, S, d] that grow along S: in place, unless gradient is enabled.
 
     capacity: positions to allocate; growing beyond them copies.
     """
@@ -84,10 +84,10 @@ class RolloutCache(Cache):
     def __init__(self, valid: Bool[Tensor, "B Q"], capacity: int):
         super().__init__(layers=[])
         self.valid, self.capacity, self.in_prefix = valid, capacity, True
-        self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer: keys and values [B, H, Q, d]
-        self.suffix: list[tuple[Positions, Positions]] = []  # per layer: keys and values [R, H, S, d]
-        self.problem = torch.arange(len(valid), device=valid.device)  # [R] the prefix that a row attends to
-        self.place: Tensor | None = None  # [R] place of a row among B * width; None: all are taken, in order
+        self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer: [B, H, Q, d]
+        self.suffix: list[tuple[Positions, Positions]] = []  # per layer: [R, H, S, d]
+        self.problem = torch.arange(len(valid), device=valid.device)  # [R] prefix of a row
+        self.place: Tensor | None = None  # [R] of a row among B * width; None: in order
         self.width = 1  # rows of the largest group
 
     def start_rows(self, num_generations: int) -> None:
@@ -114,10 +114,9 @@ class RolloutCache(Cache):
         return self.suffix[layer_idx][0].length if self.suffix else 0
 
     def visible(self, new: int) -> Bool[Tensor, "_ 1 T S"] | None:
-        """The attention mask of `new` positions over the keys of their own part; None: no key is masked.
+        """The causal attention mask of `new` positions over their own part; None: no key is masked.
 
-        Causal. In the prefix [B, 1, T, Q], without padding; a padding position sees itself, as a
-        softmax over nothing is NaN. In the suffix [1, 1, T, S].
+        In the prefix, [B, 1, T, Q], padding is masked, but sees itself: a softmax over nothing is NaN.
         """
         if not self.in_prefix and new == 1:
             return None
@@ -128,7 +127,7 @@ class RolloutCache(Cache):
         return causal & self.valid[:, None, None, :] | (index == query) if self.in_prefix else causal
 
     def keep(self, rows: Int[Tensor, " N"]) -> None:
-        """Drop all rows but `rows` (ascending); prefixes are dropped when half of them have no rows left."""
+        """Drop all rows but `rows` (ascending), and unused prefixes once they are half of all."""
         self.problem = self.problem[rows]
         self.suffix = [(keys.keep(rows), values.keep(rows)) for keys, values in self.suffix]
         sizes = self.problem.bincount(minlength=len(self.valid))  # [B]
@@ -165,12 +164,12 @@ def attention(
     rollout_cache: RolloutCache,
     **_,
 ) -> tuple[Float[Tensor, "R T HG d"], None]:
-    """The attention function that `transformers` calls; ordinary attention in the prefix, where R is B."""
+    """The attention function `transformers` calls; in the prefix, where R is B, plain attention."""
     cache = rollout_cache
     if cache.in_prefix:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     prefix = cache.prefix[module.layer_idx]
-    with torch.autocast(query.device.type, enabled=False):  # bfloat16 scores would change probs by percents
+    with torch.autocast(query.device.type, enabled=False):  # bfloat16 scores: probs off by percents
         out = _suffix_attention(query.to(key.dtype) * scaling, key, value, attention_mask, cache, *prefix)
     return out.to(query.dtype).transpose(1, 2), None
 

@@ -1,4 +1,4 @@
-"""The gradient of one batch of rollouts, in micro-batches of whole groups: score -> loss -> backward.
+"""The gradient of one batch of rollouts, in micro-batches of groups: score -> loss -> backward.
 
 A memory budget is kept by measurement. The first micro-batch is the group with the longest question
 alone, and every tensor that autograd saves in it is counted (autocast's copies of weights included,
@@ -36,12 +36,13 @@ def policy_gradient(
     reference: LatentReasoner | None = None,
     denominator: float | None = None,
 ) -> dict[str, float]:
-    """Add the gradient of the GRPO loss to `.grad`, in micro-batches of whole groups; returns stats.
+    """Add the gradient of the GRPO loss to `.grad`, in micro-batches of groups; returns stats.
 
-    reference: the model of the KL term, used if config.grpo.beta > 0. denominator: that of the whole
-    batch (`loss_denominator`) if `out` is a part of it.
+    reference: the model of the KL term (config.grpo.beta > 0). denominator: that of the whole batch
+    (`loss_denominator`) if `out` is a part of it.
     """
     g, k = config.grpo, out.num_generations
+    settings = {name: getattr(g, name) for name in ("epsilon", "epsilon_high", "beta", "loss_type")}
     if denominator is None:
         denominator = loss_denominator(out.token_mask, g.loss_type, model.max_new_tokens)
     splitter = Splitter(model, out, micro_batch=g.micro_batch, memory_gib=g.memory_gib)
@@ -50,14 +51,10 @@ def policy_gradient(
         part = out.take(places)
         with splitter.measured():
             logp = model.score(part, masks=part.masks)  # [R', A]; the masks are replayed
-        ref_logp = None
-        if reference is not None and g.beta:
-            with torch.no_grad():
-                ref_logp = reference.score(part, masks=part.masks)
-        loss, stats = grpo_loss(
-            logp, part.logp, advantages[places].flatten(), part.token_mask, epsilon=g.epsilon,
-            epsilon_high=g.epsilon_high, beta=g.beta, ref_logp=ref_logp, loss_type=g.loss_type, denominator=denominator,
-        )  # fmt: skip
+        with torch.no_grad():
+            ref_logp = reference.score(part, masks=part.masks) if reference is not None and g.beta else None
+        given = (logp, part.logp, advantages[places].flatten(), part.token_mask)
+        loss, stats = grpo_loss(*given, ref_logp=ref_logp, denominator=denominator, **settings)
         loss.backward()
         tokens = int(part.token_mask.sum())
         if part.entropy is not None:
@@ -67,7 +64,7 @@ def policy_gradient(
 
 
 def merge_stats(shares: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """Stats of a batch from (answer tokens, stats) of its parts: sum of losses, maximum of gaps, else token means."""
+    """Stats of a batch from (answer tokens, stats) of its parts: sum, maximum or token mean."""
     tokens = sum(count for count, _ in shares)
     merged = {}
     for name in shares[0][1]:
@@ -82,9 +79,9 @@ def merge_stats(shares: Sequence[tuple[int, dict[str, float]]]) -> dict[str, flo
 
 
 class Splitter:
-    """Iterates over micro-batches of the groups in `out`, as lists of problem indices, longest question first.
+    """Micro-batches of the groups in `out`, as lists of problem indices, longest question first.
 
-    micro_batch: most groups per micro-batch, 0 for no limit. memory_gib: what a backward pass may hold
+    micro_batch: groups per micro-batch at most, 0 for no limit. memory_gib: memory of a backward pass
     on top of weights, gradients and optimizer, 0 for no limit. A group is never split.
     """
 

@@ -12,7 +12,7 @@
 
 Source: PPO clipping, arXiv 1707.06347; GRPO, 2402.03300; Dr. GRPO, 2503.20783; DAPO, 2503.14476; k3:
 J. Schulman, "Approximating KL divergence" (2020). Names follow TRL. Deviations from TRL:
-1. `old_logp` is always the recorded one, never `logp.detach()`: an inexact replay shows as ratio != 1.
+1. `old_logp` is always the recorded one, never `logp.detach()`: an inexact replay is a ratio != 1.
 2. The KL term shares the denominator of the policy loss, so beta means the same at every length.
 Under dynamic sampling dr_grpo's R is smaller in steps that find too few groups to learn from.
 

@@ -113,7 +113,7 @@ def draw_masks(spec: MaskSpec, model, seeds: Int[Tensor, " R"], *, num_slots: in
     shape = (*slots, model.num_sites(spec.sites), model.width)
     counters = torch.arange(math.prod(shape), device=model.device)
     words = hash_words(seeds.to(model.device), MASK_STREAM, counters)
-    keep = _shift_right(words, 11) >= round(spec.rate * 2**53)  # 53 bits: as many as a float64 holds
+    keep = _shift_right(words, 11) >= round(spec.rate * 2**53)  # 53 bits, as in a float64
     values = keep.to(model.dtype).mul_(1 / (1 - spec.rate))
     return Masks(values.view(len(seeds), *shape), spec)
 
@@ -169,7 +169,7 @@ def decoder_layers(lm: nn.Module) -> nn.ModuleList:
 
 
 def _linear_maps(layer: nn.Module, role: str) -> list[nn.Module]:
-    """Modules with a weight matrix (Linear, Conv1D) in the children of `layer` named after `role`."""
+    """Modules with a weight matrix (Linear, Conv1D) in children of `layer` named after `role`."""
     children = [child for name, child in layer.named_children() if role in name]
     return [m for child in children for m in child.modules() if getattr(m, "weight", torch.empty(0)).dim() == 2]
 
@@ -185,7 +185,7 @@ def scaled(modules: list[nn.Module], factors: Float[Tensor, "R T S D"], count: i
 
 
 def scale_first(out: Float[Tensor, "R N D"], factors: Float[Tensor, "R T D"], count: int) -> Float[Tensor, "R N D"]:
-    """Multiply the first `count` of N positions by `factors`; T is `count`, or 1 if they share a mask."""
+    """Multiply the first `count` of N positions by `factors` (T = count, or 1 if shared)."""
     if count == out.shape[1]:
         return out * factors
     return torch.cat([out[:, :count] * factors, out[:, count:]], 1)

@@ -1,4 +1,4 @@
-"""The latent reasoner: a causal language model whose last hidden state is fed back as its next input.
+"""The latent reasoner: a causal LM whose last hidden state is fed back as its next input.
 
     question <start>     z_1 = h(question, <start>)        h: last hidden state, after the final norm
     z_1 ... z_L          z_{i+1} = h(..., z_i)             L latent steps (thoughts), no tokens
@@ -73,7 +73,7 @@ class LatentReasoner(nn.Module):
         self.max_new_tokens = max_new_tokens
         self.start_id, self.latent_id, self.end_id = (_single_token(tokenizer, text) for text in (START, LATENT, END))
         self.eos_id = tokenizer.eos_token_id
-        self.autocast_dtype: torch.dtype | None = None  # dtype of matrix products; None: that of the weights
+        self.autocast_dtype: torch.dtype | None = None  # of matrix products; None: as the weights
         self.provenance: dict = {}  # origin of the weights: kind, path, sha256
         self._branches: dict[tuple[str, ...], list[nn.Module]] = {}
         self.eval()
@@ -95,11 +95,11 @@ class LatentReasoner(nn.Module):
         return len(self.branches(sites)) + ("embedding" in sites)
 
     def num_slots(self, scope: str) -> int:
-        """Number of per-step mask slots: question and <start>, thoughts and, in scope "all", answer tokens."""
+        """Number of per-step mask slots: prompt, thoughts and, in scope "all", answer tokens."""
         return 1 + self.num_thoughts + (self.max_new_tokens if scope == "all" else 0)
 
     def branches(self, sites: tuple[str, ...]) -> list[nn.Module]:
-        """The modules whose outputs a mask on `sites` multiplies (`branch_outputs`), found once and kept."""
+        """The modules whose outputs a mask on `sites` multiplies (`branch_outputs`), cached."""
         if sites not in self._branches:
             self._branches[sites] = branch_outputs(self.lm, sites)
         return self._branches[sites]
@@ -149,7 +149,7 @@ class LatentReasoner(nn.Module):
         masked = self._num_masked(state, new)
         hooks: AbstractContextManager = nullcontext()
         if masks is not None and masked:
-            factors = masks.factors(cache.get_seq_length(), 1 if cache.in_prefix else masked)  # [R, 1 or masked, S, D]
+            factors = masks.factors(cache.get_seq_length(), 1 if cache.in_prefix else masked)
             hooks = scaled(self.branches(masks.spec.sites), factors, masked)
             if "embedding" in masks.spec.sites:
                 inputs = scale_first(inputs, factors[:, :, -1], masked)
@@ -171,7 +171,7 @@ class LatentReasoner(nn.Module):
         scope = state.masks.spec.scope
         if state.cache.in_prefix:
             return 0 if scope == "latent" else new
-        latent = 1 + self.num_thoughts - state.cache.get_seq_length()  # <start> and thoughts still to come
+        latent = 1 + self.num_thoughts - state.cache.get_seq_length()  # <start> and thoughts left
         return new if scope == "all" else min(new, max(0, latent))
 
     # -- prefix -> think -> answer ----------------------------------------------------------------
@@ -199,7 +199,7 @@ class LatentReasoner(nn.Module):
             rows = 1
         embedded, question = self.embed(prompt_ids), prompt_valid[:, :-1]
         cache = RolloutCache(question, capacity=1 + self.num_thoughts + self.max_new_tokens)
-        start = question.sum(1) - question.shape[1]  # [B] minus the padding: the first token has position 0
+        start = question.sum(1) - question.shape[1]  # [B] minus the padding: real tokens start at 0
         state = State(cache=cache, position=start, pending=embedded[:, -1:], masks=masks)
         self.forward_pass(state, embedded[:, :-1])
         cache.start_rows(rows)
@@ -237,7 +237,7 @@ class LatentReasoner(nn.Module):
         return self.forward_pass(state, self.embed(tokens[:, None]))[:, 0]
 
     def check_length(self, prompt: int, answer: int) -> None:
-        """Raise ValueError if prompt, thoughts, <end> and all answer tokens but the last exceed the context."""
+        """Raise ValueError if prompt, thoughts, <end> and answer[:-1] do not fit."""
         limit = self.lm.config.max_position_embeddings
         need = prompt + self.num_thoughts + answer
         if need > limit:
@@ -257,7 +257,7 @@ class LatentReasoner(nn.Module):
         num_generations: int = 1,
         masks: Masks | None = None,
     ) -> tuple[Float[Tensor, "R A D"], Float[Tensor, "R L D"]]:
-        """The hidden states that predict the given answer `tokens`, and the thoughts, with gradient."""
+        """The hidden states that predict the answer `tokens`, and the thoughts, with gradient."""
         self.check_length(prompt_ids.shape[1], tokens.shape[1])
         with self.cast_once():
             state = self.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
@@ -265,9 +265,9 @@ class LatentReasoner(nn.Module):
             return self.answer(state, tokens[:, :-1]), thoughts
 
     def score(self, rollouts, *, masks: Masks | None) -> Float[Tensor, "R A"]:
-        """Log-probs (nats) of the answers of `rollouts` under `masks`, with gradient; 0 after an answer's end.
+        """Log-probs (nats) of the rollouts' answers under `masks`, with gradient; 0 after the end.
 
-        Under the masks the answers were sampled with, equal to `rollouts.logp` up to rounding (`replay_gap`).
+        Under the masks of the rollouts they equal `rollouts.logp` up to rounding (`replay_gap`).
         """
         r = rollouts
         hidden, _ = self.teacher_forced(

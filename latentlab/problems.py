@@ -7,9 +7,8 @@ line, then the marker and the answer.
     <<48+24=72>>
     ### 72
 
-All code that grades an answer (reward, evaluation, majority vote, data checks) calls `extract_answer` and
-`answers_match`. Problems are stored as JSON Lines, one object per line with the fields of `Problem`
-(data/jsonl.py).
+Reward, evaluation, majority vote and data checks all grade with `extract_answer` and `answers_match`.
+Problems are stored as JSON Lines with the fields of `Problem` (data/jsonl.py).
 """
 
 import dataclasses
@@ -46,8 +45,8 @@ def canonical_answer(text: str) -> str | None:
     3. No number, or more than one -> None: two values are no answer. So "1e3", "1,5", "3:45", "5-3"
        and "1 1/2" give None, as do digits outside ASCII.
 
-    The result has no leading or trailing zeros, no separators, no "+", and no signed zero. Values are
-    compared as exact strings or fractions, never as floats.
+    The result has no leading or trailing zeros, no separators, no "+" and no signed zero. It is exact:
+    no number passes through a float.
     """
     found = list(_NUMBER.finditer(text))
     if len(found) != 1:
@@ -72,7 +71,7 @@ def _plain_decimal(digits: str) -> str:
 
 
 def _plain_fraction(value: Fraction) -> str:
-    """A finite decimal if there is one (the denominator has only factors 2 and 5), else "a/b" reduced."""
+    """A finite decimal if there is one (denominator divides a power of 10), else "a/b" reduced."""
     places = next((k for k in range(value.denominator.bit_length()) if 10**k % value.denominator == 0), None)
     if places is None:
         return f"{value.numerator}/{value.denominator}"
@@ -85,10 +84,9 @@ def _signed(value: str, negative: bool) -> str:
 
 
 def extract_answer(text: str) -> str | None:
-    """The line after the last "###" of a completion, as written but stripped; None if there is none.
+    """The line after the last "###" of a completion, stripped; None if there is none.
 
-    Blank lines after the marker are skipped. Without a marker the completion has no answer, even if
-    it has numbers.
+    Blank lines after the marker are skipped. Without a marker there is no answer, only numbers.
     """
     _, marker, tail = text.rpartition(MARKER)
     lines = tail.strip().splitlines()

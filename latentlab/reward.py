@@ -2,9 +2,8 @@
 
     exact_answer("<<48/2=24>>\\n<<48+24=72>>\\n### 72", problem) == 1.0    # problem.answer == "72"
 
-A reward is any callable `(text, problem) -> float`; `Rollouts.rewards` applies it to a batch, [B, K].
-Source: only the final answer is graded, as on GSM8K (arXiv 2110.14168), with `problems.answers_match`,
-here as in evaluation.
+A reward is any callable `(text, problem) -> float`; `Rollouts.rewards` applies it to a batch: [B, K].
+Source: GSM8K, arXiv 2110.14168: only the final answer is graded, by `problems.answers_match`.
 """
 
 from collections import Counter
@@ -22,9 +21,9 @@ def exact_answer(text: str, problem: Problem) -> float:
 
 
 def majority_vote(texts: Iterable[str]) -> str | None:
-    """The most frequent canonical answer of several completions of one problem; None if none has one.
+    """The most frequent canonical answer of several completions of one problem, or None.
 
-    Completions that cannot be parsed do not vote. Ties go to the answer that occurs first.
+    Completions without an answer do not vote. Ties go to the answer that occurs first.
     """
     answers = (canonical_answer(extract_answer(text) or "") for text in texts)
     votes = Counter(answer for answer in answers if answer is not None)

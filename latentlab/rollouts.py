@@ -5,8 +5,8 @@
 No random generator is shared between rows, so an answer does not depend on the other rows of its
 batch. `Rollouts` records what a replay needs: tokens, log-probs as sampled, and the masks.
 
-Source: rollouts with one mask each are Dropout-GRPO, arXiv 2606.10184. Deviation: answers are sampled
-where the theory needs it; greedy answers under masks (temperature 0) are an arm of their own.
+Source: Dropout-GRPO, arXiv 2606.10184: one mask per rollout. Deviation: answers are sampled where the
+theory needs it; greedy answers under masks (temperature 0) are an arm of their own.
 
 Dimensions: B problems, K rollouts per problem, R rows, Q prompt tokens, L thoughts, A answer tokens,
 D width, V vocabulary.
@@ -43,7 +43,7 @@ class Rollouts:
     temperature: float
     text: tuple[str, ...]  # R decoded answers
     masks: Masks | None
-    entropy: Float[Tensor, "R A"] | None = None  # nats, of the sampling distribution; 0 after the end
+    entropy: Float[Tensor, "R A"] | None = None  # nats, when sampling; 0 after the end
 
     def rewards(self, reward: Callable[[str, Problem], float]) -> Float[Tensor, "B K"]:
         """The reward of each rollout, float64."""
@@ -52,11 +52,11 @@ class Rollouts:
         return torch.tensor(values, dtype=torch.float64).view(-1, k)
 
     def take(self, problems: slice | Sequence[int]) -> Rollouts:
-        """The rollouts of some problems, given by a slice or by positions; padding common to all is cut."""
+        """The rollouts of some problems (a slice or indices); padding common to all is cut."""
         k = self.num_generations
         places = list(range(len(self.problems))[problems]) if isinstance(problems, slice) else list(problems)
         rows = [b * k + i for b in places for i in range(k)]
-        first = int(self.prompt_valid[places].any(0).long().argmax())  # first column that is not all padding
+        first = int(self.prompt_valid[places].any(0).long().argmax())  # first column with a token
         per_row = ("tokens", "token_mask", "logp", "thoughts", "seeds", "entropy")
         parts: dict[str, Any] = {name: None if (x := getattr(self, name)) is None else x[rows] for name in per_row}
         return replace(
@@ -133,9 +133,9 @@ def rollout(
 
 
 def _answer(model: LatentReasoner, state: State, seeds: Int[Tensor, " R"], temperature: float) -> dict[str, Any]:
-    """Decode until all rows have ended with eos or the limit is reached: the fields [R, A] of `Rollouts`."""
+    """Decode until eos or the limit in all rows: the fields of `Rollouts` with shape [R, A]."""
     rows = torch.arange(len(seeds), device=seeds.device)  # the R' rows that have not ended
-    hidden = model.answer(state, torch.empty(len(rows), 0, dtype=torch.long, device=seeds.device))[:, -1]  # [R, D]
+    hidden = model.answer(state, rows.new_empty(len(rows), 0))[:, -1]  # [R, D]
     tokens = torch.full((len(rows), model.max_new_tokens), model.eos_id, device=seeds.device)
     token_mask = torch.zeros_like(tokens, dtype=torch.bool)
     logp = torch.zeros(tokens.shape, dtype=model.head(hidden[:1]).dtype, device=seeds.device)
@@ -161,7 +161,7 @@ def _answer(model: LatentReasoner, state: State, seeds: Int[Tensor, " R"], tempe
 
 
 def choose(logps: Float[Tensor, "R V"], seeds: Int[Tensor, " R"], t: int) -> Int[Tensor, " R"]:
-    """Sample answer token t of each row from its log-probs, by inverse CDF of a uniform from (seed, t)."""
+    """Sample answer token t of each row by inverse CDF of a uniform number from (seed, t)."""
     cdf = logps.exp().cumsum(-1, dtype=torch.float64)
     target = uniforms(seeds, t)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logps.shape[-1] - 1)
@@ -169,5 +169,5 @@ def choose(logps: Float[Tensor, "R V"], seeds: Int[Tensor, " R"], t: int) -> Int
 
 @torch.no_grad()
 def replay_gap(logp: Float[Tensor, "R A"], rollouts: Rollouts) -> float:
-    """Largest difference between re-scored and recorded log-probs, in nats; rounding only if masks are replayed."""
+    """Largest difference between re-scored and recorded log-probs, in nats."""
     return (logp - rollouts.logp).abs().max().item()
