@@ -22,6 +22,14 @@ torch.set_num_threads(1)
 BACKBONES = ("gpt2", "llama")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_results(tmp_path_factory):
+    """No test reads or writes the results of the user who runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LATENTLAB_REPORTS", str(tmp_path_factory.mktemp("reports")))
+        yield
+
+
 def sharpen(model, factor=4.0):
     """Larger weights: fresh ones give almost uniform answers, on which no mistake would show."""
     with torch.no_grad():
