@@ -3,7 +3,7 @@ PRESET ?= tiny
 PYTHON ?= python3
 # such as LAB_ARGS="--no-browser --allow-root" in a container
 LAB_ARGS ?=
-# Kernels run in notebooks/: a relative folder of one's own results would be taken from there.
+# Notebook kernels run in notebooks/, so a relative result folder is made absolute here.
 ifdef LATENTLAB_REPORTS
 export LATENTLAB_REPORTS := $(abspath $(LATENTLAB_REPORTS))
 endif

@@ -170,7 +170,7 @@ class Reproduce(Verb):
     def __call__(self) -> None:
         from latentlab.study.experiment import run_experiment
 
-        options = {"device": self.device, "backbone": self.backbone, "init_from": self.init_from}
+        options: dict[str, Any] = {"device": self.device, "backbone": self.backbone, "init_from": self.init_from}
         out = _study_folder(self.out, self.config, "reproduce")
         print("wrote", run_experiment(self.config, out=out, budget_minutes=self.budget_minutes, **options))
 

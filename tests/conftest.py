@@ -33,6 +33,14 @@ def unchecked(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_results(tmp_path_factory):
+    """No test reads or writes the results of the user who runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LATENTLAB_REPORTS", str(tmp_path_factory.mktemp("reports")))
+        yield
+
+
 def sharpen(model, factor=4.0):
     """Larger weights: fresh ones give almost uniform answers, on which no mistake would show."""
     with torch.no_grad():

@@ -246,7 +246,7 @@ class Experiment:
             write_done(target, summary, job.words(folder), begun, made_by)
             yield job.name, 0
 
-    def _arm_job(self, arm: str, seed: int, settings: dict, iterations: int, name: str) -> Job:
+    def _arm_job(self, arm: Any, seed: int, settings: dict, iterations: int, name: str) -> Job:
         """An arm from its baseline; `none` stops early, since nothing can move (the report checks it)."""
         steps = max(1, min(10, iterations) if arm == "none" else iterations)
         grpo = replace(with_settings(self.config.grpo, settings), arm=arm, steps=steps)
@@ -266,6 +266,6 @@ class Experiment:
             write_done(run, summary, ("--init-from", init_from), begun, commit())
 
 
-def _curriculum_job(control: str, seed: int, config: Config) -> Job:
+def _curriculum_job(control: Any, seed: int, config: Config) -> Job:
     curriculum = replace(config.curriculum, control=control)
     return Job(f"{control}-s{seed}", "curriculum", replace(config, seed=seed, curriculum=curriculum))

@@ -22,7 +22,9 @@ def test_weights_are_those_of_the_provenance(provenance):
 
 
 def test_scores_are_those_of_the_sweep(provenance):
-    arms = json.loads((environment.repository_root() / "reports" / "tiny" / "compare.json").read_text())["arms"]
+    arms = json.loads((environment.repository_root() / "reports" / "published" / "tiny" / "arms.json").read_text())[
+        "arms"
+    ]
     row = next(arm for arm in arms if (arm["name"], arm["seed"]) == ("coconut", provenance["seed"]))
     assert provenance["test"] == {"n": row["n"], "correct": row["correct"]}
     assert provenance["validation_accuracy"] == row["validation_accuracy"]

@@ -5,7 +5,7 @@
     soak     thousands of tiny GRPO steps: do memory and open files stay what they were?
 
 Every run is a forked child of this process, which has imported torch and runs one thread: a kill costs half a second.
-test_reliability_result.py calls this file with smaller numbers. Sections of other files are merged in by `write_sections`.
+test_reliability_result.py runs this module with smaller numbers; `write_sections` merges the sections of other modules.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""run.py, steps.py and checkpoint.py: metrics line by line, checkpoints whole or not at all, one line for what does not fit."""
+"""run.py, steps.py and checkpoint.py: metrics line by line, atomic checkpoints, one line for what does not fit."""
 
 import json
 import os
@@ -202,7 +202,8 @@ def test_a_damaged_config_is_one_line(tmp_path, start, content):
     (tmp_path / "run" / "config.json").write_bytes(content)
     with pytest.raises(
         ValueError,
-        match="config.json: expected the configuration of this run, a JSON object; it is damaged: delete or restore it$",
+        match="config.json: expected the configuration of this run, a JSON object; it is damaged: "
+        "delete or restore it$",
     ):
         start(resume=True)
 
