@@ -130,7 +130,7 @@ class Template:
         for i, value in enumerate(values):
             for result, behind in zip(self.numbers[n:], self.behind[n:], strict=True):
                 self.frozen |= behind | {i} if value == result and (i in idle or value >= _CHANCE) else set()
-        totals: dict[Number, set[int]] = {n: set() for n in (1, 7, 12, 24, 30, 60, 100) if n in self.constants}
+        totals: dict[Number, set[int]] = {x: set() for x in (1, 7, 12, 24, 30, 60, 100) if x in self.constants}
         totals |= {value: {i} for i, value in enumerate(values)}
         for parts in _pairs_and_triples(range(n)):
             total = sum([values[i] for i in parts])
