@@ -98,7 +98,7 @@ class DataConfig:
 
 @section("backbone")
 class BackboneConfig:
-    name_or_path: Name = "scratch"  # "scratch": a GPT-2 of the shape below; "smollm2": from its wheel; folder; Hub id
+    name_or_path: Name = "scratch"  # "scratch": a GPT-2 of the shape below; else a folder or a Hub id
     n_layer: Positive = 1
     n_embd: Positive = 128
     n_head: Positive = 4

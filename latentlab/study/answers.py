@@ -1,4 +1,4 @@
-"""The answers of trained models, stored once per model and benchmark; every score of a report is read from them.
+"""Answers of trained models, stored once per model and benchmark; scores are read from them.
 
 answers/shared-s0.test.json      greedy answers of the clean model to the test problems
 answers/shared-s0.svamp.json     the same on another benchmark
@@ -50,7 +50,7 @@ def stored(folder: Path, names: Iterable[str], benchmark: str) -> dict[str, dict
 
 
 def graded_answers(model: LatentReasoner, problems: list[Problem], *, mask=None, **options) -> dict:
-    """Answers to n problems, K each: texts, grades by both rules, seconds, date. Options as in `evaluate`."""
+    """K answers to each of n problems, by `evaluate`: texts, grades by both rules, seconds, date."""
     start = time.monotonic()
     found = evaluate(model, problems, mask=mask, **options)
     asked = [problem for problem in problems for _ in found.correct[0]]
@@ -77,8 +77,8 @@ class Answers:
     device: str
     budget: Budget
 
-    def store(self, name: str, benchmark: str, problems: list[Problem], model=None, by=None, **options):
-        """Store what run `name` answers, unless it is there; by default greedily, with its best weights."""
+    def store(self, name: str, benchmark: str, problems: list[Problem], model=None, by=None, **options) -> None:
+        """Store the answers of run `name` once: by default greedy ones of its best weights."""
         path = answers_path(self.folder, name, benchmark)
         if not path.exists():
             options = {"batch_size": self.config.evaluate.batch_size, **options}
@@ -87,7 +87,7 @@ class Answers:
             self.budget.save()
 
     def store_sampled(self, names: list[str], chosen: dict[str, dict]) -> None:
-        """K sampled answers of each SAMPLED model to test problems, with the noise that it was trained with."""
+        """K sampled answers of each SAMPLED model to test problems, as in its training."""
         names, test, k = self._shown(names), self.data["test"], self.config.evaluate.num_generations
         size = max(1, 4 * self.config.evaluate.batch_size // k)  # rows are cheap beside the question that they share
 
@@ -134,7 +134,7 @@ class Answers:
         return load_model(self.folder / name / "best").place(select_device(self.device), self.config.precision)
 
     def _shown(self, names: list[str]) -> list[str]:
-        """The models that answer more than the test set: of all seeds, or of the first where time is limited."""
+        """The SAMPLED models: of all seeds, or of the first seed under a budget."""
         names = [name for name in names if name.startswith(SAMPLED)]
         return [name for name in names if name.endswith(names[0][7:])] if self.budget.planned else names
 
@@ -147,7 +147,7 @@ def with_settings(grpo: GRPOConfig, settings: dict) -> GRPOConfig:
 
 # ---------------------------------------------------------------- scores
 def greedy_score(answers: dict) -> dict:
-    """Right answers by both grading rules, their interval, the commonest answer and its share, when and how long.
+    """Right answers by both grading rules, interval, commonest answer and its share, seconds, date.
 
     A model that gives one number to many questions has learned the format, and is right by chance.
     """
@@ -162,9 +162,9 @@ def greedy_score(answers: dict) -> dict:
 
 
 def deployments(greedy: dict, sampled: dict) -> dict:
-    """Two ways to use a model, on the same problems: clean and greedy, and K answers sampled under its noise.
+    """Two ways to use a model, on the same n problems: clean and greedy, or K sampled answers.
 
-    sampled: their mean is what GRPO optimises; pass@k and the majority vote of K; seconds for all of them.
+    sampled: the mean is what GRPO optimises; pass@k; the majority vote; seconds for all of them.
     """
     counts = np.array(sampled["correct"])  # [n, K]
     n, k = counts.shape

@@ -1,11 +1,11 @@
 """The report of an experiment, made from its small files: done.json, metrics.jsonl and answers/.
 
-    <reports>/<preset>/arms.json            arms, paired differences, main contrast, verdict, curves, cost
+    <reports>/<preset>/arms.json            arms, paired differences, verdict, curves, cost
     <reports>/<preset>/arms_outcomes.npz    right or wrong for every test problem and model
-    <reports>/<preset>/arms_samples.json    problems whose answer changed and some whose did not, thoughts decoded
+    <reports>/<preset>/arms_samples.json    changed and unchanged answers, with decoded thoughts
 
-<preset> is smol-cpu instead of smol where a budgeted run was made on a CPU. Here models are loaded only to decode
-thoughts, and nothing is chosen.
+<preset> is smol-cpu instead of smol where a budgeted run was made on a CPU. A model is loaded only to
+decode thoughts, and nothing is chosen here.
 """
 
 from __future__ import annotations
@@ -44,25 +44,24 @@ NOT_ON_GPU = "not run on a GPU"
 def write_report(
     config: Config, folder: Path, names: list[str], test: list[Problem], budget: Budget, *, tuning: dict, weights: dict
 ) -> Path:
-    """Write the three files for the runs `names` of `folder`, all of which have answered the `test` problems.
+    """Write the three files for the runs `names` of `folder`, which have answered all `test` problems.
 
-    tuning: the chosen settings and the trials; weights: the provenance of what the baselines were trained from.
+    tuning: chosen settings and trials. weights: provenance of the model that the baselines start from.
     """
-    budgeted, device, plan = budget.planned, budget.device, budget.data["plan"]
+    device = budget.device
     names = sorted(names, key=_seed)  # of each seed: baseline, controls, arms
     cot = f"cot-s{_seed(names[0])}"
     answers = stored(folder, [cot, *names], "test")
     outcomes = {name: np.array(found["correct"])[:, 0] for name, found in answers.items()}
     done = {path.parent.name: read_done(folder, path.parent.name) for path in folder.glob("*/done.json")}
     lines = {name: read_metrics(folder / name) for name in names if (folder / name / "metrics.jsonl").exists()}
-    seeds = [_seed(name) for name in names if name.startswith("shared-s")]
-    gain, main = (contrast(outcomes, "shared", other, seeds) for other in ("coconut", "temperature"))
+    arms = []
+    for name in names:
+        row = {"name": name.rpartition("-s")[0], "seed": _seed(name), **greedy_score(answers[name]), "rollouts": 0}
+        row |= {key: done[name][key] for key in RECORDED if key in done[name]}
+        arms.append(row | _replay_gaps(lines.get(name, [])) | _difference(outcomes, name, _base(name, names)))
     metrics = {
-        "data": config.data.name,
-        "published": PUBLISHED,
-        "gain": gain,
-        "main_contrast": main,
-        "verdict": verdict_of(gain, device, config.data.name),
+        **_verdicts(outcomes, names, device, config.data.name),
         "curriculum": {n: {k: done[n][k] for k in ("stages", "seconds")} for n in names if "stages" in done[n]},
         **tuning,
         "curves": {name: _curves(found) for name, found in lines.items()},
@@ -70,25 +69,19 @@ def write_report(
         "swapped_thoughts": stored(folder, names, "swapped"),
         "weights_unchanged": {n: _same_weights(folder, _base(n, names), n) for n in names if n.startswith("none-s")},
         "cost": _cost(folder, done, budget),
-        "plan": plan,
-        "commits": budget.data["commits"],  # of every process that took part; the result's own is that which wrote it
+        "plan": budget.data["plan"],
+        "transfer": _transfer(folder, names, budget.data["plan"]),
+        "commits": budget.data["commits"],  # of all processes that took part; the result's own wrote it
         "weights": weights,
     }
     metrics = {key: section for key, section in metrics.items() if section != {}}
-    if budgeted:
+    if budget.planned:
         elsewhere = {"skipped": "the baseline was trained elsewhere"}
         metrics["cot"] = greedy_score(answers[cot]) if cot in answers else elsewhere
-        metrics["transfer"] = _transfer(folder, names, plan)
-    arms = []
-    for name in names:
-        row = {"name": name.rpartition("-s")[0], "seed": _seed(name), **greedy_score(answers[name]), "rollouts": 0}
-        row |= {key: done[name][key] for key in RECORDED if key in done[name]}
-        arms.append(row | _replay_gaps(lines.get(name, [])) | _difference(outcomes, name, _base(name, names)))
-    preset = f"{config.preset}-cpu" if budgeted and device != "cuda" else config.preset
-    target = results.reports_folder() / preset
-    results.write_outcomes(target / "arms_outcomes.npz", outcomes)
+    preset = f"{config.preset}-cpu" if budget.planned and device != "cuda" else config.preset
+    results.write_outcomes(results.result_path("arms_outcomes", preset, ".npz"), outcomes)
     samples = json.dumps(_samples(config, folder, names, answers, test, device), indent=1, ensure_ascii=False)
-    write_atomically(target / "arms_samples.json", f"{samples}\n".encode())
+    write_atomically(results.result_path("arms_samples", preset, ".json"), f"{samples}\n".encode())
     return results.write_result(
         "arms",
         preset=preset,
@@ -99,13 +92,13 @@ def write_report(
         seconds=budget.spent(),
         environment=environment(weights, device=device),
         question="Which arm helps, at equal rollouts?",
-        headline=_headline(arms[0], metrics) if budgeted else in_words(main),
+        headline=_headline(arms[0], metrics) if budget.planned else in_words(metrics["main_contrast"]),
     )
 
 
 # ---------------------------------------------------------------- reading a report
 def read_arms(*presets: str) -> dict | None:
-    """The first of these presets' results that exists, with `outcomes` {run: [n] of 0/1} and `samples`; or None."""
+    """The first of these presets' results that exists, with `outcomes` and `samples`; or None."""
     for preset in presets:
         found = results.find_result("arms", preset)
         if found:
@@ -116,10 +109,10 @@ def read_arms(*presets: str) -> dict | None:
 
 
 def contrast(outcomes: dict, arm: str, other: str, seeds: Sequence[int]) -> dict:
-    """The `arm_comparison` of two arms, by seed (`by_seed`); outcomes as `results.read_outcomes` gives them.
+    """The `arm_comparison` of two arms over seeds, and of each (`by_seed`); outcomes: {run: [n] of 0/1}.
 
-    before, after: shares of right answers of `other` and `arm`. A seed without a run of `other` is compared with the
-    first seed's: a shared baseline.
+    before, after: shares of right answers of `other` and `arm`. A seed without a run of `other` is
+    compared with the first seed's: a shared baseline.
     """
     if not seeds:
         return {"skipped": f"arm {arm} was not trained: no time was left in the budget"}
@@ -145,9 +138,9 @@ def in_words(found: dict) -> str:
 
 
 def overview(found: dict) -> str:
-    """What `read_arms` found for a budgeted run, as text: cost, training problems, a line per model, the verdict.
+    """A budgeted run that `read_arms` found, as text: cost, training, a line per model, the verdict.
 
-    kept: the iteration whose checkpoint validation chose; `start` is the baseline, whose answers are then repeated.
+    kept: the iteration whose checkpoint validation chose; `start`: the baseline's weights, unchanged.
     """
     metrics, curriculum = found["metrics"], found["parameters"]["curriculum"]
     cost, steps = metrics["cost"], metrics["plan"].get("curriculum_steps", curriculum["steps"])
@@ -177,9 +170,9 @@ def overview(found: dict) -> str:
 
 
 def verdict_of(gain: dict, device: str, data: str = "gsm8k") -> str:
-    """The verdict of a `contrast`, and what it does not cover: other seeds, where there are fewer than FEW_SEEDS.
+    """The verdict of a `contrast`, and what it does not cover: other seeds, below FEW_SEEDS.
 
-    Synthetic problems and runs on a CPU, whose budget is no real one, get the rule's word in brackets.
+    For synthetic problems and runs on a CPU it is no verdict on the publication: the word in brackets.
     """
     if "skipped" in gain:
         return gain["skipped"] if device == "cuda" else f"{NOT_ON_GPU}; {gain['skipped']}"
@@ -202,6 +195,13 @@ def _base(name: str, names: list[str]) -> str:
     """The baseline that a run is compared with: that of its seed, or the only one."""
     own = f"coconut-s{_seed(name)}"
     return own if own in names else names[0]
+
+
+def _verdicts(outcomes: dict, names: list[str], device: str, data: str) -> dict:
+    seeds = [_seed(name) for name in names if name.startswith("shared-s")]
+    gain, main = (contrast(outcomes, "shared", other, seeds) for other in ("coconut", "temperature"))
+    found = {"gain": gain, "main_contrast": main, "verdict": verdict_of(gain, device, data)}
+    return {"data": data, "published": PUBLISHED, **found}
 
 
 def _difference(outcomes: dict, name: str, base: str) -> dict:
@@ -230,7 +230,7 @@ def _curves(lines: list[dict]) -> dict[str, dict]:
 
 
 def _cost(folder: Path, done: dict, budget: Budget) -> dict:
-    """Time, memory and speed; rollouts per second of training count updates, validations and checkpoints."""
+    """Time, memory, speed: rollouts per second with updates, validations and checkpoints."""
     rollouts = {name: record["rollouts"] for name, record in done.items() if "rollouts" in record}
     rates = {name: round(count / max(seconds_spent(folder / name), 1e-9), 2) for name, count in rollouts.items()}
     return {
@@ -263,7 +263,7 @@ def _transfer(folder: Path, names: list[str], plan: dict) -> dict:
 
 
 def _samples(config, folder: Path, names: list[str], answers: dict, test: list[Problem], device: str) -> list[dict]:
-    """Answers and decoded thoughts of the first baseline and its arm `shared`, where not both are wrong."""
+    """Answers and decoded thoughts of the first baseline and arm `shared`, if not both are wrong."""
     pair = (names[0], f"shared-s{_seed(names[0])}")
     if pair[1] not in names:
         return []

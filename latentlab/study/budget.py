@@ -1,7 +1,7 @@
 """What a time budget buys: a step of each part is timed on this machine, then the time is divided.
 
-The curriculum gets its share first (`CURRICULUM_SHARE`), which pays for its validations and test answers; the arms
-share the rest at equal iterations, after a reserve for their own answers.
+The curriculum gets its share first, which pays for its validations and test answers; the arms share
+the rest at equal iterations, after a reserve for their own answers.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Budget:
     """Time spent, what was planned, and by which commits, in plan.json: they survive a restart.
 
     made_for: the settings that must be the same when the folder is used again; ValueError if not.
-    minutes: 0 or None is no limit. start: `time.monotonic()` when this process began. A killed process
-    is charged the time until the last file that it wrote in `folder`: every training step writes one.
+    minutes: 0 or None is no limit. start: `time.monotonic()` when this process began. A killed
+    process is charged until it last wrote a file in `folder`: every training step writes one.
     """
 
     def __init__(self, folder: Path, made_for: dict, minutes: float | None, device: str, start: float):
@@ -70,20 +70,20 @@ class Budget:
         write_atomically(self.path, (json.dumps(self.data, indent=1) + "\n").encode())
 
     def once(self, key: str, make: Callable[[], object]):
-        """The planned value of `key`: made at the first call, then read back, so that a resumed run keeps its plan."""
+        """The planned value of `key`: made at the first call, then read back."""
         if key not in self.data["plan"]:
             self.data["plan"][key] = make()
             self.save()
         return self.data["plan"][key]
 
     def affordable(self, share: float, each: Callable[[], float], most: int) -> int:
-        """How many problems of `each()` seconds fit into `share` of the time left; 0 instead of fewer than 50."""
+        """How many problems of `each()` seconds fit into `share` of the time left; 0 below 50."""
         fit = min(most, int(share * self.left() / each())) if self.minutes else most
         return fit if fit >= min(50, most) else 0
 
 
 def _seconds(model: LatentReasoner, run: Callable[[], object]) -> float:
-    """Seconds that a call takes; a short one is repeated, since the first may be mostly start-up."""
+    """Seconds that a call takes; a short one is repeated: the first may be mostly start-up."""
     seconds = _timed(model, run)
     return seconds if seconds > START_UP else _timed(model, run)
 
@@ -97,7 +97,7 @@ def _timed(model: LatentReasoner, run: Callable[[], object]) -> float:
 
 
 def answer_seconds(model: LatentReasoner, problems: list[Problem], batch_size: int, **options) -> float:
-    """Seconds to answer one problem in batches of `batch_size`; a few at a time where that is slow already."""
+    """Seconds to answer one problem in batches of `batch_size`, or of 8 where that is slow."""
     seconds = 0.0
     for size in (min(8, batch_size), batch_size):
         few = problems[:size]
@@ -108,7 +108,7 @@ def answer_seconds(model: LatentReasoner, problems: list[Problem], batch_size: i
 
 
 def plan_curriculum(model, data, config: Config, budget: Budget) -> list[int]:
-    """The preset's steps of each stage, times one factor that fills the curriculum's share of the budget.
+    """The preset's steps of each stage, times a factor that fills the curriculum's share.
 
     An untrained model's answers are as long as allowed, so answering is timed at its slowest.
     """
@@ -129,9 +129,9 @@ def plan_curriculum(model, data, config: Config, budget: Budget) -> list[int]:
 
 
 def plan_grpo(model, data, config: Config, budget: Budget) -> tuple[int, int]:
-    """(seeds, iterations of each arm): what is left after a reserve for the test set and the report.
+    """(seeds, iterations of each arm) after a reserve for the test set and the report.
 
-    All seeds of the preset if each arm then gets `eval_every` iterations, else fewer; (1, 0) if no time is left.
+    All seeds if each arm then gets `eval_every` iterations, else fewer; (1, 0) if no time is left.
     """
     g, sweep = config.grpo, config.sweep
     if not budget.minutes:
@@ -153,7 +153,7 @@ def plan_grpo(model, data, config: Config, budget: Budget) -> tuple[int, int]:
 
 
 def _iteration_seconds(model: LatentReasoner, problems: list[Problem], config: Config) -> float:
-    """Seconds of one GRPO iteration without validation, its updates priced by the share of mixed groups."""
+    """Seconds of a GRPO iteration; updates are priced by the share of mixed groups."""
     g, share = config.grpo, 1.0
     mask, temperature = arm_settings(g, "shared")
     rolled: list[Rollouts] = []

@@ -1,17 +1,17 @@
-"""One experiment: arms x seeds from latent baselines, with or without a time budget, and one report.
+"""One experiment: arms x seeds from latent baselines, with or without a time budget, one report.
 
-    runs/tiny/sweep/plan.json                        settings, time spent, and what a budget allowed each part
-    runs/tiny/sweep/coconut-s0, pause-s0, direct-s0  the curriculum: the baseline and its controls
-    runs/tiny/sweep/tune-shared-0, ...               trials, judged on the validation set
-    runs/tiny/sweep/shared-s0, ...                   the arms, each from the baseline of its seed
-    runs/tiny/sweep/answers/                         what finished models answered (answers.py)
-    reports/tiny/arms.json, ...                      the report (arms_report.py)
+    runs/tiny/sweep/plan.json              settings, time spent, what a budget allowed each part
+    runs/tiny/sweep/coconut-s0, pause-s0   the curriculum: a baseline, a control
+    runs/tiny/sweep/tune-shared-0          a trial, judged on the validation set
+    runs/tiny/sweep/shared-s0              an arm, from the baseline of its seed
+    runs/tiny/sweep/answers/               what finished models answered (answers.py)
+    reports/tiny/arms.json                 the report (arms_report.py)
 
-Stages: baselines -> trials -> controls and arms -> answers -> report. Without a budget every seed has a baseline of
-its own, and mask rate, learning rate and temperature are chosen by trials on the validation set. With one
-(`budget_minutes`) all seeds share the first seed's baseline, the preset's own settings are used, every part is sized to
-the budget (budget.py), and time that is left buys sampled answers and other benchmarks. The test set decides nothing.
-The same command resumes an experiment that was interrupted.
+Without a budget every seed has its own baseline, and mask rate, learning rate and temperature are
+chosen by trials on the validation set. With one (`budget_minutes`) all seeds share the first seed's
+baseline, the preset's own settings are used, every part is sized to the budget (budget.py), and the
+time left over buys sampled answers and other benchmarks. The test set decides nothing. The same
+command resumes an interrupted experiment.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def run_experiment(
 ) -> Path:
     """Run or resume the experiment in folder `out`; returns the path of its result file.
 
-    budget_minutes: None for no budget, else the limit, in this process; 0 takes the preset's own steps.
-    backbone: a folder or Hub id instead of the preset's. init_from: a trained Coconut checkpoint that replaces
-    the curriculum, for all seeds. device: of the runs in this process, and of all answers.
-    Raises ValueError or OSError, one line, before any compute: a missing data file, a foreign folder, too little
-    memory; RuntimeError that lists failed runs; Stopped after SIGTERM or SIGINT.
+    budget_minutes: None for no budget; 0 for the preset's own steps, no limit; needs IN_PROCESS.
+    backbone: a folder or Hub id, instead of the preset's. init_from: a trained Coconut checkpoint
+    that replaces the curriculum, for all seeds. device: of runs in this process and of answers.
+    Raises ValueError or OSError, one line, before any compute (missing data, a folder of another
+    experiment, too little memory); RuntimeError that lists failed runs; Stopped after a signal.
     """
     start, folder = time.monotonic(), Path(out)
     if backbone and init_from:
@@ -95,7 +95,7 @@ def run_experiment(
 
 # ---------------------------------------------------------------- before any compute
 def _load_data(config: Config, folder: Path, *, with_train: bool) -> dict[str, list[Problem]]:
-    """Problems by split. Training problems are kept in train.jsonl: making copies of them takes half a minute."""
+    """Problems by split; the training set is kept in train.jsonl: its copies take half a minute."""
     data = {split: datasets.load(config.data, split) for split in ("validation", "test")}
     kept = folder / "train.jsonl"
     data["train"] = [] if not with_train else read_jsonl(kept) if kept.exists() else datasets.load(config.data, "train")
@@ -103,7 +103,7 @@ def _load_data(config: Config, folder: Path, *, with_train: bool) -> dict[str, l
 
 
 def _checked_weights(config: Config, data: dict, device: str, init_from: str) -> dict:
-    """The provenance of the first model, after checks: it fits the problems, and the GPU can train it."""
+    """Provenance of the model to start from; it must fit the problems, and the GPU must fit it."""
     model = model_from_config(config, init_from=init_from).place(select_device(device), config.precision)
     learned = [*data["train"], *data["validation"]]
     expect_together(model, [*learned, *data["test"]], config)
@@ -127,7 +127,7 @@ def _expect_memory(model: LatentReasoner) -> None:
 
 
 def _made_for(config: Config, weights: dict, minutes: float | None, device: str) -> dict:
-    """The settings that a folder keeps: other ones would take its finished runs for theirs."""
+    """The settings that a folder's finished runs are valid for."""
     settings = {**flat(to_dict(config)), "budget_minutes": minutes, "weights": weights.get("sha256", "")}
     if minutes is not None:  # planned for all seeds and arms, on one device
         return {**settings, "device": device}
@@ -138,7 +138,7 @@ def _made_for(config: Config, weights: dict, minutes: float | None, device: str)
 # ---------------------------------------------------------------- the stages
 @dataclass
 class Experiment:
-    """What the stages share; each stage does what is missing, so that a resumed experiment continues."""
+    """What the stages share; each stage does only what is missing."""
 
     config: Config
     folder: Path
@@ -152,7 +152,7 @@ class Experiment:
         self.answers = Answers(self.config, self.folder, self.data, self.device, self.budget)
 
     def make_baselines(self, init_from: str) -> list[str]:
-        """Train the baselines, or store a model that was trained elsewhere in their place; returns their names."""
+        """Train the baselines, or store `init_from` in their place; returns their names."""
         config, seeds = self.config, self.config.sweep.seeds
         seeds = seeds[:1] if self.budget.planned or init_from else seeds
         jobs = [_curriculum_job("coconut", seed, config) for seed in seeds]
@@ -165,7 +165,7 @@ class Experiment:
         return [job.name for job in jobs]
 
     def tune(self) -> dict[str, Any]:
-        """Settings of each family of arms, by the validation accuracy of short trials, and the trials.
+        """Settings of each family of arms, by the validation accuracy of short trials; the trials.
 
         They start from the first seed's baseline; a grid of one candidate needs no trial.
         """
@@ -179,25 +179,20 @@ class Experiment:
         jobs = [self._arm_job(arm, s.seeds[0], found, s.tune_steps, f"tune-{arm}-{i}") for arm, i, found in points]
         self._run(jobs)
         scores = [read_done(self.folder, job.name)["validation_accuracy"] for job in jobs]
-        best: dict[str, dict] = {}
-        for (arm, _, settings), _ in sorted(zip(points, scores, strict=True), key=lambda trial: -trial[1]):
-            best.setdefault(arm, settings)
-        pairs = zip(points, scores, strict=True)
-        return {
-            "chosen_on_validation": {arm: best.get(arm, grid[0]) for arm, grid in grids.items()},
-            "tuning": [{"arm": arm, **settings, "validation_accuracy": score} for (arm, _, settings), score in pairs],
-        }
+        trials = list(zip(points, scores, strict=True))
+        best = {arm: grid[0] for arm, grid in grids.items()}
+        best |= {arm: found for (arm, _, found), _ in sorted(reversed(trials), key=lambda trial: trial[1])}
+        table = [{"arm": arm, **found, "validation_accuracy": score} for (arm, _, found), score in trials]
+        return {"chosen_on_validation": best, "tuning": table}
 
     def run_arms(self, chosen: dict[str, dict]) -> list[str]:
         """Controls and arms of every seed, at equal iterations; returns their names."""
         config, seeds, controls = self.config, self.config.sweep.seeds, self.config.sweep.controls
         iterations = config.grpo.steps
         if self.budget.planned:
-            base = f"coconut-s{seeds[0]}"
-            plan = self.budget.once(
-                "seeds_and_iterations", lambda: plan_grpo(self.answers.trained(base), self.data, config, self.budget)
-            )
-            count, iterations = plan
+            model = self.answers.trained(f"coconut-s{seeds[0]}")
+            plan = partial(plan_grpo, model, self.data, config, self.budget)
+            count, iterations = self.budget.once("seeds_and_iterations", plan)
             seeds, controls = seeds[: count if iterations else 0], ()
         jobs = [_curriculum_job(control, seed, config) for seed in seeds for control in controls]  # the longest first
         for seed, arm in product(seeds, config.sweep.arms):
@@ -209,11 +204,8 @@ class Experiment:
     def _fitted(self, job: Job) -> Job:
         """The job of a baseline, its stages sized to the budget."""
         config, c = job.config, job.config.curriculum
-
-        def plan() -> list[int]:
-            model = model_from_config(config).place(select_device(self.device), config.precision)
-            return plan_curriculum(model, self.data, config, self.budget)
-
+        model = model_from_config(config).place(select_device(self.device), config.precision)
+        plan = partial(plan_curriculum, model, self.data, config, self.budget)
         steps = tuple(self.budget.once("curriculum_steps", plan))
         warmup = min(c.warmup_steps, max(1, min(steps) // 4))  # short stages are not all warm-up
         return replace(job, config=replace(config, curriculum=replace(c, steps=steps, warmup_steps=warmup)))
@@ -229,9 +221,7 @@ class Experiment:
         for job in jobs:
             target, config, made_by = folder / job.name, job.config, commit()
             begun = time.time() - seconds_spent(target)
-            model = model_from_config(config, init_from=job.init_from).place(
-                select_device(self.device), config.precision
-            )
+            model = model_from_config(config, init_from=job.init_from).place(select_device(self.device), config.precision)
             options: dict[str, Any] = {"out": str(target), "resume": True, "checkpoint_minutes": CHECKPOINT_MINUTES}
             if job.verb == "grpo":
                 summary = fit_grpo(model, train, validation, config, **options)
@@ -247,13 +237,13 @@ class Experiment:
             yield job.name, 0
 
     def _arm_job(self, arm: Any, seed: int, settings: dict, iterations: int, name: str) -> Job:
-        """An arm from its baseline; `none` stops early, since nothing can move (the report checks it)."""
+        """An arm from its baseline; `none`, which changes nothing, stops early."""
         steps = max(1, min(10, iterations) if arm == "none" else iterations)
         grpo = replace(with_settings(self.config.grpo, settings), arm=arm, steps=steps)
         if self.budget.planned:
             grpo = replace(grpo, eval_every=min(grpo.eval_every, steps))
         own, first = (self.folder / f"coconut-s{s}" for s in (seed, self.config.sweep.seeds[0]))
-        start = (own if own.exists() else first) / "best"  # without its own: the baseline that all seeds share
+        start = (own if own.exists() else first) / "best"  # its own, or the one that all seeds share
         return Job(name, "grpo", replace(self.config, seed=seed, grpo=grpo), str(start))
 
     def _store_baseline(self, run: Path, init_from: str) -> None:

@@ -1,12 +1,12 @@
-"""Runs as separate processes, side by side on this machine or as SLURM jobs, and the record of what is finished.
+"""Runs as separate processes on this machine or as SLURM jobs, and the record of finished runs.
 
-    runs/tiny/sweep/shared-s0/      a run's folder; done.json is written last: the run is finished, never redone
+    runs/tiny/sweep/shared-s0/      a run; done.json is written last: it is finished, never redone
     runs/tiny/sweep/shared-s0.log   the output of its processes, appended
     runs/tiny/sweep/table.md        one line per run, updated as runs finish
 
-`local` starts `sweep.workers` processes at a time. `slurm` submits every run as a job through submitit, which has
-to be installed; submitit's own local executor is not used: it starts everything at once and hides the GPUs.
-`in_process` runs them one after another (experiment.py). A run that stops on request (exit code STOPPED) is queued
+`local` starts `sweep.workers` processes at a time; `slurm` submits every run as a job through
+submitit, whose own local executor starts everything at once and hides the GPUs; `in_process` runs
+them one after another (experiment.py). A run that stops on request (exit code STOPPED) is queued
 again and resumes; a failed one gets `retries` further attempts, then it is listed.
 """
 
@@ -41,7 +41,7 @@ SLURM_DEFAULTS = {"job_name": "latentlab", "time": 240, "cpus_per_task": 2}  # s
 
 @dataclass(frozen=True)
 class Job:
-    """One run: the name of its folder, its verb, its configuration, and the checkpoint an arm starts from."""
+    """One run: its folder's name, verb and configuration, and the checkpoint an arm starts from."""
 
     name: str
     verb: str  # curriculum | grpo
@@ -57,7 +57,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Launcher:
-    """Where runs are started. slurm: options of sbatch, as "partition=gpu", "time=600" (minutes), "gpus_per_node=1"."""
+    """Where runs are started. slurm: options of sbatch, as "partition=gpu", "time=600" (minutes)."""
 
     executor: str = "local"  # in_process | local | slurm
     slurm: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ IN_PROCESS = Launcher("in_process")
 
 @dataclass
 class Process:
-    """One run as a process: calling it starts the process, waits, and returns its exit code. submitit pickles it."""
+    """One run as a process: a call starts it, waits and returns its exit code."""
 
     words: tuple[str, ...]
     target: Path
@@ -117,7 +117,7 @@ class Process:
             self.child.terminate()
 
     def checkpoint(self):
-        """Called by submitit before a job's time is up: the run saves its state, then the job is queued again."""
+        """Called by submitit before a job's time is up: save the state, queue the job again."""
         from submitit.helpers import DelayedSubmission
 
         self.stop()
@@ -129,7 +129,7 @@ class Process:
 
 # ---------------------------------------------------------------- the record of finished runs
 def write_done(target: Path, summary: dict, words: Iterable[str], begun: float, made_by: str) -> None:
-    """Write done.json: the run is finished. `begun`: time.time() at its start; `made_by`: the commit then."""
+    """Write done.json of a finished run that began at `begun` (time.time()), commit `made_by`."""
     seconds = round(time.time() - begun, 1)
     record = {**summary, "seconds": seconds, "command": " ".join(words), "commit": made_by}
     write_atomically(target / "done.json", (json.dumps(record) + "\n").encode())
@@ -141,7 +141,7 @@ def read_done(folder: Path, name: str) -> dict:
 
 
 def _finished(job: Job, folder: Path) -> bool:
-    """Is the run done? ValueError if another command made its folder: its numbers do not belong here."""
+    """Is the run done? ValueError if another command made its folder."""
     if not (folder / job.name / "done.json").exists():
         return False
     made, asked = read_done(folder, job.name)["command"], " ".join(job.words(folder))
@@ -151,7 +151,7 @@ def _finished(job: Job, folder: Path) -> bool:
 
 
 def run_jobs(jobs: list[Job], folder: Path, execute: Callable[[list[Job], Path], Iterator[tuple[str, int]]]) -> None:
-    """Run what is not finished; `execute` yields (name, exit code) as runs end. RuntimeError lists failed runs."""
+    """Run what is unfinished; `execute` yields (name, exit code). RuntimeError lists failed runs."""
     waiting = [job for job in jobs if not _finished(job, folder)]
     states = {path.parent.name: "finished" for path in sorted(folder.glob("*/done.json"))}
     states |= {job.name: "waiting" for job in waiting}
@@ -186,7 +186,7 @@ def _write_table(folder: Path, states: dict[str, str]) -> None:
 def run_processes(jobs: list[Job], folder: Path, launcher: Launcher, workers: int) -> Iterator[tuple[str, int]]:
     """Run jobs as local processes or SLURM jobs; yields (name, exit code) as they end.
 
-    SIGTERM and SIGINT stop all of them, each with its state saved; Stopped is then raised at the end.
+    SIGTERM and SIGINT stop all of them with their state saved; Stopped is raised at the end.
     """
     local = launcher.executor == "local"
     width = workers if local else len(jobs)
@@ -229,7 +229,7 @@ def run_processes(jobs: list[Job], folder: Path, launcher: Launcher, workers: in
 
 
 def _slurm(launcher: Launcher, folder: Path) -> Callable[[Process], int]:
-    """start(process) -> exit code, as a SLURM job. One-line ValueError without submitit, SLURM or a known option."""
+    """start(process) -> exit code, as a SLURM job. ValueError without submitit or SLURM."""
     try:
         import submitit
     except ImportError:
@@ -266,7 +266,7 @@ def _slurm(launcher: Launcher, folder: Path) -> Callable[[Process], int]:
 
 
 def _gpus() -> list[str]:
-    """The CUDA devices of this machine that may be used; processes side by side take them in turn."""
+    """The CUDA devices that may be used; processes side by side take them in turn."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -274,7 +274,7 @@ def _gpus() -> list[str]:
 
 
 def _locked(log) -> bool:
-    """Lock the log until this process and the run's, which inherits it, have exited; False if another holds it."""
+    """Lock the log until this process and its child exit; False if another process holds it."""
     if os.name == "nt":  # no such locks: two sweeps in one folder are not told apart
         return True
     import fcntl

@@ -673,7 +673,7 @@ def test_nothing_is_evaluated_unpickled_or_given_to_a_shell():
         if name.startswith("subprocess.") and node.args:
             assert isinstance(node.args[0], (ast.List, ast.Name)), (where, ast.unparse(node))
         if name.endswith(("AutoTokenizer.from_pretrained", "AutoModelForCausalLM.from_pretrained")):
-            assert options.get("trust_remote_code") == "False" or "gguf_file" in options, where
+            assert options.get("trust_remote_code") == "False", where
         if name == "yaml.load":
             assert issubclass(getattr(notebooks, ast.unparse(node.args[1])), SafeLoader)
 
