@@ -96,7 +96,8 @@ def parse(argv: list[str]):
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        text = re.sub(r"\x1b\[[0-9;]*m|╭.*╮|[─-╿]", " ", said.getvalue())  # no colours, no box
+        _, _, text = said.getvalue().partition("\n")  # below the title of tyro's box
+        text = re.sub(r"\x1b\[[0-9;]*m|[─-╿]|-{9,}", " ", text)  # no colours, no lines
         raise ValueError(f"{name}: {' '.join(text.split())}") from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not isinstance(verb, verbs.Shared):
         raise ValueError(

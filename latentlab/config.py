@@ -214,7 +214,7 @@ def check_arms(sweep: SweepConfig) -> None:
     for name in ("seeds", "arms", "controls"):
         values = getattr(sweep, name)
         if len(set(values)) < len(values):
-            raise ValueError(f"sweep.{name}: got {values}, expected no repeats: each is a run folder; drop them")
+            raise ValueError(f"sweep.{name}: got {values}, expected different ones, one per run folder; drop repeats")
 
 
 def load_preset(name: str) -> Config:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -83,6 +86,13 @@ def refused(capfd):
 def test_wrong_use_is_one_line_that_names_what_to_do(refused, words, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert said in refused(*words.split())
+
+
+def test_a_terminal_without_unicode_gets_the_same_line(refused):
+    words = ["grpo", "--grpo.arm", "dropout"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "latentlab", *words]
+    assert subprocess.run(command, capture_output=True, text=True, env=environment).stderr == refused(*words)
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "grpo"])

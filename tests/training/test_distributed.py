@@ -188,8 +188,8 @@ def test_a_launch_that_cannot_work_is_one_line(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for argv, message in (
         (["grpo", "--device", "cuda:1"], "--device: got cuda:1 for 2 processes, expected auto, cpu or cuda"),
-        (["sweep", "compare"], "sweep: got 2 processes, expected one"),
-        (["grpo", "--grpo.arm", "nonsense"], "arm: got 'nonsense', expected"),
+        (["sweep"], "sweep: got 2 processes, expected one"),
+        (["grpo", "--grpo.arm", "nonsense"], "grpo: invalid choice 'nonsense' for argument '--grpo.arm'. Expected one of"),
     ):
         assert cli.main(argv) == 2
         assert capsys.readouterr().err.startswith(f"latentlab: {message}")
