@@ -221,7 +221,9 @@ class Experiment:
         for job in jobs:
             target, config, made_by = folder / job.name, job.config, commit()
             begun = time.time() - seconds_spent(target)
-            model = model_from_config(config, init_from=job.init_from).place(select_device(self.device), config.precision)
+            model = model_from_config(config, init_from=job.init_from).place(
+                select_device(self.device), config.precision
+            )
             options: dict[str, Any] = {"out": str(target), "resume": True, "checkpoint_minutes": CHECKPOINT_MINUTES}
             if job.verb == "grpo":
                 summary = fit_grpo(model, train, validation, config, **options)
