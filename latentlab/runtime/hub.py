@@ -1,4 +1,4 @@
-"""Is the Hugging Face Hub there? One short request, because its libraries spend half a minute and more on retries."""
+"""Whether the Hugging Face Hub answers, by one short request: its libraries retry for minutes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ TIMEOUT = 5.0  # seconds until a Hub that does not answer counts as unreachable
 
 
 def hub_answers() -> bool:
-    """True if the Hub answers within TIMEOUT, or if HF_HUB_OFFLINE is set: offline mode fails fast by itself."""
+    """Whether the Hub answers within TIMEOUT; True in offline mode, which fails fast by itself."""
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -14,6 +14,6 @@ def hub_answers() -> bool:
         return True
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except Exception:  # no name, no route, refused, proxy, timeout: the session's library decides the type
+    except Exception:  # no name, no route, refused, proxy, timeout: many types
         return False
     return True
