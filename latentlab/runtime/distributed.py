@@ -1,15 +1,15 @@
-"""Data parallelism: rank and world size, gradient all-reduce, object gathers. One process skips it all.
+"""Data parallelism: rank and world size, gradient all-reduce, object gathers; no-ops for one.
 
-A launcher (`torchrun`, or `accelerate launch`, which sets the same variables) starts N processes of the
-same command on one machine or several, and `joined` connects them: by gloo on CPUs, by nccl on GPUs.
-Every process holds the whole model and takes its share of each batch of problems. Three rules make the
-result independent of N, except for the rounding of sums:
+A launcher (`torchrun`, or `accelerate launch`, which sets the same variables) starts N processes of
+one command on one or several machines, and `joined` connects them: gloo on CPUs, nccl on GPUs.
+Every process holds the whole model and takes its share of each batch of problems. Three rules make
+the result independent of N, except for the rounding of sums:
 
-    seeds      follow from (run seed, step, problem id, k), drawn for the whole batch before it is split
-    decisions  (accepted groups, best checkpoint, stop) follow from the same gathered numbers everywhere
-    gradients  are divided by the whole batch's denominator, so that one all-reduce per update adds them
+    seeds      follow from (run seed, step, problem id, k), drawn for the batch before it is split
+    decisions  (accepted groups, best checkpoint, stop) follow from numbers gathered on all
+    gradients  are divided by the whole batch's denominator: one all-reduce per update adds them
 
-Processes also fail together: an error inside `gather` is raised on all of them with the same message.
+Processes fail together: an error inside `gather` is raised on all of them with the same message.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-KINDS = (FileExistsError, FloatingPointError, OSError, ValueError)  # keep their type on other processes
+KINDS = (FileExistsError, FloatingPointError, OSError, ValueError)  # kept on other processes
 EVERYWHERE = "raised on every process"  # the note on an error that all processes have raised
 
 
@@ -59,8 +59,8 @@ def _start(device: str) -> None:
         return
     if ":" in device:
         raise ValueError(f"--device: got {device} for {env['WORLD_SIZE']} processes, expected auto, cpu or cuda")
-    # Imported before there is a process group: if transformers imports it later, its default arguments
-    # keep the group alive, with gloo's threads, which abort when they free a tensor at Python's exit.
+    # Imported before the process group exists: later, by transformers, its default arguments would
+    # keep the group alive, whose gloo threads abort when they free a tensor at Python's exit.
     import torch.distributed.nn.functional
 
     if device == "cpu" or not torch.cuda.is_available():
@@ -93,7 +93,7 @@ def in_order(shards: Sequence[Sequence[T]]) -> list[T]:
 def gather(work: Callable[[], T]) -> list[T]:
     """The results of `work` on every process, in rank order, on all of them; a barrier.
 
-    If it raises on some, all raise: a process with an error its own, the others a copy of the first.
+    If it raises on some, all raise: their own error, or else a copy of the first one.
     Raises LostProcess if a process is gone. Results are pickled, between processes of one run only.
     """
     if size() == 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def repository_root() -> Path:
-    """The folder of pyproject.toml and this package; the working directory for an installed wheel."""
+    """The folder of pyproject.toml; for an installed wheel the working directory."""
     parent = Path(__file__).resolve().parents[2]
     return parent if (parent / "pyproject.toml").is_file() else Path.cwd()
 
@@ -16,14 +16,14 @@ def repository_root() -> Path:
 def environment(weights: dict | None = None, *, device: str = "auto") -> dict:
     """Versions, device, threads and peak memory (GiB) of this process.
 
-    weights: {"source": ..., "sha256": ...} of the loaded weights. device: what was computed on, "cpu"
-    or "cuda"; "auto" is a GPU if there is one.
+    weights: {"source": ..., "sha256": ...} of the loaded weights. device: "cpu", "cuda", or "auto",
+    which is a GPU if there is one.
     """
     import torch  # here, because reading and plotting results needs no torch
 
     found = {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": version("transformers"),
         "device": torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
@@ -43,7 +43,7 @@ def peak_memory_gib() -> float:
 
 
 def commit() -> str:
-    """The repository's commit, or "unknown"; `-dirty` if more than results and notebooks has changed."""
+    """The repository's commit, `-dirty` if the library has changed since; or "unknown"."""
     root = repository_root()
     if not (root / ".git").exists():
         return "unknown"
@@ -52,7 +52,8 @@ def commit() -> str:
         done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    try:  # a study writes reports/, README.md and the outputs of notebooks: these are not the library
+    try:
+        # A study writes these itself; they are not the library.
         written = [f":(exclude){path}" for path in ("reports", "README.md", "notebooks/*.ipynb")]
         changed = git("status", "--porcelain", "--", ".", *written)
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")

@@ -1,4 +1,4 @@
-"""Files: one atomic writer, one JSON reader, and checks before any compute that files can be written."""
+"""Files: an atomic writer, a JSON reader, and checks before compute that files can be written."""
 
 import errno
 import json
@@ -55,7 +55,7 @@ def flush(path: Path) -> None:
 def expect_writable(folder: Path, need: int = 2**20) -> None:
     """Raise OSError if no file can be written in `folder`, or if fewer than `need` bytes are free.
 
-    The folder is not made: the check opens a temporary file in it, or in its nearest existing parent.
+    The folder is not made: a temporary file is opened in it, or in its nearest existing parent.
     """
     folder = Path(folder).absolute()
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
@@ -82,7 +82,7 @@ def expect_file(name: str) -> Path | None:
 
 
 def read_json(path: Path, what: str, *keys: str) -> dict:
-    """The JSON object in `path`, which must be `what` and have `keys`; else ValueError, one line."""
+    """The JSON object in `path`, which holds `what` and has `keys`; else ValueError, one line."""
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError):  # not JSON, not UTF-8, a million brackets

@@ -1,23 +1,23 @@
 """GRPO on latent rollouts: rollout -> reward -> advantage -> loss, once per iteration.
 
-Arms differ only in what makes the K rollouts of a group differ (config.arm_settings): nothing (`none`),
-the sampled answer (`temperature`), one mask per rollout (`shared`), a fresh mask per thought (`per_step`),
-one mask per rollout with greedy answers (`shared_greedy`: a heuristic, since log pi of an argmax is no
-score function). The reference arm `supervised` spends the same number of sequences on cross-entropy of
-the right answer; each is a different problem, so it sees K times as many.
+Arms differ only in what makes the K rollouts of a group differ (config.arm_settings): nothing
+(`none`), the sampled answer (`temperature`), one mask per rollout (`shared`), a fresh mask per
+thought (`per_step`), one mask per rollout with greedy answers (`shared_greedy`: a heuristic, since
+log pi of an argmax is no score function). The reference arm `supervised` spends the same number of
+sequences on cross-entropy of the right answer; each is another problem, so it sees K times as many.
 
-Masks are drawn once, stored with the rollouts and replayed in the update; `replay_gap` is logged at every
-iteration. All arms spend the same steps * num_problems * num_generations rollouts; with `max_candidates`
-(dynamic sampling, see sample_groups) an iteration may take more, and the run then has fewer iterations.
+Masks are drawn once, stored with the rollouts and replayed in the update; every iteration logs
+`replay_gap`. All arms spend the same steps * num_problems * num_generations rollouts; an iteration
+with dynamic sampling (`max_candidates`, see sample_groups) takes more, so there are fewer of them.
 
     metric                  meaning (TRL's names where TRL has one)
     rollouts                made so far, whether an update used them or not
     candidates, groups      problems rolled out in this iteration; those that the update used
     reward, reward_std      over candidates: mean reward; mean standard deviation within a group
     frac_reward_zero_std    share of candidates whose K rewards are equal: no signal there
-    replay_gap              max |re-scored - recorded| log-prob before the update, nats; 0 if there is none
-    loss, grad_norm         of the iteration's first update; norm before clipping; 0 without any group
-    entropy                 mean entropy of the distributions that updated groups' tokens came from, nats
+    replay_gap              max |re-scored - recorded| log-prob before the update, nats; 0 if none
+    loss, grad_norm         of the first update; the norm before clipping; 0 without any group
+    entropy                 mean entropy of the distributions that kept tokens came from, nats
     kl, clip_ratio/*        see loss.py
     completions/mean_length answer tokens of all candidates, eos included
     validation_accuracy     greedy pass@1 of the clean model on the validation set
@@ -58,7 +58,7 @@ def fit_grpo(
     reward=exact_answer,
     **options,
 ) -> dict:
-    """Train one arm, in place; the model ends with the weights that were best on the validation set.
+    """Train one arm, in place; the model ends with its best weights on the validation set.
 
     The run folder `out` gets metrics.jsonl, state.pt and best/. options: resume, max_minutes and
     checkpoint_minutes of Run. Raises what Run does, Stopped if the run was asked to stop, and
@@ -69,26 +69,22 @@ def fit_grpo(
     reference = copy.deepcopy(model).requires_grad_(False) if g.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=g.learning_rate, weight_decay=g.weight_decay)
     run.restore(optimizer)
-    progress, budget = run.progress, g.steps * g.num_problems * g.num_generations  # equal for all arms
+    progress, budget = run.progress, g.steps * g.num_problems * g.num_generations  # rollouts
     bar = progress_bar(total=budget, initial=progress.rollouts, desc=f"grpo {g.arm}", unit="rollout")
     with run.stop_on_signals(), bar:
         if run.new:
             run.end_step(optimizer, {"step": -1, "validation_accuracy": run.accuracy()})
         while progress.rollouts < budget:
-            step, left = progress.step, (budget - progress.rollouts) // g.num_generations  # problems
+            step, problems_left = progress.step, (budget - progress.rollouts) // g.num_generations
             set_learning_rate(optimizer, g.learning_rate * min(1.0, (step + 1) / max(1, g.warmup_steps)))
-            if g.arm == "supervised":
-                stats = _supervised_step(model, optimizer, train, config, step)
-            else:
-                stats = _grpo_step(model, reference, optimizer, train, config, step, reward, left)
-            spent = int(stats.get("candidates", g.num_problems)) * g.num_generations
-            progress.rollouts += spent
+            stats = _iteration(model, reference, optimizer, train, config, step, reward, problems_left)
+            progress.rollouts += int(stats.get("candidates", g.num_problems)) * g.num_generations
             record = {"step": step, "arm": g.arm, "rollouts": progress.rollouts, **stats}
             last = progress.rollouts == budget
             if last or (step + 1) % g.eval_every == 0:
                 record["validation_accuracy"] = run.accuracy()
             run.end_step(optimizer, record, last=last)
-            bar.update(spent)
+            bar.update(progress.rollouts - bar.n)
     run.load_best()
     return {"validation_accuracy": progress.best, "rollouts": progress.rollouts}
 
@@ -97,8 +93,8 @@ def fit_grpo(
 class Sampled:
     """The groups that one iteration learns from, and the candidates that were tried to find them.
 
-    rewards, lengths: [C, K] of all C candidates in data order, the same on every process. kept: the
-    candidates that the update uses. parts: those kept by this process, as rollouts and their places.
+    rewards, lengths: [C, K] of all C candidates in data order, the same on every process. kept:
+    the candidates that the update uses. parts: those of this process, with their places.
     """
 
     rewards: torch.Tensor
@@ -110,15 +106,15 @@ class Sampled:
 def sample_groups(model, train, config: Config, step: int, reward, *, limit: int | None = None) -> Sampled:
     """Roll out the num_problems problems of `step`, over all processes.
 
-    With `max_candidates` (DAPO's dynamic sampling) groups of equal rewards are skipped: candidates come in
-    data order, num_problems at a time, until num_problems mixed groups are found or max_candidates (or
-    `limit`) were tried. The first mixed ones in that order are kept, however many processes there are;
-    further ones are dropped, since a later step has another policy. Fewer, even none, may be found.
+    With `max_candidates` (DAPO's dynamic sampling) groups of equal rewards are skipped: candidates
+    come in data order, num_problems at a time, until num_problems mixed groups are found or
+    max_candidates (or `limit`) were tried. The first ones in that order are kept, for any number of
+    processes, and the others dropped: a later step has another policy. There may be fewer, or none.
     """
     g, k = config.grpo, config.grpo.num_generations
     size = g.max_candidates or g.num_problems
     candidates = [train[i] for i in batch_indices(len(train), size, seed=config.seed, step=step)][:limit]
-    seeds = rollout_seeds(config.seed, step, [p.id for p in candidates], k).view(-1, k)  # before any split
+    seeds = rollout_seeds(config.seed, step, [p.id for p in candidates], k).view(-1, k)
     mask, temperature = arm_settings(g, g.arm)
     roll_out = partial(
         rollout, model, num_generations=k, masks=mask, temperature=temperature, run_seed=config.seed, step=step
@@ -148,11 +144,13 @@ def sample_groups(model, train, config: Config, step: int, reward, *, limit: int
     return Sampled(rewards, torch.tensor([row for _, row in found]), kept, chosen)
 
 
-def _grpo_step(model, reference, optimizer, train, config: Config, step: int, reward, limit: int) -> dict[str, float]:
+def _iteration(model, reference, optimizer, train, config: Config, step: int, reward, limit: int) -> dict[str, float]:
     """One batch of rollouts and its updates; returns the metrics of this iteration."""
     g = config.grpo
+    if g.arm == "supervised":
+        return _supervised_step(model, optimizer, train, config, step)
     batch = sample_groups(model, train, config, step, reward, limit=limit)
-    advantages = group_advantages(batch.rewards, baseline=g.baseline, scale=g.scale_rewards)  # [C, K]
+    advantages = group_advantages(batch.rewards, baseline=g.baseline, scale=g.scale_rewards)
     lengths = batch.lengths[batch.kept].flatten()  # [R]
     record = {"candidates": len(batch.rewards), "groups": len(batch.kept), **group_diagnostics(batch.rewards)}
     record["completions/mean_length"] = batch.lengths.double().mean().item()
@@ -178,10 +176,10 @@ def _grpo_step(model, reference, optimizer, train, config: Config, step: int, re
 
 
 def _supervised_step(model, optimizer, train, config: Config, step: int) -> dict[str, float]:
-    """The reference arm: cross-entropy of right answers, on as many sequences as other arms roll out."""
+    """The reference arm: cross-entropy of right answers, on as many sequences as other arms."""
     g = config.grpo
     size = g.num_problems * g.num_generations
     problems = [train[i] for i in batch_indices(len(train), size, seed=config.seed, step=step)]
-    plain = replace(config, curriculum=replace(config.curriculum, decode_weight=0.0))  # answers alone
+    plain = replace(config, curriculum=replace(config.curriculum, decode_weight=0.0))
     stats = curriculum_gradient(model, problems, config.latent_stages, plain, step=step)
     return update(model, optimizer, stats, step=step, max_grad_norm=g.max_grad_norm)

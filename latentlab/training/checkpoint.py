@@ -1,28 +1,21 @@
-"""Checkpoint files of a run, and the compatibility check when it resumes.
-
-writing(path)                 around a write: one line that says how to resume if it fails
-read_state(path, identity)    a checkpoint of this run and no other: ValueError that names what differs
-expect_finite(values, step)   FloatingPointError that names the number and the step
-"""
+"""Checkpoint files of a run, and the compatibility check when it resumes."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import platform
 import shutil
 import sys
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-import transformers
 
 from latentlab.runtime import distributed
-from latentlab.runtime.environment import commit
+from latentlab.runtime.environment import commit, environment
 from latentlab.runtime.files import read_json
 
 REMEDIES = {
@@ -37,7 +30,7 @@ def writing(path: Path) -> Iterator[None]:
     """Turn an error while `path` is written into an OSError of one line that says how to resume."""
     try:
         yield
-    except Exception as error:  # a full disk is an OSError, a RuntimeError of torch or a SafetensorError
+    except Exception as error:  # a full disk: OSError, RuntimeError or SafetensorError
         text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         raise OSError(
             f"run: could not write {path} ({text.splitlines()[0][:200]}); the last checkpoint is kept: free some disk "
@@ -46,17 +39,15 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def settle_best(folder: Path, step: int | None) -> None:
-    """Of best/ and best.old/, after a kill that left both, keep the one of `step`, which state.pt names."""
+    """If a kill left both best/ and best.old/, keep the one of `step`, which state.pt names."""
     best, old = folder / "best", folder / "best.old"
     if not old.exists():
         return
-    try:
-        known = read_json(best / "validation.json", "the step of best/", "step")["step"] == step
-    except (OSError, ValueError):
-        known = False
-    shutil.rmtree(old if known else best, ignore_errors=True)
-    if not known:
-        old.rename(best)
+    with suppress(OSError, ValueError):
+        if read_json(best / "validation.json", "the step of best/", "step")["step"] == step:
+            return shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(best, ignore_errors=True)
+    old.rename(best)
 
 
 def identity(loop: str, config: dict, model, problems: Iterable) -> dict:
@@ -71,42 +62,32 @@ def identity(loop: str, config: dict, model, problems: Iterable) -> dict:
 
 def made_with() -> dict:
     """What may differ when a run resumes, with a message: the code and its libraries."""
-    return {
-        "commit": commit(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "processes": distributed.size(),
-    }
+    found = environment()
+    versions = {key: found[key] for key in ("python", "torch", "transformers")}
+    return {"commit": commit(), **versions, "processes": distributed.size()}
 
 
 def read_state(path: Path, asked: dict) -> dict:
     """state.pt of a run whose `identity` is `asked`. Raises ValueError with one line."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch does not verify the checksums that it writes
+        damaged = zipfile.ZipFile(path).testzip()  # torch does not verify its own checksums
         if damaged:
             raise ValueError(f"{damaged} is damaged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about foreign files, which are refused in one line
             state = dict(torch.load(path, weights_only=True, map_location="cpu"))
-        expect_same(state["identity"], asked, "the checkpoint")
-        before, now = state["made_with"], made_with()
+        stored, before, now = dict(state["identity"]), state["made_with"], made_with()
         changed = [f"{key} {before[key]} (now {now[key]})" for key in now if before[key] != now[key]]
-    except Mismatch:
-        raise
-    except Exception as error:  # truncated, foreign, or a pickle that weights_only refuses: many types
+    except Exception as error:  # truncated, foreign, or a pickle that weights_only refuses
         raise ValueError(unusable(path, error)) from error
+    expect_same(stored, asked, "the checkpoint")
     if changed and distributed.rank() == 0:
         print(f"resume: the checkpoint was made with {', '.join(changed)}; last digits may differ", file=sys.stderr)
     return state
 
 
-class Mismatch(ValueError):
-    """A checkpoint and a command that do not belong together."""
-
-
 def expect_same(stored: dict, asked: dict, source: str, where: str = "") -> None:
-    """Raise Mismatch that names the first field of nested dicts that differs."""
+    """Raise ValueError that names the first field of nested dicts that differs."""
     for key in sorted(set(stored) | set(asked)):
         a, b = stored.get(key), asked.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -115,7 +96,7 @@ def expect_same(stored: dict, asked: dict, source: str, where: str = "") -> None
             name = f"{where}{key}"
             remedy = REMEDIES.get(name.split(".")[0], "").format(a)
             remedy = f"{remedy}; or use another --out" if remedy else "use another --out"
-            raise Mismatch(f"resume: got {name}={b!r}, expected {a!r} as in {source}; {remedy}")
+            raise ValueError(f"resume: got {name}={b!r}, expected {a!r} as in {source}; {remedy}")
 
 
 def unusable(path: Path, error: Exception) -> str:
@@ -127,9 +108,9 @@ def unusable(path: Path, error: Exception) -> str:
 
 
 def expect_finite(values: dict, step: int, remedy: str = "lower the learning rate, with another --out") -> None:
-    """Raise FloatingPointError if a float of `values`, or any number of a tensor in it, is not finite.
+    """Raise FloatingPointError if a float or tensor in `values`, nested dicts, is not finite.
 
-    `values` may hold further dicts; the error names the place as "weights.transformer.wte.weight".
+    The error names the place, such as "weights.transformer.wte.weight".
     """
     for name, value in values.items():
         if isinstance(value, dict):

@@ -1,15 +1,15 @@
 """The Coconut curriculum: explicit steps become latent thoughts, one stage at a time.
 
-    stage 0     question <start>            <end> step 1 ... step n ### answer    explicit steps
-    stage k     question <start> z_1 .. z_kc <end> step k+1 ... step n ### answer  c thoughts per step
-    last stage  question <start> z_1 .. z_Lc <end> ### answer                      no explicit step left
+    stage 0     question <start>             <end> step 1 ... step n ### answer   explicit steps
+    stage k     question <start> z_1 .. z_kc <end> step k+1 ... step n ### answer  c thoughts a step
+    last stage  question <start> z_1 .. z_Lc <end> ### answer                     no explicit step
 
-Only the text after <end> carries loss; gradients flow through all thoughts. The optimizer is reset at
-each stage. Source: Coconut, arXiv 2412.06769. Deviations: (1) an optional loss, of weight
-`decode_weight`, for decoding each thought to the result of the step that it replaces (SIM-CoT, arXiv
-2509.20317); (2) optional shared masks in latent stages, so that the model tolerates them later; (3) the
-last stage stops at a validation accuracy; (4) a learning-rate cosine per stage.
-Controls: "pause" and "direct" have the same losses, steps and masks; only what is fed back differs.
+Only the text after <end> carries loss; gradients flow through all thoughts. The optimizer is reset
+at each stage. Source: Coconut, arXiv 2412.06769. Deviations: (1) an optional loss, of weight
+`decode_weight`, for decoding each thought to the result of the step that it replaces (SIM-CoT,
+arXiv 2509.20317); (2) optional masks in latent stages, so that the model tolerates them later;
+(3) the last stage stops at a validation accuracy; (4) a learning-rate cosine per stage.
+Controls: "pause" and "direct" have the same losses, steps and masks, but other thoughts or none.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IGNORE = -100  # a target without loss
 
 
 def stage_text(problem: Problem, stage: int, latent_stages: int) -> str:
-    """The target text after <end> at `stage`: the steps that are not yet latent, then the answer."""
+    """The target after <end> at `stage`: the steps that are not yet latent, then the answer."""
     steps = problem.steps[stage:] if stage < latent_stages else ()
     return "\n".join([*steps, f"### {problem.answer}"])
 
@@ -49,7 +49,7 @@ def encode_answers(tokenizer, texts: Sequence[str], device) -> tuple[torch.Tenso
 
 
 def result_tokens(tokenizer, problems: Sequence[Problem], thoughts: int, c_thought: int, device) -> torch.Tensor:
-    """For each thought, the first token of the result of the step it completes, else IGNORE: [R, L]."""
+    """[R, L]: per thought, the first token of the result of the step it completes, or IGNORE."""
     targets = torch.full((len(problems), thoughts), IGNORE, dtype=torch.long)
     for row, problem in enumerate(problems):
         for i, step in enumerate(problem.steps[: thoughts // c_thought]):
@@ -63,16 +63,16 @@ def curriculum_gradient(
 ) -> dict[str, float]:
     """Add the gradient of one batch's loss at `stage` to `.grad`; returns the losses, in nats.
 
-    loss/answer: cross-entropy per answer token; loss/decode: the same per decoded thought; loss: their weighted sum.
-    The batch runs in parts of `micro_batch` problems of similar length, for little padding, and processes
-    share it. Each part is divided by the token counts of the whole batch, so that all parts add up.
+    loss/answer: cross-entropy per answer token; loss/decode: the same per decoded thought; loss:
+    their weighted sum. The batch runs in parts of `micro_batch` problems of similar length, for
+    little padding, and processes share it; all divide by the token counts of the whole batch.
     """
     c = config.curriculum
     texts = [stage_text(problem, stage, config.latent_stages) for problem in problems]
     _, token_mask = encode_answers(model.tokenizer, texts, "cpu")
     targets = result_tokens(model.tokenizer, problems, model.num_thoughts, c.c_thought, "cpu")
     counts = {"loss/answer": int(token_mask.sum())}
-    if c.decode_weight and (decoded := int((targets != IGNORE).sum())):  # a mean over nothing is NaN
+    if c.decode_weight and (decoded := int((targets != IGNORE).sum())):  # else no mean
         counts["loss/decode"] = decoded
     seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)  # before any split
     lengths = [len(p.question) + len(text) for p, text in zip(problems, texts, strict=True)]
@@ -94,7 +94,7 @@ def curriculum_gradient(
 
 
 def _parts(lengths: list[int], size: int) -> list[list[int]]:
-    """This process's rows in parts of `size`, sorted by length; 0 is one part in the given order."""
+    """This process's rows in parts of `size`, sorted by length; 0: one part in the given order."""
     order = range(len(lengths))
     rows = list(distributed.shard(sorted(order, key=lengths.__getitem__) if size else order))
     size = size or len(lengths)
@@ -130,12 +130,11 @@ def fit_curriculum(
     last_stage: int | None = None,
     **options,
 ) -> dict:
-    """Train through the stages, in place: the model ends with its best weights; returns each stage's accuracy.
+    """Train through the stages, in place; the model ends with its best weights of the last stage.
 
-    The run folder `out` gets metrics.jsonl, state.pt, and best/: the last stage's weights with the best
-    validation accuracy. After a `last_stage` before the final one the model keeps its weights, and a resumed
-    call continues. options: resume, max_minutes and checkpoint_minutes of Run. Raises what Run does, Stopped
-    if the run was asked to stop, FloatingPointError for a NaN.
+    Returns the validation accuracy of each stage. The run folder `out` gets metrics.jsonl, state.pt
+    and best/. After a `last_stage` before the final one the model keeps its weights, and a resumed
+    call continues. options, errors: as of `fit_grpo`.
     """
     c = config.curriculum
     model.feedback = CONTROLS[c.control]

@@ -1,4 +1,4 @@
-"""Pre-flight checks: context length, vocabulary and mask sites of the model against problems and config."""
+"""Pre-flight checks: do problems and config fit the model's context, vocabulary and mask sites?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONGEST = 1000  # the problems with the longest text are tokenized: all of 60,00
 def expect_together(
     model: LatentReasoner, problems: Sequence[Problem], config: Config, *, curriculum: bool = False
 ) -> None:
-    """Raise ValueError, one line, if problems do not fit the model's context or vocabulary, or masks its sites.
+    """Raise ValueError if problems exceed the context or the vocabulary, or masks lack their sites.
 
     curriculum: check the answers of its stages, and that every step to be decoded has a result.
     """

@@ -1,14 +1,14 @@
 """The run folder that both training loops share: metrics, checkpoints, resume, stops.
 
-    runs/NAME/config.json      the whole configuration
-    runs/NAME/metrics.jsonl    one JSON object per line, as it happens; a resumed run has the same bytes
-    runs/NAME/timing.jsonl     step and seconds, which start at 0 in every process that continues the run
-    runs/NAME/state.pt         everything that resuming needs: 12 bytes per weight in float32
-    runs/NAME/best/            the weights of the best validation accuracy, as transformers loads them
+    runs/NAME/config.json    the whole configuration
+    runs/NAME/metrics.jsonl  one JSON object per line, as it happens; resuming leaves the same bytes
+    runs/NAME/timing.jsonl   step and seconds, from 0 in every process that continues the run
+    runs/NAME/state.pt       everything that resuming needs: 12 bytes per weight in float32
+    runs/NAME/best/          the weights of the best validation accuracy, as transformers loads them
 
-state.pt is written at every validation, every `checkpoint_minutes` and when the run is asked to stop.
-Randomness, learning rate and data order follow from (seed, step), and bfloat16 autocast needs no loss
-scaler, so the step is all of their state.
+state.pt is written at every validation, every `checkpoint_minutes` and when the run must stop.
+Randomness, learning rate and data order follow from (seed, step), and bfloat16 autocast needs no
+loss scaler, so the step is all of their state.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Progress:
     """How far a run is, apart from weights and optimizer."""
 
     step: int = 0  # the next one
-    stages: dict[str, float] = field(default_factory=dict)  # curriculum: best validation accuracy per stage
+    stages: dict[str, float] = field(default_factory=dict)  # curriculum: best accuracies
     best: float = -1.0  # validation accuracy of best/
     best_step: int | None = None
     rollouts: int = 0  # grpo: rollouts made so far, whether an update used them or not
@@ -59,11 +59,10 @@ class Progress:
 class Run:
     """The folder of one run of `loop` ("curriculum" or "grpo") that trains `model`.
 
-    resume: continue from state.pt; without it a used folder is refused. max_minutes: stop after so many
-    minutes; 0 is no limit. checkpoint_minutes: at most so much work is lost by a kill. Raises
-    FileExistsError, ValueError or OSError before anything is written: no data, a used folder, another
-    run's checkpoint, a small disk. All processes read the folder, which every machine must see; only
-    rank 0 writes.
+    resume: continue from state.pt; else a used folder is refused. max_minutes: stop after so many
+    minutes; 0 is no limit. checkpoint_minutes: a kill loses at most so many. Raises ValueError,
+    FileExistsError or OSError before anything is written: no data, a used folder, another run's
+    checkpoint, a small disk. All processes read the folder, on a shared disk; rank 0 writes.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class Run:
         distributed.on_main(self._open)
 
     def _read(self, resume: bool) -> None:
-        """Read what an earlier process left in the folder, and check that it belongs to this run."""
+        """Read what an earlier process left in the folder; check that it belongs to this run."""
         stored, state = self.folder / "config.json", self.folder / "state.pt"
         if not stored.exists():
             return
@@ -122,7 +121,7 @@ class Run:
             )
 
     def _open(self) -> None:
-        """Make the folder, or repair it: drop lines after the checkpoint, and what a kill cut off."""
+        """Make the folder, or repair it: drop lines after the checkpoint and partial files."""
         held = [self.folder / "state.pt", *self.folder.glob("best/*")]
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         # Weights, two moments and best/, each twice while it is written; the former best/.
@@ -136,7 +135,7 @@ class Run:
         self.timing.touch()
         os.truncate(self.metrics, self.state["metrics_offset"] if self.state else 0)
         os.truncate(self.timing, self.timing.read_bytes().rfind(b"\n") + 1)
-        self._append(self.timing, {"step": self.progress.step - 1, "seconds": 0.0})  # here a process begins
+        self._append(self.timing, {"step": self.progress.step - 1, "seconds": 0.0})
 
     def restore(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Load state.pt into the model and `optimizer`, once; a new run's stay as they are."""
@@ -156,13 +155,16 @@ class Run:
         return evaluate(self.model, self.validation, batch_size=self.config.evaluate.batch_size).accuracy
 
     def end_step(self, optimizer, record: dict, *, last: bool = False, keep_best: bool = True) -> None:
-        """Log `record` of a finished step and save what is due. Raises Stopped if a stop was asked for."""
+        """Log `record` of a finished step, save what is due. Raises Stopped if asked to stop."""
         self.progress.step = record["step"] + 1
         accuracy = record.get("validation_accuracy", -1.0)
         best = keep_best and accuracy > self.progress.best
         if best:
             self.progress.best, self.progress.best_step = accuracy, record["step"]
-        stop = max(distributed.gather(lambda: self.stop_reason(last)))  # asked of one: all stop at this step
+        # After the last step only a signal counts: it also stops what a study would run next.
+        late = not last and self.max_minutes and time.monotonic() - self.started >= 60 * self.max_minutes
+        reason = self.asked or (f"--max-minutes {self.max_minutes:g}" if late else "")
+        stop = max(distributed.gather(lambda: reason))  # one asked: all stop
 
         def write() -> None:
             self.log(record)
@@ -179,16 +181,8 @@ class Run:
                 "to continue"
             )
 
-    def stop_reason(self, last: bool = False) -> str:
-        """The signal or time limit that asked this run to stop; "" if none did.
-
-        After the last step only a signal counts: it also stops the runs that a study would start next.
-        """
-        over = not last and self.max_minutes and time.monotonic() - self.started >= 60 * self.max_minutes
-        return self.asked or (f"--max-minutes {self.max_minutes:g}" if over else "")
-
     def log(self, record: dict) -> None:
-        """Append `record` to metrics.jsonl and its seconds to timing.jsonl. Raises FloatingPointError."""
+        """Append `record` to metrics.jsonl, and its seconds to timing.jsonl, if it is finite."""
         expect_finite(record, record["step"])
         timing = {"step": record["step"], "seconds": round(time.monotonic() - self.started, 3)}
         self._append(self.metrics, record)
@@ -203,13 +197,13 @@ class Run:
             files.write_atomically(path, content)
 
     def save(self, optimizer: torch.optim.Optimizer) -> None:
-        """Write state.pt: weights, optimizer, progress, and the identity to compare when the run resumes."""
+        """Write state.pt: weights, optimizer, progress, and the identity to check on resume."""
         state = {
             "model": self.model.lm.state_dict(),
             "optimizer": optimizer.state_dict(),
             "progress": vars(self.progress),
             "metrics_offset": self.metrics.stat().st_size,
-            "rng": torch.get_rng_state(),  # the library draws nothing from it; a reward function may
+            "rng": torch.get_rng_state(),  # a reward function may draw from it
             "identity": self.identity,
             "made_with": self.made_with,
         }
@@ -220,7 +214,7 @@ class Run:
         self.saved = time.monotonic()
 
     def save_best(self) -> None:
-        """Write the weights to best/; the former ones stay in best.old/ until state.pt names the new step."""
+        """Write best/; the former one stays in best.old/ until state.pt names the new step."""
         step, accuracy = self.progress.best_step, self.progress.best
         expect_finite({"weights": self.model.lm.state_dict()}, self.progress.step - 1)
 
@@ -235,8 +229,8 @@ class Run:
         self.model.lm.load_state_dict(load_model(self.folder / "best").lm.state_dict())
 
     def stop_on_signals(self) -> AbstractContextManager[None]:
-        """A context in which SIGTERM and SIGINT end the run after its step; a second SIGINT aborts."""
-        return on_signals(self._ask, ("SIGINT", "SIGTERM", "SIGUSR2"))  # the last: SLURM, before time is up
+        """Context: signals end the run after its step; a second SIGINT aborts at once."""
+        return on_signals(self._ask, ("SIGINT", "SIGTERM", "SIGUSR2"))  # SIGUSR2: SLURM
 
     def _ask(self, number: int, frame) -> None:
         name = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""What one step of either loop needs: the optimizer step, learning rate, batch order, progress bar."""
+"""What one step of either loop needs: optimizer step, learning rate, batch order, progress bar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from latentlab.training.checkpoint import expect_finite
 
 
 def update(model, optimizer: torch.optim.Optimizer, stats: dict, *, step: int, max_grad_norm: float) -> dict:
-    """Clip `.grad`, take one optimizer step, clear `.grad`; returns `stats` with the norm before clipping.
+    """Clip `.grad`, step the optimizer, clear `.grad`; returns `stats` with the norm before.
 
     Gradients of several processes are summed first, so that all take the same step. Raises
     FloatingPointError before any weight moves if the norm or a number of `stats` is not finite.
@@ -27,7 +27,7 @@ def update(model, optimizer: torch.optim.Optimizer, stats: dict, *, step: int, m
 
 
 def warmup_cosine(step: int, *, total: int, warmup: int, final: float) -> float:
-    """The share of the peak learning rate at `step`: linear warm-up, then a cosine down to `final`."""
+    """Share of the peak learning rate at `step`: linear warm-up, then a cosine down to `final`."""
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -41,16 +41,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def batch_indices(total: int, size: int, *, seed: int, step: int) -> list[int]:
-    """The items, of `total`, in batch `step`: epochs of fresh permutations, which follow from (seed, step)."""
-    order: dict[int, list[int]] = {}
-    picked = []
-    for i in range(step * size, (step + 1) * size):
-        epoch, place = divmod(i, total)
-        if epoch not in order:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order[epoch] = torch.randperm(total, generator=generator).tolist()
-        picked.append(order[epoch][place])
-    return picked
+    """The items, of `total`, in batch `step`: epochs of fresh permutations, from (seed, step)."""
+    epochs = range(step * size // total, ((step + 1) * size - 1) // total + 1)
+    seeds = [seed * 1_000_003 + epoch for epoch in epochs]
+    orders = [torch.randperm(total, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    first = step * size - epochs[0] * total
+    return torch.cat(orders)[first : first + size].tolist()
 
 
 def progress_bar(*arguments, **settings) -> tqdm:

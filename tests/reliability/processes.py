@@ -27,7 +27,7 @@ import torch.distributed as dist
 from latentlab.data.word_problems import word_problems
 from latentlab.runtime import distributed
 from latentlab.study import results
-from latentlab.training.arms import _grpo_step, fit_grpo, sample_groups
+from latentlab.training.arms import _iteration, fit_grpo, sample_groups
 from latentlab.training.curriculum import curriculum_gradient, fit_curriculum, set_stage
 from latentlab.training.run import Run, read_metrics
 from tests.conftest import sharpen, small_config, tiny_gpt2
@@ -123,7 +123,7 @@ def gradient(loop, dtype, micro_batch=0, max_candidates=0, num_problems=32, loss
         settings = {"num_problems": num_problems, "max_candidates": max_candidates, "loss_type": loss_type}
         settings |= {"micro_batch": micro_batch, "num_iterations": 1, "beta": 0.0, "max_grad_norm": 1e9}
         config = replace(CONFIG, grpo=replace(CONFIG.grpo, **settings))
-        record = _grpo_step(model, None, recorder, TRAIN, config, 3, first_digit, None)
+        record = _iteration(model, None, recorder, TRAIN, config, 3, first_digit, None)
     else:
         config = replace(CONFIG, curriculum=replace(CONFIG.curriculum, micro_batch=micro_batch))
         set_stage(model, config, 1, VALIDATION)
