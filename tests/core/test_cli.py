@@ -9,7 +9,7 @@ import torch
 from latentlab.cli import VERBS, main, parse
 from latentlab.config import PRESETS, load_preset, to_dict
 from latentlab.pretrained.loading import save_model
-from latentlab.study import notebooks, sweep
+from latentlab.study import experiment, notebooks
 from latentlab.training.run import read_metrics
 from latentlab.verify import table
 from tests.conftest import sharpen, tiny_gpt2
@@ -132,7 +132,7 @@ def test_a_failure_while_running_is_exit_code_one(monkeypatch, capfd, tmp_path):
     def fail(*_, **__):
         raise RuntimeError("sweep: 1 runs failed,\nsee log")
 
-    monkeypatch.setattr(sweep, "run_sweep", fail)
+    monkeypatch.setattr(experiment, "run_experiment", fail)
     assert main(["sweep", "compare"]) == 1
     assert capfd.readouterr().err == "latentlab: sweep: 1 runs failed, see log\n"
 
