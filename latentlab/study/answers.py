@@ -49,7 +49,7 @@ def stored(folder: Path, names: Iterable[str], benchmark: str) -> dict[str, dict
 
 
 def graded_answers(model: LatentReasoner, problems: list[Problem], *, mask=None, **options) -> dict:
-    """K answers to each of n problems, by `evaluate`: texts, grades by both rules, seconds, date."""
+    """K answers to each of n problems, by `evaluate`: texts, grades by both rules, seconds."""
     start = time.monotonic()
     found = evaluate(model, problems, mask=mask, **options)
     asked = [problem for problem in problems for _ in found.correct[0]]
