@@ -146,9 +146,13 @@ def test_none_is_short(plan, processes, steps, short):
 
 def test_families_of_arms():
     assert {arm: FAMILY.get(arm, "temperature") for arm in ARMS} == {
-        "none": "temperature", "temperature": "temperature", "shared": "shared", "per_step": "shared",
-        "shared_greedy": "shared", "supervised": "supervised",
-    }  # fmt: skip
+        "none": "temperature",
+        "temperature": "temperature",
+        "shared": "shared",
+        "per_step": "shared",
+        "shared_greedy": "shared",
+        "supervised": "supervised",
+    }
 
 
 def test_a_folder_of_other_settings_is_refused_before_any_run(plan, processes):
