@@ -50,7 +50,7 @@ def stored(folder: Path, names: Iterable[str], benchmark: str) -> dict[str, dict
 
 
 def graded_answers(model: LatentReasoner, problems: list[Problem], *, mask=None, **options) -> dict:
-    """K answers to each of n problems, by `evaluate`: texts, grades by both rules, seconds, date."""
+    """K answers to each of n problems, by `evaluate`: texts, grades by both rules, seconds."""
     start = time.monotonic()
     found = evaluate(model, problems, mask=mask, **options)
     asked = [problem for problem in problems for _ in found.correct[0]]
@@ -68,8 +68,8 @@ def graded_answers(model: LatentReasoner, problems: list[Problem], *, mask=None,
 
 
 @dataclass
-class Answers:
-    """Stores what the trained models of an experiment answer, each benchmark once."""
+class TrainedModels:
+    """The trained models of an experiment, and the answers that it stores of them."""
 
     config: Config
     folder: Path
@@ -108,12 +108,12 @@ class Answers:
     def store_benchmarks(self, names: list[str]) -> None:
         """Other benchmarks, on as many problems as the time left in the budget allows."""
         names = self._shown(names)
-        found = stored(self.folder, names, "test")[names[0]]
+        model, found = self.trained(names[0]), stored(self.folder, names, "test")[names[0]]
         for i, benchmark in enumerate(TRANSFER):
             key, share = f"transfer_{benchmark}", 0.9 / (len(TRANSFER) - i) / len(names)
             try:
                 problems = datasets.benchmark(benchmark)
-                expect_together(self.trained(names[0]), problems, self.config)
+                expect_together(model, problems, self.config)
             except (OSError, ValueError) as error:  # not in this data folder, or too long for this model
                 self.budget.once(key, partial(str, f"skipped: {error}"))
                 continue

@@ -4,8 +4,8 @@
     <reports>/<preset>/arms_outcomes.npz    right or wrong for every test problem and model
     <reports>/<preset>/arms_samples.json    changed and unchanged answers, with decoded thoughts
 
-<preset> is smol-cpu instead of smol where a budgeted run was made on a CPU. A model is loaded only to
-decode thoughts, and nothing is chosen here.
+<preset> is smol-cpu instead of smol where a budgeted run was made on a CPU. Models are loaded only
+to decode thoughts, and nothing is chosen here.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ NOT_ON_GPU = "not run on a GPU"
 def write_report(
     config: Config, folder: Path, names: list[str], test: list[Problem], budget: Budget, *, tuning: dict, weights: dict
 ) -> Path:
-    """Write the three files for the runs `names` of `folder`, which have answered all `test` problems.
+    """Write the three files for the runs `names` of `folder`, which have answered all of `test`.
 
-    tuning: chosen settings and trials. weights: provenance of the model that the baselines start from.
+    tuning: chosen settings and trials. weights: provenance of the model that baselines start from.
     """
     device = budget.device
     names = sorted(names, key=_seed)  # of each seed: baseline, controls, arms
@@ -109,7 +109,7 @@ def read_arms(*presets: str) -> dict | None:
 
 
 def contrast(outcomes: dict, arm: str, other: str, seeds: Sequence[int]) -> dict:
-    """The `arm_comparison` of two arms over seeds, and of each (`by_seed`); outcomes: {run: [n] of 0/1}.
+    """The `arm_comparison` of two arms over seeds, and of each; outcomes: {run: [n] of 0/1}.
 
     before, after: shares of right answers of `other` and `arm`. A seed without a run of `other` is
     compared with the first seed's: a shared baseline.
@@ -138,9 +138,9 @@ def in_words(found: dict) -> str:
 
 
 def overview(found: dict) -> str:
-    """A budgeted run that `read_arms` found, as text: cost, training, a line per model, the verdict.
+    """A budgeted run that `read_arms` found, as text: cost, training, a row per model, verdict.
 
-    kept: the iteration whose checkpoint validation chose; `start`: the baseline's weights, unchanged.
+    kept: the iteration whose checkpoint validation chose; `start`: the baseline's own weights.
     """
     metrics, curriculum = found["metrics"], found["parameters"]["curriculum"]
     cost, steps = metrics["cost"], metrics["plan"].get("curriculum_steps", curriculum["steps"])
@@ -172,7 +172,7 @@ def overview(found: dict) -> str:
 def verdict_of(gain: dict, device: str, data: str = "gsm8k") -> str:
     """The verdict of a `contrast`, and what it does not cover: other seeds, below FEW_SEEDS.
 
-    For synthetic problems and runs on a CPU it is no verdict on the publication: the word in brackets.
+    For synthetic problems and runs on a CPU the rule's word is only quoted, in brackets.
     """
     if "skipped" in gain:
         return gain["skipped"] if device == "cuda" else f"{NOT_ON_GPU}; {gain['skipped']}"
@@ -263,7 +263,7 @@ def _transfer(folder: Path, names: list[str], plan: dict) -> dict:
 
 
 def _samples(config, folder: Path, names: list[str], answers: dict, test: list[Problem], device: str) -> list[dict]:
-    """Answers and decoded thoughts of the first baseline and arm `shared`, if not both are wrong."""
+    """Answers and decoded thoughts of the first baseline and arm `shared`, unless both fail."""
     pair = (names[0], f"shared-s{_seed(names[0])}")
     if pair[1] not in names:
         return []

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -35,7 +35,7 @@ from latentlab.pretrained.loading import load_model, model_from_config, save_mod
 from latentlab.problems import Problem
 from latentlab.runtime.devices import select_device
 from latentlab.runtime.environment import commit, peak_memory_gib
-from latentlab.study.answers import Answers, answers_path, with_settings
+from latentlab.study.answers import TrainedModels, answers_path, with_settings
 from latentlab.study.arms_report import write_report
 from latentlab.study.budget import Budget, plan_curriculum, plan_grpo
 from latentlab.study.launch import IN_PROCESS, Job, Launcher, read_done, run_jobs, run_processes, write_done
@@ -80,15 +80,15 @@ def run_experiment(
     if data["train"] and not (folder / "train.jsonl").exists():
         write_jsonl(data["train"], folder / "train.jsonl")
 
-    e = Experiment(config, folder, data, device, launcher, budget)
+    e = Experiment(config, folder, data, device, budget, launcher)
     names = e.make_baselines(init_from)
     tuning = {} if budget.planned else e.tune()
     chosen = tuning.get("chosen_on_validation", {})
     names += e.run_arms(chosen)
     for name in names:
-        e.answers.store(name, "test", data["test"])
-    e.answers.store_sampled(names, chosen)
-    e.answers.store_benchmarks(names) if budget.planned else e.answers.store_swapped(names)
+        e.store(name, "test", data["test"])
+    e.store_sampled(names, chosen)
+    e.store_benchmarks(names) if budget.planned else e.store_swapped(names)
     budget.save()
     return write_report(config, folder, names, data["test"], budget, tuning=tuning, weights=weights)
 
@@ -137,19 +137,10 @@ def _made_for(config: Config, weights: dict, minutes: float | None, device: str)
 
 # ---------------------------------------------------------------- the stages
 @dataclass
-class Experiment:
-    """What the stages share; each stage does only what is missing."""
+class Experiment(TrainedModels):
+    """The stages that train models; each does only what is missing."""
 
-    config: Config
-    folder: Path
-    data: dict[str, list[Problem]]
-    device: str
     launcher: Launcher
-    budget: Budget
-    answers: Answers = field(init=False)
-
-    def __post_init__(self):
-        self.answers = Answers(self.config, self.folder, self.data, self.device, self.budget)
 
     def make_baselines(self, init_from: str) -> list[str]:
         """Train the baselines, or store `init_from` in their place; returns their names."""
@@ -161,7 +152,7 @@ class Experiment:
         else:
             self._run([self._fitted(job) for job in jobs] if self.budget.planned else jobs)
         for job in jobs:
-            self.answers.store(job.name, "test", self.data["test"])
+            self.store(job.name, "test", self.data["test"])
         return [job.name for job in jobs]
 
     def tune(self) -> dict[str, Any]:
@@ -190,7 +181,7 @@ class Experiment:
         config, seeds, controls = self.config, self.config.sweep.seeds, self.config.sweep.controls
         iterations = config.grpo.steps
         if self.budget.planned:
-            model = self.answers.trained(f"coconut-s{seeds[0]}")
+            model = self.trained(f"coconut-s{seeds[0]}")
             plan = partial(plan_grpo, model, self.data, config, self.budget)
             count, iterations = self.budget.once("seeds_and_iterations", plan)
             seeds, controls = seeds[: count if iterations else 0], ()
@@ -232,7 +223,7 @@ class Experiment:
                 if self.budget.planned and not answers_path(folder, cot, "test").exists():  # after stage 0 alone
                     fit_curriculum(model, train, validation, config, last_stage=0, **options)
                     set_stage(model, config, 0, validation)
-                    self.answers.store(cot, "test", self.data["test"], model)
+                    self.store(cot, "test", self.data["test"], model)
                 summary = fit_curriculum(model, train, validation, config, **options)
             summary |= {"out": str(target), "peak_memory_gib": peak_memory_gib()}
             write_done(target, summary, job.words(folder), begun, made_by)

@@ -57,7 +57,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Launcher:
-    """Where runs are started. slurm: options of sbatch, as "partition=gpu", "time=600" (minutes)."""
+    """Where runs are started. slurm: sbatch options, such as "time=600" (minutes)."""
 
     executor: str = "local"  # in_process | local | slurm
     slurm: tuple[str, ...] = ()
@@ -151,7 +151,7 @@ def _finished(job: Job, folder: Path) -> bool:
 
 
 def run_jobs(jobs: list[Job], folder: Path, execute: Callable[[list[Job], Path], Iterator[tuple[str, int]]]) -> None:
-    """Run what is unfinished; `execute` yields (name, exit code). RuntimeError lists failed runs."""
+    """Run what is unfinished; `execute` yields (name, exit code). RuntimeError: failed runs."""
     waiting = [job for job in jobs if not _finished(job, folder)]
     states = {path.parent.name: "finished" for path in sorted(folder.glob("*/done.json"))}
     states |= {job.name: "waiting" for job in waiting}

@@ -259,9 +259,13 @@ def test_preset_paper_runs_offline_on_rows_in_gsm8k_augs_format(paper_folder, mo
             raise FileNotFoundError("no Hub")
         count = {"train": 8, "validation": 3, "test": 3}[split]
         return [
-            {"question": f"Leo has {i} pens.", "steps": [f"<<{i}+2={i + 2}>>", f"<<{i + 2}*2={2 * i + 4}>>"],
-             "answer": str(2 * i + 4)} for i in range(1, count + 1)
-        ]  # fmt: skip
+            {
+                "question": f"Leo has {i} pens.",
+                "steps": [f"<<{i}+2={i + 2}>>", f"<<{i + 2}*2={2 * i + 4}>>"],
+                "answer": str(2 * i + 4),
+            }
+            for i in range(1, count + 1)
+        ]
 
     monkeypatch.setattr(datasets, "_load_from_hub", rows)
     monkeypatch.delenv("LATENTLAB_DATA", raising=False)

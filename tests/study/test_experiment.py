@@ -8,7 +8,7 @@ from latentlab import config
 from latentlab.cli import parse
 from latentlab.config import ARMS, changed_words, from_dict, load_preset, to_dict
 from latentlab.study import experiment
-from latentlab.study.answers import Answers
+from latentlab.study.answers import TrainedModels
 from latentlab.study.experiment import FAMILY, run_experiment
 from latentlab.study.launch import Launcher
 
@@ -64,7 +64,7 @@ def test_fields_of_the_sweep_itself_are_not_passed_on():
 def plan(processes, tmp_path, monkeypatch):
     """plan(config): run the experiment without answers and report; (chosen settings, trials)."""
     for stage in ("store", "store_sampled", "store_swapped"):
-        monkeypatch.setattr(Answers, stage, lambda *_, **__: None)
+        monkeypatch.setattr(TrainedModels, stage, lambda *_, **__: None)
     monkeypatch.setattr(experiment, "write_report", lambda *_, tuning, **__: tuple(tuning.values()))
     folder = tmp_path / "sweep"
 
@@ -146,9 +146,13 @@ def test_none_is_short(plan, processes, steps, short):
 
 def test_families_of_arms():
     assert {arm: FAMILY.get(arm, "temperature") for arm in ARMS} == {
-        "none": "temperature", "temperature": "temperature", "shared": "shared", "per_step": "shared",
-        "shared_greedy": "shared", "supervised": "supervised",
-    }  # fmt: skip
+        "none": "temperature",
+        "temperature": "temperature",
+        "shared": "shared",
+        "per_step": "shared",
+        "shared_greedy": "shared",
+        "supervised": "supervised",
+    }
 
 
 def test_a_folder_of_other_settings_is_refused_before_any_run(plan, processes):

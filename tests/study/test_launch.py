@@ -246,8 +246,10 @@ def test_a_sweep_told_to_stop_stops_its_runs_and_the_next_goes_on(real, number, 
     assert table(real) == {"a": "stopped", "b": "stopped", "c": "stopped"}
     run(JOBS, real, workers=2)
     assert sorted(line for line in journal(real)[4:] if line.startswith("begin")) == [
-        "begin a --resume", "begin b --resume", "begin c",
-    ]  # fmt: skip
+        "begin a --resume",
+        "begin b --resume",
+        "begin c",
+    ]
     assert set(table(real).values()) == {"finished"}
     record_property("sweeps", {"stopped_and_resumed": 1})
 
@@ -322,8 +324,15 @@ def test_a_run_is_a_slurm_job_of_the_same_command(slurm, folder):
     done = json.loads((folder / "a" / "done.json").read_text())
     assert done["source"] == "word/test" and done["command"] == "data --n 1 --data.steps 1"
     script = (slurm / "script.sh").read_text()
-    for line in ("partition=gpu", "time=600", "gpus-per-node=1", "account=lab-7", "job-name=latentlab",
-                 "cpus-per-task=2", "signal=USR2@90"):  # fmt: skip
+    for line in (
+        "partition=gpu",
+        "time=600",
+        "gpus-per-node=1",
+        "account=lab-7",
+        "job-name=latentlab",
+        "cpus-per-task=2",
+        "signal=USR2@90",
+    ):
         assert f"#SBATCH --{line}\n" in script
 
 
