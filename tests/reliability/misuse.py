@@ -9,9 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tests.reliability.kills import write_sections
 
 from latentlab.study import results
+from tests.reliability.kills import write_sections
 
 SECTIONS = ("inputs", "pipeline", "sweeps")
 
@@ -31,7 +31,10 @@ class Counts:
 
 def main(path=None) -> int:
     started, counts, here = time.time(), Counts(), Path(__file__).parents[1]
-    files = [str(here / name) for name in ("reliability/test_bad_inputs.py", "study/test_pipeline.py", "study/test_launch.py")]
+    files = [
+        str(here / name)
+        for name in ("reliability/test_bad_inputs.py", "study/test_pipeline.py", "study/test_launch.py")
+    ]
     code = pytest.main(["-q", "-p", "no:cacheprovider", *files], plugins=[counts])
     if code == 0:
         sections = {name: dict(section) for name, section in counts.sections.items()}

@@ -19,7 +19,9 @@ def measured(tmp_path_factory):
     path.write_text(json.dumps({"metrics": {"processes": {"of": "another command"}}}))
     words = ["--kills", KILLS, "--nans", NANS, "--soak", SOAK, "--json", path]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    subprocess.run([sys.executable, "-m", "tests.reliability.kills", *map(str, words)], check=True, env=environment, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-m", "tests.reliability.kills", *map(str, words)], check=True, env=environment, cwd=ROOT
+    )
     return json.loads(path.read_text())["metrics"]
 
 

@@ -44,7 +44,7 @@ def gradients(model):
 # -- arms -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_each_arm_wears_and_samples(config):
+def test_each_arm_has_its_mask_and_temperature(config):
     g = config(grpo={"temperature": 0.8, "mask": {"rate": 0.2, "scope": "all", "sites": ["mlp"]}}).grpo
     mask = {scheme: MaskSpec(scheme, 0.2, ("mlp",), "all") for scheme in ("shared", "per_step")}
     assert {arm: arm_settings(g, arm) for arm in ARMS} == {
@@ -212,9 +212,7 @@ def test_a_run_keeps_and_returns_the_weights_that_were_best_on_validation(config
     accuracies = iter([0.2, 0.6, 0.4])  # before the first step, after steps 2 and 4
     saved = []
     best = arms.Run.save_best
-    monkeypatch.setattr(
-        arms.Run, "save_best", lambda run: (saved.append(weights(run.model)), best(run))
-    )
+    monkeypatch.setattr(arms.Run, "save_best", lambda run: (saved.append(weights(run.model)), best(run)))
     monkeypatch.setattr(run, "evaluate", lambda *a, **kw: type("E", (), {"accuracy": next(accuracies)}))
     c = config()
     model = model_from_config(c)

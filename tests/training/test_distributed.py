@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.reliability.processes import CONFIG, MEASURES, TRAIN, VALIDATION, first_digit, gradient, together
 
 from latentlab import cli
 from latentlab.evaluation.accuracy import evaluate
@@ -19,6 +18,7 @@ from latentlab.runtime import distributed, files
 from latentlab.training.arms import fit_grpo
 from latentlab.training.run import Stopped, read_metrics
 from tests.conftest import sharpen, tiny_gpt2
+from tests.reliability.processes import CONFIG, MEASURES, TRAIN, VALIDATION, first_digit, gradient, together
 
 SMALL = replace(
     CONFIG, grpo=replace(CONFIG.grpo, num_problems=4, max_candidates=0, num_iterations=2, steps=5, eval_every=2)
@@ -66,9 +66,7 @@ def assert_alike(folder, other, bound):
 
 
 def accuracies():
-    result = evaluate(
-        sharpen(tiny_gpt2()), VALIDATION, batch_size=3, num_generations=2, temperature=1.0, run_seed=1
-    )  # fmt: skip
+    result = evaluate(sharpen(tiny_gpt2()), VALIDATION, batch_size=3, num_generations=2, temperature=1.0, run_seed=1)
     return result.correct.tolist(), result.text, [p.id for p in result.problems]
 
 
@@ -219,9 +217,21 @@ sys.exit(code or next(("left at the end: " + name for name in threads if "gloo" 
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"],
-}  # fmt: skip
+    "accelerate": [
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ],
+}
 
 
 @pytest.mark.slow

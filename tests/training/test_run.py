@@ -1,4 +1,4 @@
-"""run.py, steps.py and checkpoint.py: metrics line by line, checkpoints whole or not at all, one line for what does not fit."""
+"""run.py, steps.py, checkpoint.py: metrics line by line, atomic checkpoints, one line for what does not fit."""
 
 import json
 import os
@@ -9,7 +9,6 @@ from collections import namedtuple
 
 import pytest
 import torch
-from tests.reliability.kills import distinct_words, same
 
 from latentlab.cli import main
 from latentlab.config import to_dict
@@ -22,6 +21,7 @@ from latentlab.training.curriculum import fit_curriculum
 from latentlab.training.run import SLACK, Run, Stopped, read_metrics, seconds_spent
 from latentlab.training.steps import batch_indices, set_learning_rate, warmup_cosine
 from tests.conftest import tiny_gpt2
+from tests.reliability.kills import distinct_words, same
 
 
 @pytest.fixture
@@ -200,7 +200,9 @@ def test_a_state_of_another_shape_is_one_line(tmp_path, start, kind):
 def test_a_damaged_config_is_one_line(tmp_path, start, content):
     start()
     (tmp_path / "run" / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match="config.json: expected the configuration of this run, a JSON object; it is damaged: delete or restore it$"):
+    with pytest.raises(
+        ValueError, match="config.json: expected the configuration of this run, .* delete or restore it$"
+    ):
         start(resume=True)
 
 
@@ -234,9 +236,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(tmp_path, start,
         elif where == "metrics":
             broken.setattr("builtins.open", full)
         else:
-            owner, name = {"weights": (run_module, "save_model"), "fsync": (os, "fsync")}.get(
-                where, (os, "replace")
-            )
+            owner, name = {"weights": (run_module, "save_model"), "fsync": (os, "fsync")}.get(where, (os, "replace"))
             broken.setattr(owner, name, full)
         end(run, 1, validation_accuracy=0.75)
     assert "\n" not in str(error.value)
@@ -286,8 +286,12 @@ def test_a_kill_in_the_midst_of_replacing_best_loses_none(tmp_path, start, folde
     assert content(best) == before
     end(run, 1, validation_accuracy=0.75)
     assert run.progress.best == 0.75 and sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "best", "config.json", "metrics.jsonl", "state.pt", "timing.jsonl",
-    ]  # fmt: skip
+        "best",
+        "config.json",
+        "metrics.jsonl",
+        "state.pt",
+        "timing.jsonl",
+    ]
 
 
 def test_a_nan_among_weights_or_moments_is_never_saved(tmp_path, start):
@@ -371,7 +375,9 @@ def test_a_run_of_one_step_a_process_equals_one_in_one_go(fit, tmp_path, loop):
             resumed, summary = fit(loop, "run", resume=True, max_minutes=1e-9)  # the last step: the run is done
         else:
             where = "before the first step" if step < 0 else f"after step {step}"
-            with pytest.raises(Stopped, match=f"^stopped by --max-minutes 1e-09 {where}, .*run the same command with --resume"):
+            with pytest.raises(
+                Stopped, match=f"^stopped by --max-minutes 1e-09 {where}, .*run the same command with --resume"
+            ):
                 fit(loop, "run", resume=True, max_minutes=1e-9)
     assert summary == expected and same(model.lm.state_dict(), resumed.lm.state_dict())
     expect_same_runs(tmp_path / "whole", tmp_path / "run")
