@@ -5,7 +5,7 @@
     soak     thousands of tiny GRPO steps: do memory and open files stay what they were?
 
 Every run is a forked child of this process, which has imported torch and runs one thread: a kill costs half a second.
-test_reliability_result.py runs this module with smaller numbers; `write_sections` merges the sections of other modules.
+test_reliability_result.py calls this file with smaller numbers; `write_sections` merges in the sections of other files.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def distinct_words(text, problem):
 
 
 def fit(name, folder, minutes=10.0, reward=distinct_words, config=CONFIG):
-    """One run, new or gone on with; its summary lies beside its folder."""
+    """One run, new or resumed; its summary lies beside its folder."""
     model, options = model_from_config(config), {"out": folder, "resume": True, "checkpoint_minutes": minutes}
     if name == "grpo":
         summary = fit_grpo(model, *PROBLEMS, config, reward=reward, **options)
@@ -191,13 +191,14 @@ def run_kills(kills, rng, scratch):
         for number, moment in enumerate(moments):
             rows.append(one_kill(name, moment, wholes, (0.0, 10.0)[number % 2], rng, scratch / f"{name}-kill-{number}"))
         result[name] = {
-            "kills": sum(row["kills"] for row in rows), "resumed": len(rows),
+            "kills": sum(row["kills"] for row in rows),
+            "resumed": len(rows),
             "identical": sum(not row["differences"] for row in rows),
             "unreadable_checkpoints": sum(row["unreadable"] for row in rows),
             "differences": sorted({difference for row in rows for difference in row["differences"]}),
             "by_moment": {moment: sum(row["moment"] == moment for row in rows) for moment in MOMENTS},
             "left_behind": {key: sum(row["left"].count(key) for row in rows) for key in LEFT},
-        }  # fmt: skip
+        }
     return result
 
 
@@ -219,7 +220,7 @@ def whole_run(name, folder, minutes):
 
 
 def one_kill(name, moment, wholes, minutes, rng, folder):
-    """Kill a run, every third one a second time, and let it go on."""
+    """Kill a run, every third one a second time, and resume it."""
     whole, counts = wholes[minutes]
     killed, left, unreadable = 0, [], 0
     while killed < 1 + (rng.random() < 1 / 3):
@@ -312,7 +313,7 @@ def same(a, b):
 
 # ---------------------------------------------------------------- NaN
 def run_nans(repeats, rng, scratch):
-    """`repeats` of each case: does the run stop with a line that says where, is the checkpoint good, is it gone on?"""
+    """`repeats` of each case: does the run stop and say where, is the checkpoint good, does it resume?"""
     result = {}
     for name in LOOPS:
         whole, _ = whole_run(name, scratch / f"{name}-whole", 10.0)
@@ -343,9 +344,13 @@ def one_nan(name, kind, whole, rng, folder):
         expect_finite({"state.pt": {"model": state["model"], "optimizer": state["optimizer"]["state"]}}, step)
     finish(lambda: fit(name, folder))
     return {
-        "cases": 1, "stopped": bool(said) and "\n" not in said, "named_the_step": found == step,
-        "named_a_later_step": found > step, "checkpoint_good": good, "identical": not differences(whole, folder),
-    }  # fmt: skip
+        "cases": 1,
+        "stopped": bool(said) and "\n" not in said,
+        "named_the_step": found == step,
+        "named_a_later_step": found > step,
+        "checkpoint_good": good,
+        "identical": not differences(whole, folder),
+    }
 
 
 def poison(name, kind, at, where):
@@ -416,10 +421,14 @@ def run_soak(steps, scratch):
     rows = np.load(samples)[steps // 4 :: 5]  # the first quarter fills caches
     resident, heap, objects, files = rows[: len(rows) // 20 * 20].T
     return {
-        "steps": steps, "measured_steps": 5 * len(resident), "resident_mib": float(resident.mean() / 2**20),
-        "resident_growth_mib": growth(resident / 2**20), "heap_growth_bytes": growth(heap),
-        "python_objects_growth": growth(objects), "open_files": {"min": int(files.min()), "max": int(files.max())},
-    }  # fmt: skip
+        "steps": steps,
+        "measured_steps": 5 * len(resident),
+        "resident_mib": float(resident.mean() / 2**20),
+        "resident_growth_mib": growth(resident / 2**20),
+        "heap_growth_bytes": growth(heap),
+        "python_objects_growth": growth(objects),
+        "open_files": {"min": int(files.min()), "max": int(files.max())},
+    }
 
 
 def growth(values):
@@ -451,12 +460,18 @@ def write_sections(sections, *, path, started):
     kills = {name: row for name, row in metrics.get("kills", {}).items() if name in LOOPS}
     counts = [f"{name} {row['identical']} of {row['resumed']}" for name, row in kills.items()]
     result = {
-        "schema_version": results.SCHEMA_VERSION, "name": "reliability", "preset": "",
+        "schema_version": results.SCHEMA_VERSION,
+        "name": "reliability",
+        "preset": "",
         "question": "What does a run lose when things go wrong?",
         "headline": f"bit-identical when resumed after SIGKILL: {', '.join(counts)}",
-        "parameters": {}, "metrics": metrics, "arms": [], "environment": environment.environment(), **stamp,
+        "parameters": {},
+        "metrics": metrics,
+        "arms": [],
+        "environment": environment.environment(),
+        **stamp,
         "seconds": round(time.time() - started, 1),
-    }  # fmt: skip
+    }
     files.write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
 

@@ -38,10 +38,16 @@ TRAIN, VALIDATION = (word_problems(split, n, seed=0, steps=2) for split, n in ((
 CONFIG = small_config(
     curriculum={"steps": [6, 6, 8], "batch_size": 8, "mask": {"rate": 0.2}, "decode_weight": 0.5, "eval_every": 4},
     grpo={  # 40 candidates a step, so the budget of 25 * 32 groups is spent in 20 steps
-        "steps": 25, "num_problems": 32, "num_generations": 4, "max_candidates": 40, "num_iterations": 1,
-        "learning_rate": 1e-3, "mask": {"rate": 0.3}, "eval_every": 10,
+        "steps": 25,
+        "num_problems": 32,
+        "num_generations": 4,
+        "max_candidates": 40,
+        "num_iterations": 1,
+        "learning_rate": 1e-3,
+        "mask": {"rate": 0.3},
+        "eval_every": 10,
     },
-)  # fmt: skip
+)
 
 
 def first_digit(text, problem):
@@ -97,9 +103,12 @@ def rollouts(max_candidates):
     shares = distributed.gather(mine)
     groups = {place: group for share in shares for place, group in share.items()}
     return {
-        "kept": batch.kept, "groups": dict(sorted(groups.items())), "rewards": batch.rewards.tolist(),
-        "lengths": batch.lengths.tolist(), "shares": [len(share) for share in shares],
-    }  # fmt: skip
+        "kept": batch.kept,
+        "groups": dict(sorted(groups.items())),
+        "rewards": batch.rewards.tolist(),
+        "lengths": batch.lengths.tolist(),
+        "shares": [len(share) for share in shares],
+    }
 
 
 class Recorder:
@@ -153,13 +162,14 @@ def measure_rollouts(folder):
         one = runs[0][0]
         others = [run for ranks in runs[1:] for run in ranks]
         figures[name] = {
-            "candidates": len(one["rewards"]), "accepted": len(one["kept"]),
+            "candidates": len(one["rewards"]),
+            "accepted": len(one["kept"]),
             "differing": sum(
                 run["groups"].get(place) != group for run in others for place, group in one["groups"].items()
             ),
             "same_choice": all(run[key] == one[key] for run in others for key in ("kept", "rewards", "lengths")),
             "groups_per_process": [ranks[0]["shares"] for ranks in runs],
-        }  # fmt: skip
+        }
     return figures
 
 
@@ -169,8 +179,14 @@ def measure_gradients(folder):
     for loop in ("grpo", "curriculum"):
         (whole, _), *_ = together(1, gradient, folder / loop, loop=loop, dtype=torch.float32)
         for n, micro_batch in ((2, 0), (3, 0), (1, 5), (2, 5)):
-            ranks = together(n, gradient, folder / f"{loop}-{n}-{micro_batch}", loop=loop, dtype=torch.float32,
-                             micro_batch=micro_batch)  # fmt: skip
+            ranks = together(
+                n,
+                gradient,
+                folder / f"{loop}-{n}-{micro_batch}",
+                loop=loop,
+                dtype=torch.float32,
+                micro_batch=micro_batch,
+            )
             distance = max(float(((g - whole) ** 2).sum() ** 0.5 / (whole**2).sum() ** 0.5) for g, _ in ranks)
             figures[f"{loop}, processes {n}, micro_batch {micro_batch or 'whole'}"] = distance
     return figures
@@ -186,15 +202,18 @@ def measure_training(folder):
         one, lines = runs[0][0]
         others = [ranks for run in runs[1:] for ranks in run]
         figures[loop] = {
-            "steps": sum(line["step"] >= 0 for line in lines), "largest_weight": float(abs(one).max()),
+            "steps": sum(line["step"] >= 0 for line in lines),
+            "largest_weight": float(abs(one).max()),
             "weights": max(float(abs(weights - one).max()) for weights, _ in others),
             "between_processes": max(float(abs(w - run[0][0]).max()) for run in runs for w, _ in run),
             "metrics": max(
                 abs(value - line[key])
-                for _, rows in others for row, line in zip(rows, lines, strict=True)
-                for key, value in row.items() if key != "arm"
+                for _, rows in others
+                for row, line in zip(rows, lines, strict=True)
+                for key, value in row.items()
+                if key != "arm"
             ),
-        }  # fmt: skip
+        }
     return figures
 
 

@@ -232,10 +232,10 @@ def test_wrong_use_is_one_line_before_any_compute(tmp_path, capsys, monkeypatch)
         (["--preset", "tiny", "--grpo.nothing", "3"], "--grpo.nothing"),
         (["--preset", "tiny", "--grpo.steps", "many"], "--grpo.steps"),
         (["--preset", "tiny", "--sweep.arms", "shared"], "sweep.arms: got no temperature"),
-        (["--preset", "tiny", "--weights", str(tmp_path / "none")], "which is no folder"),
-        (["--preset", "tiny", "--weights", "a", "--init-from", "b"], "got both, expected an untrained or a trained"),
+        (["--preset", "tiny", "--backbone", str(tmp_path / "none")], "which is no folder"),
+        (["--preset", "tiny", "--backbone", "a", "--init-from", "b"], "got both, expected an untrained or a trained"),
     ):
-        assert cli.main(["sweep", "reproduce", *words, "--out", str(tmp_path / "run")]) == 2
+        assert cli.main(["reproduce", *words, "--out", str(tmp_path / "run")]) == 2
         captured = capsys.readouterr().err
         assert said in captured and captured.count("\n") == 1, captured
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
@@ -276,7 +276,7 @@ def test_preset_paper_runs_offline_on_rows_in_gsm8k_augs_format(paper_folder, mo
         "--curriculum.steps 1 1 1 1 --curriculum.batch-size 2 --curriculum.eval-every 1 --evaluate.num-generations 2 "
         "--max-new-tokens 8 --sweep.seeds 0"
     )
-    command = f"sweep reproduce --preset paper --budget-minutes 0 --device cpu --weights {paper_folder} {fields}"
+    command = f"reproduce --preset paper --budget-minutes 0 --device cpu --backbone {paper_folder} {fields}"
     assert cli.main(command.split()) == 0
     result = json.loads((tmp_path / "reports" / "paper-cpu" / "arms.json").read_text())
     assert [arm["name"] for arm in result["arms"]] == ["coconut", "temperature", "shared"]
@@ -284,7 +284,7 @@ def test_preset_paper_runs_offline_on_rows_in_gsm8k_augs_format(paper_folder, mo
     assert result["parameters"]["precision"] == "bfloat16" and result["parameters"]["grpo"]["beta"] == 0.02
     trained = tmp_path / "runs" / "paper" / "reproduce" / "coconut-s0" / "best"
     command = (
-        f"sweep reproduce --preset paper --budget-minutes 0 --device cpu --out again --init-from {trained} {fields}"
+        f"reproduce --preset paper --budget-minutes 0 --device cpu --out again --init-from {trained} {fields}"
     )
     assert cli.main(command.split()) == 0  # a published checkpoint goes the same way: straight into the arms
     again = json.loads((tmp_path / "reports" / "paper-cpu" / "arms.json").read_text())

@@ -44,7 +44,7 @@ def gradients(model):
 # -- arms -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_each_arm_wears_and_samples(config):
+def test_each_arm_has_its_mask_and_temperature(config):
     g = config(grpo={"temperature": 0.8, "mask": {"rate": 0.2, "scope": "all", "sites": ["mlp"]}}).grpo
     mask = {scheme: MaskSpec(scheme, 0.2, ("mlp",), "all") for scheme in ("shared", "per_step")}
     assert {arm: arm_settings(g, arm) for arm in ARMS} == {

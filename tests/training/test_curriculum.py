@@ -27,8 +27,11 @@ PROBLEM = Problem("p", "Leo has 2 books.", ("<<2+3=5>>", "<<5*2=10>>", "<<10-1=9
 
 def test_each_stage_replaces_one_more_step():
     assert [stage_text(PROBLEM, stage, 4) for stage in range(4)] == [
-        "<<2+3=5>>\n<<5*2=10>>\n<<10-1=9>>\n### 9", "<<5*2=10>>\n<<10-1=9>>\n### 9", "<<10-1=9>>\n### 9", "### 9",
-    ]  # fmt: skip
+        "<<2+3=5>>\n<<5*2=10>>\n<<10-1=9>>\n### 9",
+        "<<5*2=10>>\n<<10-1=9>>\n### 9",
+        "<<10-1=9>>\n### 9",
+        "### 9",
+    ]
     assert stage_text(PROBLEM, 2, 2) == "### 9"  # the last stage has no step, however long the chain
 
 
@@ -74,7 +77,7 @@ def test_only_text_after_end_carries_loss(config, word_sets):
         assert stats["loss"] == pytest.approx(total / count, abs=1e-5) == stats["loss/answer"]
 
 
-def test_stage_zero_wears_no_mask_and_later_stages_do(config, word_sets):
+def test_stage_zero_applies_no_mask_and_later_stages_do(config, word_sets):
     bare, masked = (config(curriculum={"mask": {"scheme": scheme, "rate": 0.5}}) for scheme in ("none", "shared"))
     model = model_from_config(bare)
     for stage, equal in ((0, True), (1, False)):

@@ -66,9 +66,7 @@ def assert_alike(folder, other, bound):
 
 
 def accuracies():
-    result = evaluate(
-        sharpen(tiny_gpt2()), VALIDATION, batch_size=3, num_generations=2, temperature=1.0, run_seed=1
-    )  # fmt: skip
+    result = evaluate(sharpen(tiny_gpt2()), VALIDATION, batch_size=3, num_generations=2, temperature=1.0, run_seed=1)
     return result.correct.tolist(), result.text, [p.id for p in result.problems]
 
 
@@ -222,9 +220,21 @@ sys.exit(code or next(("left at the end: " + name for name in threads if "gloo" 
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"],
-}  # fmt: skip
+    "accelerate": [
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ],
+}
 
 
 @pytest.mark.slow

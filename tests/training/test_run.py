@@ -1,4 +1,4 @@
-"""run.py, steps.py and checkpoint.py: metrics line by line, atomic checkpoints, one line for what does not fit."""
+"""run.py, steps.py, checkpoint.py: metrics line by line, atomic checkpoints, one line for what does not fit."""
 
 import json
 import os
@@ -201,9 +201,7 @@ def test_a_damaged_config_is_one_line(tmp_path, start, content):
     start()
     (tmp_path / "run" / "config.json").write_bytes(content)
     with pytest.raises(
-        ValueError,
-        match="config.json: expected the configuration of this run, a JSON object; it is damaged: "
-        "delete or restore it$",
+        ValueError, match="config.json: expected the configuration of this run, .* delete or restore it$"
     ):
         start(resume=True)
 
@@ -288,8 +286,12 @@ def test_a_kill_in_the_midst_of_replacing_best_loses_none(tmp_path, start, folde
     assert content(best) == before
     end(run, 1, validation_accuracy=0.75)
     assert run.progress.best == 0.75 and sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "best", "config.json", "metrics.jsonl", "state.pt", "timing.jsonl",
-    ]  # fmt: skip
+        "best",
+        "config.json",
+        "metrics.jsonl",
+        "state.pt",
+        "timing.jsonl",
+    ]
 
 
 def test_a_nan_among_weights_or_moments_is_never_saved(tmp_path, start):
