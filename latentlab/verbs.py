@@ -229,9 +229,9 @@ class Data(Verb):
     copies_report: str = ""  # measure the perturbed copies of GSM8K; write perturb/perturb.json into this folder
 
     def __call__(self) -> None:
-        from latentlab.study import copies_report
-
         if self.copies_report:
+            from latentlab.study import copies_report
+
             return copies_report.write(self.config, self.copies_report)
         files.expect_file(self.out)
         size: dict[str, Any] = {f"{self.split}_size": self.n}

@@ -190,7 +190,7 @@ def test_a_launch_that_cannot_work_is_one_line(monkeypatch, capsys):
     for argv, message in (
         (["grpo", "--device", "cuda:1"], "--device: got cuda:1 for 2 processes, expected auto, cpu or cuda"),
         (["sweep"], "sweep: got 2 processes, expected one"),
-        (["grpo", "--grpo.arm", "nonsense"], "grpo: invalid choice 'nonsense' for argument '--grpo.arm'. Expected one of"),
+        (["grpo", "--grpo.arm", "nonsense"], "grpo: invalid choice 'nonsense' for argument '--grpo.arm'. Expected"),
     ):
         assert cli.main(argv) == 2
         assert capsys.readouterr().err.startswith(f"latentlab: {message}")
