@@ -52,5 +52,5 @@ reliability: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@echo "making .venv: PyTorch is large, this takes some minutes the first time"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[study]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@

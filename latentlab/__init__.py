@@ -1,8 +1,8 @@
 """Dropout-GRPO: reinforcement learning of latent reasoning, where a dropout mask is a value.
 
-The method is one file per step, in the order of the data: problems, masks, model (with attention), rollouts, reward,
-advantage, loss, grpo. Everything else lies in a sub-package. Read masks.py and rollouts.py first. The names below can
-be imported from `latentlab` itself; each is loaded at first use.
+The method is one file per step: problems, model (with attention), masks, rollouts, reward,
+advantage, loss, grpo; config holds its settings. Everything else is in sub-packages. Read masks.py
+and rollouts.py first. The names below can be imported from `latentlab`; each loads at first use.
 """
 
 import importlib

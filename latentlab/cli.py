@@ -1,23 +1,23 @@
 """The command line: `latentlab VERB --preset NAME [options]`.
 
-    curriculum train the curriculum (a Coconut baseline or a control)  --out FOLDER
-    grpo       train one GRPO arm                                      --out FOLDER --init-from CHECKPOINT
-    evaluate   accuracy of a checkpoint on a benchmark                 CHECKPOINT --benchmark gsm8k
-    sweep      arms x seeds as independent runs                        --executor slurm
-    reproduce  GSM8K inside a time budget                              --preset smol --budget-minutes 24
-    verify     exact theory, exact replay: a self-check                --device cuda --dtype bfloat16
-    study      run the notebooks in order, write the report            --only 02
-    data       print or write problems                                 --split test --n 5
-    report     rebuild RESULTS.md from the result files                --publish
-    bench      time the engine                                         --shape gpt2
+    curriculum train a Coconut baseline or a control        --out FOLDER
+    grpo       train one GRPO arm                           --out FOLDER --init-from CHECKPOINT
+    evaluate   accuracy of a checkpoint on a benchmark      CHECKPOINT --benchmark gsm8k
+    sweep      arms x seeds as independent runs             --executor slurm
+    reproduce  GSM8K inside a time budget                   --preset smol --budget-minutes 24
+    verify     exact theory, exact replay: a self-check     --device cuda --dtype bfloat16
+    study      run the notebooks in order, write the report --only 02
+    data       print or write problems                      --split test --n 5
+    report     rebuild RESULTS.md from the result files     --publish
+    bench      time the engine                              --shape gpt2
 
 `latentlab VERB --help` lists the options of a verb. Every field of a preset can be set:
-`latentlab grpo --preset tiny --grpo.learning-rate 1e-5`. Wrong use ends in one line on stderr and exit code 2;
-`--debug` shows the traceback. SIGTERM, SIGINT and --max-minutes end a training run after its step with exit code 75:
-the same command with --resume continues it.
+`latentlab grpo --preset tiny --grpo.learning-rate 1e-5`. Wrong use ends in one line on stderr and
+exit code 2; `--debug` shows the traceback. SIGTERM, SIGINT and --max-minutes end a training run
+after its step with exit code 75: the same command with --resume continues it.
 """
 
-# torch, transformers, pydantic and tyro are imported where a verb is known: the overview and its errors are immediate.
+# torch, pydantic and tyro are imported once the verb is known: the overview is immediate.
 
 import contextlib
 import errno
@@ -41,7 +41,7 @@ REMEDIES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Exit code: 0, 1 (a run failed), 2 (wrong use), 75 (stopped and saved), 130 (aborted)."""
+    """Run one verb. Exit code: 0, 1 (failed), 2 (wrong use), 75 (stopped and saved), 130 (aborted)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         code = getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
         if debug and code != 75:
             raise
-        # Of several processes, the first reports what all of them know: a wrong command line, or what failed on any.
+        # A wrong command line, and an error raised on all processes, are reported by rank 0 alone.
         if os.environ.get("RANK", "0") == "0" or not (verb is None or _raised_everywhere(error)):
             print(f"latentlab: {_one_line(error)}", file=sys.stderr)
         return code
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]):
-    """(verb, config) of a command line: an instance of a class of verbs.py. Raises ValueError with one line."""
+    """(verb, config): an instance of a class of verbs.py. Raises a one-line ValueError."""
     name, *words = argv
     if name not in VERBS:
         raise ValueError(f"got the verb {name!r}, expected one of {', '.join(VERBS)}")
@@ -114,13 +114,13 @@ def _raised_everywhere(error: Exception) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    """What was got, what to do: errors of this library say both, those of the system and of torch get it here."""
+    """What was got, what to do: added here to errors of the system and of torch."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno:
         remedy = REMEDIES.get(error.errno, "check this path")
         return f"{error.filename or 'a file'}: {error.strerror}; {remedy}, then the same command again"
     if isinstance(error, ModuleNotFoundError):
-        return f"got no package {error.name}, expected it installed; pip install 'latentlab[study]'"
+        return f"got no package {error.name}, expected it installed; pip install -e '.[dev]'"
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return f"out of memory ({text[:200]}); lower the batch sizes or the model's shape"
     return text or f"{type(error).__name__} without a message; --debug shows where"

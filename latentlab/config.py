@@ -1,4 +1,4 @@
-"""The settings of a run: typed, frozen, validated on construction. The values live in presets/*.toml.
+"""Settings of a run: typed, frozen, validated on construction. The values are in presets/*.toml.
 
 load_preset("tiny") -> Config          an unknown preset or field, or an invalid value, is a one-line ValueError
 arm_settings(config.grpo, "shared")    the mask and the sampling temperature of a named arm
@@ -36,13 +36,12 @@ Name = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
 
 
 @typing.dataclass_transform(frozen_default=True)
-def section(name: str):
-    """Decorator: a frozen, strict pydantic dataclass whose constructor raises one-line ValueErrors on `name`.field."""
+class Section:
+    """Subclasses are frozen, strict pydantic dataclasses; a bad value is a one-line ValueError."""
 
-    def decorate(cls):
+    def __init_subclass__(cls, name: str = "") -> None:
         settings = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-        cls = pydantic.dataclasses.dataclass(cls, frozen=True, config=settings)
-        construct = cls.__init__
+        construct = pydantic.dataclasses.dataclass(cls, frozen=True, config=settings).__init__
 
         def __init__(self, *args, **kwargs):
             try:
@@ -50,10 +49,7 @@ def section(name: str):
             except pydantic.ValidationError as error:
                 raise ValueError(_one_line(error, name)) from None
 
-        cls.__init__ = __init__
-        return cls
-
-    return decorate
+        cls.__init__ = __init__  # type: ignore[method-assign]  # wraps the one that pydantic made
 
 
 def _one_line(error: pydantic.ValidationError, section: str = "") -> str:
@@ -81,8 +77,7 @@ _PHRASES = {  # pydantic's, as part of a sentence
 }
 
 
-@section("data")
-class DataConfig:
+class DataConfig(Section, name="data"):
     name: Literal["word_problems", "gsm8k", "gsm8k_aug"] = "word_problems"
     train_size: Count = 1000  # problems; 0 takes all
     validation_size: Positive = 200  # problems
@@ -96,8 +91,7 @@ class DataConfig:
             raise ValueError(f"data.copies: got {self.copies} with word_problems, expected 0, or gsm8k or gsm8k_aug")
 
 
-@section("backbone")
-class BackboneConfig:
+class BackboneConfig(Section, name="backbone"):
     name_or_path: Name = "scratch"  # "scratch": a GPT-2 of the shape below; else a folder or a Hub id
     n_layer: Positive = 1
     n_embd: Positive = 128
@@ -109,8 +103,7 @@ class BackboneConfig:
             raise ValueError(f"backbone.n_head: got {self.n_head}, expected a divisor of n_embd={self.n_embd}")
 
 
-@section("curriculum")
-class CurriculumConfig:
+class CurriculumConfig(Section, name="curriculum"):
     control: Literal["coconut", "pause", "direct"] = "coconut"  # pause: no thought is fed back; direct: no latent step
     steps: Annotated[tuple[Positive, ...], Field(min_length=2)] = (10, 10)  # updates of stage 0 (explicit), 1, ...
     c_thought: Positive = 1  # latent thoughts per replaced step
@@ -128,8 +121,7 @@ class CurriculumConfig:
     stop_accuracy: float = 1.0  # the last stage stops at this validation accuracy
 
 
-@section("grpo")
-class GRPOConfig:
+class GRPOConfig(Section, name="grpo"):
     arm: Arm = "shared"
     steps: Positive = 10  # iterations: a batch of B * K rollouts, then num_iterations updates
     num_problems: Positive = 32  # B, problems per iteration
@@ -166,14 +158,12 @@ class GRPOConfig:
             raise ValueError(f"grpo.num_problems: got {rows} rollouts in an iteration, expected at most {LARGEST}")
 
 
-@section("evaluate")
-class EvaluateConfig:
+class EvaluateConfig(Section, name="evaluate"):
     batch_size: Positive = 64  # problems per batch
     num_generations: Positive = 8  # rollouts per problem for pass@k and the majority
 
 
-@section("sweep")
-class SweepConfig:
+class SweepConfig(Section, name="sweep"):
     seeds: Some[Seed] = (0,)  # curriculum seeds
     arms: tuple[Arm, ...] = ARMS
     controls: tuple[Literal["pause", "direct"], ...] = ("pause", "direct")
@@ -184,8 +174,7 @@ class SweepConfig:
     workers: Positive = 2  # one-thread processes in parallel
 
 
-@section("")
-class Config:
+class Config(Section):
     preset: Name = "smoke"
     seed: Seed = 0
     max_new_tokens: Positive = 4  # longest answer, end-of-sequence token included
@@ -207,7 +196,7 @@ class Config:
 
 
 def check_arms(sweep: SweepConfig) -> None:
-    """Raises ValueError unless the arms allow the main comparison and no seed, arm or control occurs twice."""
+    """ValueError unless the main comparison is possible and no seed, arm or control occurs twice."""
     for arm in ("shared", "temperature"):
         if arm not in sweep.arms:
             raise ValueError(f"sweep.arms: got no {arm}, expected shared and temperature, which are compared; add it")
@@ -218,7 +207,7 @@ def check_arms(sweep: SweepConfig) -> None:
 
 
 def load_preset(name: str) -> Config:
-    """The preset `name`. Raises ValueError with one line for an unknown name or field, or an invalid value."""
+    """The preset `name`. Raises a one-line ValueError for an unknown name or field, or a bad value."""
     values = _read_preset(name)
     if "inherits" in values:
         values = _merged(_read_preset(values.pop("inherits")), values)
@@ -244,7 +233,7 @@ def _merged(base: dict, changes: dict) -> dict:
 
 
 def from_dict(values: dict) -> Config:
-    """A Config from plain nested dicts, as read from TOML or JSON. Raises ValueError with one line."""
+    """A Config from nested dicts, as read from TOML or JSON. Raises a one-line ValueError."""
     try:
         # As JSON, where a strict dataclass may be an object and a strict tuple an array.
         return pydantic.TypeAdapter(Config).validate_json(json.dumps(values, default=str))
@@ -266,7 +255,7 @@ def flat(values: dict, where: str = "") -> dict:
 
 
 def changed_words(values: dict, *, but: tuple[str, ...] = ()) -> list[str]:
-    """The command-line words that turn a config's preset into it; fields whose names start with `but` are left out."""
+    """The command-line words that make its preset this config, but for fields that start with `but`."""
     base, words = flat(to_dict(load_preset(values["preset"]))), []
     for key, value in flat(values).items():
         if value != base.get(key) and not key.startswith(but):
@@ -275,7 +264,7 @@ def changed_words(values: dict, *, but: tuple[str, ...] = ()) -> list[str]:
 
 
 def arm_settings(grpo: GRPOConfig, arm: str) -> tuple[MaskSpec | None, float]:
-    """(mask, temperature) of an arm; `supervised` samples nothing and applies the curriculum's mask."""
+    """(mask, temperature) of an arm; `supervised` samples nothing, under the curriculum's mask."""
     masked = {"shared": "shared", "shared_greedy": "shared", "per_step": "per_step"}
     mask = dataclasses.replace(grpo.mask, scheme=masked[arm]) if arm in masked else None
     return mask, 0.0 if arm in ("none", "shared_greedy") else grpo.temperature

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field
 
-from latentlab.config import Config, Count, Positive, load_preset, section
+from latentlab.config import Config, Count, Positive, Section, load_preset
 from latentlab.data import datasets, jsonl
 from latentlab.runtime import devices, distributed, environment, files
 
@@ -19,12 +19,10 @@ Minutes = Annotated[float, Field(ge=0, le=10_000_000)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
 
 
-@section("")
-class Verb:
+class Verb(Section):
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
-@section("")
 class Shared(Verb):
     """A verb whose work several processes may share: `torchrun ... -m latentlab VERB`."""
 
@@ -44,7 +42,6 @@ class Shared(Verb):
         print(json.dumps(result))
 
 
-@section("")
 class Training(Shared):
     out: str = ""  # run folder; default runs/<preset>/curriculum-<control>-s<seed> or grpo-<arm>-s<seed>
     init_from: str = ""  # run folder, checkpoint or Hub id to start from; default the preset's
@@ -66,7 +63,6 @@ class Training(Shared):
         return {"out": out, **summary, "peak_memory_gib": environment.peak_memory_gib()}
 
 
-@section("")
 class Curriculum(Training):
     """Train the curriculum: stage 0 with explicit steps, then one latent stage after another."""
 
@@ -80,7 +76,6 @@ class Curriculum(Training):
         return self.fit(fit_curriculum, f"curriculum-{self.config.curriculum.control}", load, curriculum=True)
 
 
-@section("")
 class Grpo(Training):
     """Train one GRPO arm from a checkpoint, by default the one shipped for the preset."""
 
@@ -94,7 +89,6 @@ class Grpo(Training):
         return self.fit(fit_grpo, f"grpo-{self.config.grpo.arm}", load, curriculum=False)
 
 
-@section("")
 class Evaluate(Shared):
     """Accuracy of a checkpoint: greedy pass@1, and pass@k and the majority over masks."""
 
@@ -124,7 +118,6 @@ class Evaluate(Shared):
             files.write_atomically(Path(self.json), text.encode())
 
 
-@section("")
 class Study(Verb):
     """Run notebooks 00-04 in order with papermill; finished ones are not run again."""
 
@@ -138,7 +131,6 @@ class Study(Verb):
         notebooks.run_study(self.config.preset, only=self.only or None)
 
 
-@section("")
 class Sweep(Verb):
     """Arms x seeds as independent runs, one process each."""
 
@@ -156,7 +148,6 @@ class Sweep(Verb):
         print("wrote", run_experiment(self.config, out=out, launcher=launcher))
 
 
-@section("")
 class Reproduce(Verb):
     """The GSM8K study: curriculum, arms and their answers in one process, inside a time budget."""
 
@@ -185,7 +176,6 @@ def _study_folder(out: str, config: Config, name: str) -> str:
     return out
 
 
-@section("")
 class Verify(Verb):
     """Check the theory exactly, and that this machine replays rollouts to rounding error."""
 
@@ -200,9 +190,8 @@ class Verify(Verb):
         return table.main(device, self.dtype, files.expect_file(self.json))
 
 
-@section("")
 class Bench(Verb):
-    """Time the engine against other ways to make rollouts and against the floor; gpt2 takes twenty minutes."""
+    """Time the engine against baselines and its lower bound; gpt2 takes twenty minutes."""
 
     shape: Literal["tiny", "gpt2", "smollm2"] = "gpt2"
     json: str = ""  # write the result to this file as well
@@ -224,7 +213,6 @@ class Bench(Verb):
         return 0
 
 
-@section("")
 class Data(Verb):
     """Print problems as JSON lines, or write them to a file."""
 
@@ -234,9 +222,9 @@ class Data(Verb):
     copies_report: str = ""  # measure the perturbed copies of GSM8K; write perturb/perturb.json into this folder
 
     def __call__(self) -> None:
-        from latentlab.study import copies_report
-
         if self.copies_report:
+            from latentlab.study import copies_report
+
             return copies_report.write(self.config, self.copies_report)
         files.expect_file(self.out)
         size: dict[str, Any] = {f"{self.split}_size": self.n}
@@ -247,9 +235,8 @@ class Data(Verb):
             print(*(json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rows), sep="\n")
 
 
-@section("")
 class Report(Verb):
-    """Rebuild RESULTS.md, and with --publish the committed results and what README and docs quote of them."""
+    """Rebuild RESULTS.md; with --publish the committed results and what README and docs quote."""
 
     publish: bool = False  # for maintainers: copy the results over into reports/published
 

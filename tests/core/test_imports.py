@@ -1,4 +1,4 @@
-"""The layers of the package (contracts in pyproject.toml), its public names, and a command line that starts fast."""
+"""Layers (contracts in pyproject.toml), public names, and a command line that starts fast."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The wheel alone, in an empty folder: the front door, presets and shipped checkpoint, the command line."""
+"""The wheel alone, in an empty folder: public names, presets, checkpoint, command line."""
 
 import os
 import subprocess

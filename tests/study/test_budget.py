@@ -283,9 +283,7 @@ def test_preset_paper_runs_offline_on_rows_in_gsm8k_augs_format(paper_folder, mo
     assert result["metrics"]["plan"]["curriculum_steps"] == [1, 1, 1, 1] and result["arms"][1]["rollouts"] == 8
     assert result["parameters"]["precision"] == "bfloat16" and result["parameters"]["grpo"]["beta"] == 0.02
     trained = tmp_path / "runs" / "paper" / "reproduce" / "coconut-s0" / "best"
-    command = (
-        f"reproduce --preset paper --budget-minutes 0 --device cpu --out again --init-from {trained} {fields}"
-    )
+    command = f"reproduce --preset paper --budget-minutes 0 --device cpu --out again --init-from {trained} {fields}"
     assert cli.main(command.split()) == 0  # a published checkpoint goes the same way: straight into the arms
     again = json.loads((tmp_path / "reports" / "paper-cpu" / "arms.json").read_text())
     assert "trained elsewhere" in again["metrics"]["cot"]["skipped"]
