@@ -81,8 +81,8 @@ def parse(argv: list[str]):
         raise ValueError(f"{name}: got an empty value, expected none or a value; leave the option out")
     import tyro
 
-    from latentlab import verbs
     from latentlab.config import load_preset
+    from latentlab.study import verbs
 
     def preset(preset: str = "tiny") -> str:
         return preset

@@ -197,7 +197,7 @@ def shipped_checkpoint(preset: str) -> Path:
     if not folder.exists():
         raise FileNotFoundError(
             f"checkpoint: got no {folder}, expected a trained model for preset {preset}; train one with "
-            f"`latentlab curriculum --preset {preset}` and name its run folder (--init-from, evaluate --checkpoint)"
+            f"`latentlab curriculum --preset {preset}` and name its run folder (--init-from FOLDER, evaluate FOLDER)"
         )
     return folder
 

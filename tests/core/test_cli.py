@@ -9,11 +9,10 @@ import sys
 import pytest
 import torch
 
-from latentlab import verbs
 from latentlab.cli import VERBS, main, parse
 from latentlab.config import PRESETS, load_preset, to_dict
 from latentlab.pretrained.loading import save_model
-from latentlab.study import experiment, notebooks
+from latentlab.study import experiment, notebooks, verbs
 from latentlab.training.run import read_metrics
 from latentlab.verify import table
 from tests.conftest import sharpen, tiny_gpt2

@@ -31,7 +31,7 @@ def test_the_overview_and_unknown_verbs_load_nothing_heavy(words):
 
 
 def test_every_verb_is_a_class_and_stands_in_the_overview():
-    from latentlab import verbs
+    from latentlab.study import verbs
 
     assert all(issubclass(getattr(verbs, verb.capitalize()), verbs.Verb) for verb in cli.VERBS)
     assert [line.split()[0] for line in cli.__doc__.splitlines() if line.startswith("    ")] == list(cli.VERBS)
