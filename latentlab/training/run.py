@@ -182,7 +182,7 @@ class Run:
             )
 
     def log(self, record: dict) -> None:
-        """Append `record` to metrics.jsonl, its time to timing.jsonl; FloatingPointError for a NaN."""
+        """Append `record` to metrics.jsonl, its time to timing.jsonl. Refuses a NaN."""
         expect_finite(record, record["step"])
         timing = {"step": record["step"], "seconds": round(time.monotonic() - self.started, 3)}
         self._append(self.metrics, record)

@@ -201,7 +201,7 @@ def test_a_damaged_config_is_one_line(tmp_path, start, content):
     start()
     (tmp_path / "run" / "config.json").write_bytes(content)
     with pytest.raises(
-        ValueError, match="config.json: expected the configuration of this run, .* delete or restore it$"
+        ValueError, match="config.json: expected the configuration of this run, .*delete or restore it$"
     ):
         start(resume=True)
 
