@@ -1,15 +1,12 @@
-"""The definitions, written as plainly as possible, for `verify` and tests to compare with. Slow.
+"""The definition of a latent rollout, written as plainly as possible, for comparison. Slow.
 
-    naive_rollout    z_{i+1} = h(question <start> z_1 ... z_i), masked at the scope's positions;
-                     one row, no cache: every thought and token is a pass of the whole sequence
-    naive_loss       the GRPO loss (loss.py) in Python floats
+    z_{i+1} = h(question <start> z_1 ... z_i)    masked at the scope's positions
 
-Neither shares code with model.py, rollouts.py or loss.py. Source: Coconut, arXiv 2412.06769.
+One row, no cache: every thought and token is a pass of the whole sequence. No code is shared with
+model.py or rollouts.py. Source: Coconut, arXiv 2412.06769.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 
@@ -96,25 +93,3 @@ def _choose(logits: torch.Tensor, seed: torch.Tensor, t: int, temperature: float
         if total > target:
             return token
     return len(probs) - 1
-
-
-def naive_loss(logp, old_logp, ref_logp, advantages, lengths, *, loss_type, epsilon, epsilon_high, beta, limit):
-    """(loss, its KL part) in Python floats: nested lists [R][A], R advantages, R answer lengths."""
-    policy: list[list[float]] = []  # token terms of each row
-    kl: list[list[float]] = []
-    for row, length in enumerate(lengths):
-        ratios = [math.exp(logp[row][t] - old_logp[row][t]) for t in range(length)]
-        clipped = [max(1 - epsilon, min(1 + epsilon_high, ratio)) for ratio in ratios]
-        gain = advantages[row]
-        policy.append([-min(ratio * gain, clip * gain) for ratio, clip in zip(ratios, clipped, strict=True)])
-        deltas = [ref_logp[row][t] - logp[row][t] for t in range(length)]
-        kl.append([beta * (math.exp(delta) - delta - 1) for delta in deltas])
-
-    def normalise(terms: list[list[float]]) -> float:
-        if loss_type == "grpo":
-            return sum(sum(row) / len(row) for row in terms) / len(terms)
-        if loss_type == "dr_grpo":
-            return sum(map(sum, terms)) / (len(terms) * limit)
-        return sum(map(sum, terms)) / sum(lengths)  # bnpo; dapo with all rows in one batch
-
-    return normalise(policy) + normalise(kl), normalise(kl)
