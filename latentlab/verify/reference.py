@@ -8,6 +8,9 @@ model.py or rollouts.py. Source: Coconut, arXiv 2412.06769.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from itertools import accumulate
+
 import torch
 
 from latentlab.masks import Masks, MaskSpec, uniforms
@@ -53,23 +56,21 @@ def naive_rollout(
 def _factor(offset: int, thoughts: int, mask: torch.Tensor, spec: MaskSpec) -> torch.Tensor:
     """What multiplies the sites at `offset` positions behind <|start-latent|>: [S, D]."""
     inside = {"latent": 0 <= offset <= thoughts, "prompt+latent": offset <= thoughts, "all": True}[spec.scope]
-    slot = max(offset, 0) if inside else 0
-    mask = mask if spec.scheme == "shared" else mask[slot]
+    if spec.scheme == "per_step":
+        mask = mask[max(offset, 0) if inside else 0]
     return mask if inside else torch.ones_like(mask)
 
 
 def _last_hidden(lm, inputs: torch.Tensor, factors: torch.Tensor | None = None, sites=()) -> torch.Tensor:
     """One pass of inputs [T, D], sites multiplied by factors [T, S, D]: last hidden state [D]."""
-    hooks = []
-    if factors is not None:
-        for s, linear in enumerate(branches(lm, sites)):
-            hooks.append(linear.register_forward_hook(lambda _, __, out, f=factors[:, s]: out * f))
-        if "embedding" in sites:
-            inputs = inputs * factors[:, -1]
-    hidden = lm.base_model(inputs_embeds=inputs[None], use_cache=False).last_hidden_state[0, -1]
-    for hook in hooks:
-        hook.remove()
-    return hidden
+    with ExitStack() as hooks:
+        if factors is not None:
+            for s, linear in enumerate(branches(lm, sites)):
+                hook = linear.register_forward_hook(lambda _, __, out, f=factors[:, s]: out * f)
+                hooks.enter_context(hook)
+            if "embedding" in sites:
+                inputs = inputs * factors[:, -1]
+        return lm.base_model(inputs_embeds=inputs[None], use_cache=False).last_hidden_state[0, -1]
 
 
 def branches(lm, sites) -> list:
@@ -86,10 +87,6 @@ def _choose(logits: torch.Tensor, seed: torch.Tensor, t: int, temperature: float
     """The argmax, or the first token whose cumulative probability exceeds the uniform number."""
     if temperature == 0:
         return int(logits.argmax())
-    target, total = uniforms(seed, t).item(), 0.0
+    target = uniforms(seed, t).item()
     probs = torch.softmax(logits.double() / temperature, -1).tolist()
-    for token, prob in enumerate(probs):
-        total += prob
-        if total > target:
-            return token
-    return len(probs) - 1
+    return next((token for token, total in enumerate(accumulate(probs)) if total > target), len(probs) - 1)
