@@ -16,11 +16,11 @@ Source of the official scheme: facebookresearch/coconut, arXiv 2412.06769.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from transformers import DynamicCache
 
-from latentlab.masks import Masks
 from latentlab.model import LatentReasoner, State, token_logps
 from latentlab.rollouts import choose
 
@@ -28,16 +28,15 @@ from latentlab.rollouts import choose
 @torch.no_grad()
 def official(model: LatentReasoner, prompt: torch.Tensor) -> list[int]:
     """One greedy answer of max_new_tokens tokens to prompt [1, Q]; eos does not end it."""
+    step = partial(model.lm, use_cache=True, output_hidden_states=True)
     inputs = model.embed(prompt)
-    out = model.lm(inputs_embeds=inputs, use_cache=True, output_hidden_states=True)
+    out = step(inputs_embeds=inputs)
     for i in range(model.num_thoughts):
         new = out.hidden_states[-1][:, -1:]  # thought i, the next input
         if i + 1 == model.num_thoughts:
             new = torch.cat([new, model.embed(prompt.new_tensor([[model.end_id]]))], 1)
         inputs = torch.cat([inputs, new], 1)
-        out = model.lm(
-            inputs_embeds=new, past_key_values=out.past_key_values, use_cache=True, output_hidden_states=True
-        )
+        out = step(inputs_embeds=new, past_key_values=out.past_key_values)
     answer = [int(out.logits[0, -1].argmax())]
     while len(answer) < model.max_new_tokens:
         inputs = torch.cat([inputs, model.embed(prompt.new_tensor([answer[-1:]]))], 1)
@@ -75,20 +74,17 @@ def floor(model: LatentReasoner, rows: int, positions: int, answer: int, *, upda
     """A dense pass of `positions` in all, head at `answer` of each row; backward in an update."""
     ids = torch.full((rows, round(positions / rows)), model.end_id, device=model.device)
     with torch.set_grad_enabled(update), model.autocast():
-        hidden = model.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -answer:]
-    if not update:
-        with torch.no_grad():
-            model.head(hidden)
-        return
-    model.zero_grad(set_to_none=True)
-    token_logps(model.head(hidden), ids[:, -answer:], 1.0).sum().backward()
+        logits = model.head(model.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -answer:])
+    if update:
+        model.zero_grad(set_to_none=True)
+        token_logps(logits, ids[:, -answer:], 1.0).sum().backward()
 
 
 class PrefixRepeated(LatentReasoner):
     """The question is run once per problem; its keys and values are copied for each of its rows."""
 
-    def prefix(self, prompt_ids, prompt_valid, *, num_generations: int, masks: Masks | None) -> State:
-        state = super().prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
+    def prefix(self, *args, **kwargs) -> State:
+        state = super().prefix(*args, **kwargs)
         cache, k = state.cache, state.cache.width  # 1 where the mask covers the question: nothing is shared
         cache.prefix = [(key.repeat_interleave(k, 0), value.repeat_interleave(k, 0)) for key, value in cache.prefix]
         cache.valid, cache.width = cache.valid.repeat_interleave(k, 0), 1
@@ -101,8 +97,8 @@ class CacheGrown(LatentReasoner):
 
     def prefix(self, *args, **kwargs) -> State:
         state = super().prefix(*args, **kwargs)
-        for part in (part for layer in state.cache.suffix for part in layer):
-            part.capacity = 0
+        for keys, values in state.cache.suffix:
+            keys.capacity = values.capacity = 0
         return state
 
 

@@ -1,15 +1,13 @@
 """How fast is the engine? Rollouts and updates against other ways to make them (baselines.py).
 
 Random weights of the named shape; questions of exactly 48 tokens, 6 thoughts, answers of exactly 8
-tokens, so that all variants do equal work; K = 16 rollouts of each of 4 problems. All run in one
-process, interleaved, so that other load slows all of them alike; a figure is the median of five
-rounds (timing.py). Compare ratios within one run, never seconds of two runs. `official` and
+tokens, so that all variants do equal work. All run in one process, interleaved, so that other load
+slows all of them alike. Compare ratios within one run, never seconds of two runs. `official` and
 `definition` are timed on a few rollouts and scaled up.
 """
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from latentlab.bench.baselines import VARIANTS, EarlyEnd, floor, official, plain
-from latentlab.bench.timing import measure, wait
+from latentlab.bench.timing import measure, seconds_of
 from latentlab.config import flat
 from latentlab.data.word_problems import WORDS
 from latentlab.masks import MaskSpec, draw_masks
@@ -31,8 +29,8 @@ from latentlab.rollouts import Rollouts, rollout
 from latentlab.theory.moments import relative_error
 from latentlab.verify.reference import naive_rollout
 
-IDS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-NO_DROPOUT: dict[str, Any] = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+IDS: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+NO_DROPOUT: dict[str, Any] = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
 SMOLLM2: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
 SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
 SHAPES = {
@@ -57,41 +55,38 @@ def run_bench(
     """
     if shape not in SHAPES:
         raise ValueError(f"shape: got {shape!r}, expected one of {', '.join(SHAPES)}")
-    given = {"shape": shape, "device": device, "num_problems": num_problems, "num_generations": num_generations}
-    given |= {"repeats": repeats, "question": QUESTION, "thoughts": THOUGHTS, "answer": ANSWER}
+    parameters = {"shape": shape, "device": device, "num_problems": num_problems, "num_generations": num_generations}
+    parameters |= {"repeats": repeats, "question": QUESTION, "thoughts": THOUGHTS, "answer": ANSWER}
+    parameters["threads"] = torch.get_num_threads()
     started, kind = time.time(), torch.device(device).type
     model, rows = build(shape, device), num_problems * num_generations
     seconds, memory = measure(timed_runs(model, num_problems, num_generations), repeats, device)
     seconds["official"] *= rows / OFFICIAL_ROWS
     seconds["definition"] *= rows
-    metrics = {**ratios(seconds, rows), "gradient_error": gradient_error(model)}
+    metrics = ratios(seconds, rows) | {"gradient_error": gradient_error(model)}
     metrics |= {"peak_memory_gib": memory, "seconds": seconds}
     metrics["scaling"] = {name: scaling(model, name, values, repeats, device) for name, values in axes.items()}
     if kind == "cuda":
         metrics["all_in"] = whole_iterations(model)
     print_figures(metrics)
     floors = metrics["floor_fraction"]
-    return {
-        "name": kind if shape == "gpt2" else f"{kind}_{shape}",
-        "preset": "bench",
-        "parameters": given | {"threads": torch.get_num_threads()},
-        "metrics": metrics,
-        "started": started,
-        "seconds": time.time() - started,
-        "question": "How fast is the engine?",
-        "headline": f"{shape} shape on {kind}: {metrics['speedup_vs_official_scheme']:.0f} times the official scheme, "
+    headline = (
+        f"{shape} shape on {kind}: {metrics['speedup_vs_official_scheme']:.0f} times the official scheme, "
         f"{metrics['speedup_vs_plain_batched']:.1f} times plain batching; rollout at {floors['rollout']:.0%}, "
-        f"update at {floors['update']:.0%} of the floor",
-    }
+        f"update at {floors['update']:.0%} of the floor"
+    )
+    name = kind if shape == "gpt2" else f"{kind}_{shape}"
+    result = {"name": name, "preset": "bench", "parameters": parameters, "metrics": metrics, "started": started}
+    return result | {"seconds": time.time() - started, "question": "How fast is the engine?", "headline": headline}
 
 
 def print_figures(metrics: dict) -> None:
     """One line per measured number: its dotted path and value."""
     for path, value in flat(metrics).items():
-        several = isinstance(value, list)
-        for i, number in enumerate(value if several else [value]):
+        numbers = {f"{path}.{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {path: value}
+        for name, number in numbers.items():
             if isinstance(number, float):
-                print(f"{f'{path}.{i}' if several else path:<44}{number:>12.4g}")
+                print(f"{name:<44}{number:>12.4g}")
 
 
 def build(shape: str, device: str = "cpu") -> LatentReasoner:
@@ -115,9 +110,8 @@ def variant(model: LatentReasoner, kind: type[LatentReasoner] = LatentReasoner, 
 
 def questions(count: int, length: int = QUESTION) -> list[Problem]:
     """Problems whose prompts have `length` tokens, <start> included."""
-    words = [word for word in WORDS if word.isalpha()]
-    texts = (" ".join(itertools.islice(itertools.cycle(words), i, i + length - 2)) for i in range(count))
-    return [Problem(f"bench-{i}", text, (), "1", "bench") for i, text in enumerate(texts)]
+    words = [word for word in WORDS if word.isalpha()] * (count + length)
+    return [Problem(f"bench-{i}", " ".join(words[i : i + length - 2]), (), "1", "bench") for i in range(count)]
 
 
 def sample(model: LatentReasoner, problems: list[Problem], k: int, masks: MaskSpec | None = SPEC) -> Rollouts:
@@ -165,9 +159,8 @@ def timed_runs(model: LatentReasoner, count: int, k: int) -> dict[str, Callable[
     }
 
 
-def ratios(seconds: dict[str, float], rows: int) -> dict[str, Any]:
-    """The named figures, all from `seconds`; `tricks`: how many times slower without each."""
-    s = seconds
+def ratios(s: dict[str, float], rows: int) -> dict[str, Any]:
+    """The named figures, all from the seconds `s`; `tricks`: how many times slower without each."""
     switched = ("prefix_per_row", *VARIANTS)
     return {
         "rollouts_per_second": rows / s["rollout"],
@@ -197,7 +190,7 @@ def gradient_error(model: LatentReasoner) -> float:
 
 def scaling(model: LatentReasoner, axis: str, values: tuple[int, ...], repeats: int, device: str) -> dict:
     """Seconds of a rollout of one problem along an axis and the fitted line; K = 16 by default."""
-    runs: dict[str, Callable[[], object]] = {}
+    runs: dict[str, Callable] = {}
     for value in values:
         sizes: dict[str, Any] = {"thoughts": {"num_thoughts": value}, "answer": {"max_new_tokens": value}}.get(axis, {})
         problems = questions(1, value if axis == "question" else QUESTION)
@@ -213,15 +206,14 @@ def whole_iterations(model: LatentReasoner, k: int = 32, most: int = 2**20) -> d
     """Rollout and update with AdamW, at ever more problems until memory or `most` rows end it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     rows, speeds, count = [], [], 1
+
+    def iteration() -> None:
+        update(model, partial(score, model, sample(model, questions(count), k)))
+        optimizer.step()
+
     try:
         while count * k <= most:
-            for _ in range(3):  # the last of three counts
-                wait(model.device.type)
-                start = time.perf_counter()
-                update(model, partial(score, model, sample(model, questions(count), k)))
-                optimizer.step()
-                wait(model.device.type)
-                seconds = time.perf_counter() - start
+            seconds = [seconds_of(iteration, model.device.type) for _ in range(3)][-1]  # the last of three counts
             rows.append(count * k)
             speeds.append(count * k / seconds)
             count *= 2

@@ -6,6 +6,7 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,18 +21,24 @@ def measure(runs: dict[str, Callable], repeats: int, device: str) -> tuple[dict[
     clock = time.process_time if alone else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in runs}
 
-    def timed(name: str) -> None:
-        wait(device)
-        start = clock()
-        runs[name]()
-        wait(device)
-        seconds[name].append(clock() - start)
+    def record(name: str) -> None:
+        seconds[name].append(seconds_of(runs[name], device, clock))
 
-    memory = {name: peak_memory(lambda name=name: timed(name), device) for name in runs}
+    memory = {name: peak_memory(partial(record, name), device) for name in runs}
     for name in list(runs) * (repeats - 1):
-        timed(name)
+        record(name)
     known = {name: gib for name, gib in memory.items() if gib is not None}
     return {name: statistics.median(values) for name, values in seconds.items()}, known
+
+
+def seconds_of(run: Callable, device: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one call, the device idle before and after it: CUDA calls are asynchronous."""
+    wait_for_device = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait_for_device()
+    start = clock()
+    run()
+    wait_for_device()
+    return clock() - start
 
 
 def peak_memory(run: Callable, device: str) -> float | None:
@@ -44,21 +51,14 @@ def peak_memory(run: Callable, device: str) -> float | None:
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        before = _status("VmRSS")
     except OSError:  # not Linux
         run()
         return None
+    before = _process_gib("VmRSS")
     run()
-    return _status("VmHWM") - before
+    return _process_gib("VmHWM") - before
 
 
-def _status(key: str) -> float:
-    """A size of this process in GiB, from /proc."""
+def _process_gib(key: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**20
-
-
-def wait(device: str) -> None:
-    """Wait until the device is idle: CUDA calls are asynchronous."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 from torch.func import functional_call, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import one_hot, pad
@@ -33,19 +34,19 @@ LARGEST = 12  # mask features S * D that can be enumerated: 4,096 masks
 class Policy:
     """N rows: probs [N], logp, token_mask [N, T], scores s_t [N, T, P]; mask_probs [M]."""
 
-    probs: torch.Tensor
-    mask_probs: torch.Tensor
-    logp: torch.Tensor
-    token_mask: torch.Tensor
-    scores: torch.Tensor
+    probs: Tensor
+    mask_probs: Tensor
+    logp: Tensor
+    token_mask: Tensor
+    scores: Tensor
 
     @property
-    def answer_probs(self) -> torch.Tensor:
+    def answer_probs(self) -> Tensor:
         """The mask average π̄(y|x) = Σ_m p(m) π(y|x,m): [Y]."""
         return self.probs.view(len(self.mask_probs), -1).sum(0)
 
     @cached_property
-    def score_products(self) -> torch.Tensor:
+    def score_products(self) -> Tensor:
         """s_t · s_u of each row: [N, T, T]."""
         return torch.einsum("ntp,nup->ntu", self.scores, self.scores)
 
@@ -57,8 +58,8 @@ class Example:
     model: LatentReasoner
     problems: tuple[Problem, ...]
     policies: tuple[Policy, ...]
-    rewards: tuple[torch.Tensor, ...]
-    gradients: tuple[torch.Tensor, ...]
+    rewards: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
 
 
 def example() -> Example:
@@ -95,22 +96,20 @@ def tiny_problem(ones: int = 1) -> Problem:
     return Problem(f"ones-{ones}", " ".join("1" * ones), (), "1", "theory")
 
 
-def mask_space(model: LatentReasoner, spec: MaskSpec) -> tuple[Masks, torch.Tensor]:
+def mask_space(model: LatentReasoner, spec: MaskSpec) -> tuple[Masks, Tensor]:
     """All masks that `draw_masks` can draw, and their probabilities: Masks [M, S, D], p [M].
 
     Raises ValueError for a model with too many mask features.
     """
-    shape = (model.num_sites(spec.sites), model.width)
-    if shape[0] * shape[1] > LARGEST:
-        raise ValueError(
-            f"masks: got {shape[0]} sites x {shape[1]} features, expected at most {LARGEST} in all; use tiny_reasoner"
-        )
-    keep = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * (shape[0] * shape[1]))  # [M, S * D]
+    sites, width = model.num_sites(spec.sites), model.width
+    if sites * width > LARGEST:
+        raise ValueError(f"masks: got {sites} sites x {width} features, expected at most {LARGEST}; use tiny_reasoner")
+    keep = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * (sites * width))  # [M, S * D]
     probs = (keep * (1 - spec.rate) + (1 - keep) * spec.rate).prod(1)
-    return Masks((keep.view(-1, *shape) / (1 - spec.rate)).to(model.dtype), spec), probs
+    return Masks((keep.view(-1, sites, width) / (1 - spec.rate)).to(model.dtype), spec), probs
 
 
-def answer_space(model: LatentReasoner) -> tuple[torch.Tensor, torch.Tensor]:
+def answer_space(model: LatentReasoner) -> tuple[Tensor, Tensor]:
     """Every answer, cut ones included: tokens [Y, T], padded with eos, and token_mask [Y, T]."""
     limit = model.max_new_tokens
     tokens = torch.cartesian_prod(*[torch.arange(len(model.tokenizer))] * limit).view(-1, limit)
@@ -120,27 +119,21 @@ def answer_space(model: LatentReasoner) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[padded], token_mask[padded]
 
 
+def given_rollouts(
+    model: LatentReasoner, problem: Problem, tokens: Tensor, token_mask: Tensor, masks: Masks
+) -> Rollouts:
+    """Answers [R, T] under masks of R rows, as one group of R rollouts for `score`."""
+    prompt_ids, prompt_valid = encode_prompts(model.tokenizer, [problem], model.device)
+    given = ((problem,), len(tokens), prompt_ids, prompt_valid, tokens, token_mask)
+    unused = torch.zeros(tokens.shape)  # `score` reads no sampled value
+    return Rollouts(*given, unused, unused[..., None], unused[:, 0].long(), temperature=1.0, text=(), masks=masks)
+
+
 def enumerated_rollouts(model: LatentReasoner, problem: Problem, masks: Masks) -> Rollouts:
     """Every answer under every mask as one group of N rollouts, for `score`."""
     tokens, token_mask = answer_space(model)
-    prompt_ids, prompt_valid = encode_prompts(model.tokenizer, [problem], model.device)
-    count = len(masks.values)
-    unused = torch.zeros(count * len(tokens), tokens.shape[1])  # [R, A]: `score` reads no sampled value
-    worn = Masks(masks.values.repeat_interleave(len(tokens), 0), masks.spec)
-    return Rollouts(
-        problems=(problem,),
-        num_generations=count * len(tokens),
-        prompt_ids=prompt_ids,
-        prompt_valid=prompt_valid,
-        tokens=tokens.repeat(count, 1),
-        token_mask=token_mask.repeat(count, 1),
-        logp=unused,
-        thoughts=unused[..., None],
-        seeds=unused[:, 0].long(),
-        temperature=1.0,
-        text=(),
-        masks=worn,
-    )
+    count, repeated = len(masks.values), Masks(masks.values.repeat_interleave(len(tokens), 0), masks.spec)
+    return given_rollouts(model, problem, tokens.repeat(count, 1), token_mask.repeat(count, 1), repeated)
 
 
 def enumerate_policy(model: LatentReasoner, problem: Problem, spec: MaskSpec) -> Policy:
@@ -158,10 +151,10 @@ def enumerate_policy(model: LatentReasoner, problem: Problem, spec: MaskSpec) ->
     return Policy(probs, mask_probs, logp, rows.token_mask, _row_scores(model, rows))
 
 
-def _row_scores(model: LatentReasoner, rows: Rollouts) -> torch.Tensor:
+def _row_scores(model: LatentReasoner, rows: Rollouts) -> Tensor:
     """s_t of each row by differentiating `model.score`: [N, T, P]."""
     assert rows.masks is not None
-    scorer = _RowScorer(model, rows, rows.masks.spec)
+    scorer = _RowScorer(model, rows.problems[0], rows.masks.spec)
     weights = {name: weight.detach() for name, weight in scorer.named_parameters()}
     jacobian = jacrev(lambda weights, *row: functional_call(scorer, weights, row))
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no rule for vmap
@@ -173,15 +166,14 @@ def _row_scores(model: LatentReasoner, rows: Rollouts) -> torch.Tensor:
 class _RowScorer(torch.nn.Module):
     """`model.score` of a single row, as a module whose weights `functional_call` can replace."""
 
-    def __init__(self, model: LatentReasoner, rows: Rollouts, spec: MaskSpec):
+    def __init__(self, model: LatentReasoner, problem: Problem, spec: MaskSpec):
         super().__init__()
-        self.model, self.rows, self.spec = model, rows, spec
+        self.model, self.problem, self.spec = model, problem, spec
 
     def forward(self, tokens, token_mask, values):
         everywhere = torch.ones(1, len(tokens), dtype=torch.bool)  # vmap wants one shape for all rows
-        unused = {name: getattr(self.rows, name)[:1] for name in ("logp", "thoughts", "seeds")}
-        row = replace(self.rows, num_generations=1, tokens=tokens[None], token_mask=everywhere, **unused)
-        return self.model.score(row, masks=Masks(values[None], self.spec))[0] * token_mask
+        row = given_rollouts(self.model, self.problem, tokens[None], everywhere, Masks(values[None], self.spec))
+        return self.model.score(row, masks=row.masks)[0] * token_mask
 
 
 def one_logit(pass_rate: float) -> Policy:
@@ -191,7 +183,7 @@ def one_logit(pass_rate: float) -> Policy:
     return Policy(probs, torch.ones(1).double(), probs.log()[:, None], torch.ones(2, 1, dtype=torch.bool), scores)
 
 
-def reward_table(policy: Policy, pass_rate: float) -> torch.Tensor:
+def reward_table(policy: Policy, pass_rate: float) -> Tensor:
     """0/1 rewards [Y] whose right answers have about `pass_rate` probability.
 
     Answers are added while they fit: the likeliest, third, fifth, ..., then the second, fourth, ...
@@ -204,7 +196,7 @@ def reward_table(policy: Policy, pass_rate: float) -> torch.Tensor:
     return rewards
 
 
-def true_gradient(model: LatentReasoner, problem: Problem, spec: MaskSpec, rewards: torch.Tensor) -> torch.Tensor:
+def true_gradient(model: LatentReasoner, problem: Problem, spec: MaskSpec, rewards: Tensor) -> Tensor:
     """∇J [P], by differentiating probabilities, not log-probs. rewards: [Y]."""
     masks, mask_probs = mask_space(model, spec)
     rows = enumerated_rollouts(model, problem, masks)
@@ -213,15 +205,15 @@ def true_gradient(model: LatentReasoner, problem: Problem, spec: MaskSpec, rewar
     return torch.cat([g.flatten() for g in gradient])
 
 
-def greedy_probs(model: LatentReasoner, problem: Problem, spec: MaskSpec) -> torch.Tensor:
-    """Probabilities [N] if every mask's answer is the argmax: p(m) at that answer, 0 elsewhere."""
+def greedy_policy(model: LatentReasoner, problem: Problem, spec: MaskSpec, policy: Policy) -> Policy:
+    """`policy` if every mask's answer is the argmax: probability p(m) at that answer, 0 elsewhere."""
     masks, mask_probs = mask_space(model, spec)
     out = rollout(model, [problem], num_generations=len(mask_probs), masks=masks, temperature=0.0, run_seed=0, step=0)
     chosen = one_hot(answer_index(model, out), len(answer_space(model)[0]))  # [M, Y]
-    return (chosen * mask_probs[:, None]).flatten()
+    return replace(policy, probs=(chosen * mask_probs[:, None]).flatten())
 
 
-def answer_index(model: LatentReasoner, out: Rollouts) -> torch.Tensor:
+def answer_index(model: LatentReasoner, out: Rollouts) -> Tensor:
     """The row of `answer_space` that equals each rollout's answer: [R]."""
     tokens = pad(out.tokens, (0, model.max_new_tokens - out.tokens.shape[1]), value=model.eos_id)
     return (tokens[:, None] == answer_space(model)[0]).all(2).long().argmax(1)

@@ -22,13 +22,14 @@ from dataclasses import dataclass
 
 import torch
 from scipy.optimize import brentq
+from torch import Tensor
 
 from latentlab import advantage, loss
 from latentlab.masks import MaskSpec
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
 from latentlab.rollouts import rollout
-from latentlab.theory.enumeration import Policy, answer_index, enumerate_policy, greedy_probs, one_logit, true_gradient
+from latentlab.theory.enumeration import Policy, answer_index, enumerate_policy, greedy_policy, one_logit, true_gradient
 
 FRESH_FORMS = ("detached", "token_ratio", "clipped", "sequence_ratio")
 ONE_LOGIT_REWARDS = torch.tensor([1.0, 0.0], dtype=torch.float64)  # right, wrong
@@ -38,28 +39,19 @@ ONE_LOGIT_REWARDS = torch.tensor([1.0, 0.0], dtype=torch.float64)  # right, wron
 class Moments:
     """Of a gradient estimator: mean [P] and variance, the trace of its covariance."""
 
-    mean: torch.Tensor
+    mean: Tensor
     variance: float
 
 
 def group_moments(
-    policy: Policy,
-    rewards: torch.Tensor,
-    num_generations: int,
-    *,
-    baseline: str = "mean",
-    scale: str = "none",
-    loss_type: str = "dr_grpo",
-    probs: torch.Tensor | None = None,
-    by_length: bool = False,
+    policy: Policy, rewards: Tensor, k: int, *, baseline="mean", scale="none", loss_type="dr_grpo", by_length=False
 ) -> Moments:
-    """Mean and variance of one group's gradient estimate, over all patterns of classes.
+    """Mean and variance of the gradient estimate of a group of k rollouts, rewards [Y].
 
-    rewards: [Y]; `probs` [N] replaces the policy's probabilities (greedy answers); `by_length` puts
-    answers of different length into different classes, which loss types other than dr_grpo need.
+    `by_length` puts answers of different length into different classes, which loss types other than
+    dr_grpo need.
     """
-    limit = policy.logp.shape[1]
-    probs = policy.probs if probs is None else probs
+    limit, probs = policy.logp.shape[1], policy.probs
     lengths = policy.token_mask.sum(1) if by_length else torch.full((len(probs),), limit)
     keys = torch.stack([rewards.repeat(len(policy.mask_probs)), lengths.double()], 1)  # [N, 2]
     possible = probs > 0
@@ -70,24 +62,18 @@ def group_moments(
     weights = weights / class_probs[:, None]
     first = torch.einsum("cn,ntp->ctp", weights, policy.scores)  # E[s_t | c]
     second = torch.einsum("cn,ntu->ctu", weights, policy.score_products)  # E[s_t · s_u | c]
-    patterns = torch.cartesian_prod(*[torch.arange(len(classes))] * num_generations)  # [G, K]
-    r, length = classes[patterns].unbind(-1)  # [G, K] each
-    a = token_weights(r, length, limit, baseline=baseline, scale=scale, loss_type=loss_type)
+    patterns = torch.cartesian_prod(*[torch.arange(len(classes))] * k)  # [G, K]
+    r, lengths = classes[patterns].unbind(-1)  # [G, K] each
+    advantages = advantage.group_advantages(r, baseline=baseline, scale=scale)
+    a = _token_weights(advantages, torch.arange(limit) < lengths[..., None], loss_type)
     return _moments(class_probs[patterns].prod(1), patterns, a, first, second)
 
 
-def token_weights(
-    rewards: torch.Tensor, lengths: torch.Tensor, limit: int, *, baseline: str, scale: str, loss_type: str
-) -> torch.Tensor:
-    """a_kt by differentiating `grpo_loss` at ratio 1: rewards, lengths [G, K] -> [G, K, T].
-
-    Each group is a batch of its own, with its own denominator.
-    """
-    advantages = advantage.group_advantages(rewards, baseline=baseline, scale=scale)  # [G, K]
-    token_mask = torch.arange(limit) < lengths[..., None]  # [G, K, T]
-    denominators = torch.tensor([loss.loss_denominator(mask, loss_type, limit) for mask in token_mask])  # [G]
-    logp = torch.zeros(len(rewards) * rewards.shape[1], limit, dtype=torch.float64, requires_grad=True)
-    mask = token_mask.flatten(0, 1)
+def _token_weights(advantages: Tensor, token_mask: Tensor, loss_type: str) -> Tensor:
+    """a_kt at ratio 1, [G, K, T], for advantages [G, K]; each group is a batch of its own."""
+    limit, mask = token_mask.shape[2], token_mask.flatten(0, 1)
+    denominators = torch.tensor([loss.loss_denominator(group, loss_type, limit) for group in token_mask])  # [G]
+    logp = torch.zeros(mask.shape, dtype=torch.float64, requires_grad=True)
     value, _ = loss.grpo_loss(logp, logp.detach(), advantages.flatten(), mask, loss_type=loss_type, denominator=1.0)
     return -limit * torch.autograd.grad(value, logp)[0].view(token_mask.shape) / denominators[:, None, None]
 
@@ -102,8 +88,8 @@ def _moments(prob, patterns, a, first, second) -> Moments:
     return Moments(mean, (prob @ (within + between) - mean @ mean).item())
 
 
-def fresh_mask_moments(policy: Policy, rewards: torch.Tensor, num_generations: int, *, form: str) -> Moments:
-    """One group's gradient when the update draws a new mask m', with leave-one-out.
+def fresh_mask_moments(policy: Policy, rewards: Tensor, k: int, *, form: str) -> Moments:
+    """Those of `group_moments` when the update draws a new mask m', with leave-one-out.
 
     form: "detached" (old log-prob is logp.detach()), "token_ratio" (old log-prob as recorded, no
     clip), "clipped" (the same, clipped to 1 ± 0.2), "sequence_ratio" (π(y|m') / π(y|m) of whole
@@ -113,17 +99,17 @@ def fresh_mask_moments(policy: Policy, rewards: torch.Tensor, num_generations: i
         raise ValueError(f"form: got {form!r}, expected one of {', '.join(FRESH_FORMS)}")
     values = rewards.unique()
     class_probs = torch.stack([policy.answer_probs[rewards == r].sum() for r in values])
-    patterns = torch.cartesian_prod(*[torch.arange(len(values))] * num_generations)  # [G, K]
+    patterns = torch.cartesian_prod(*[torch.arange(len(values))] * k)  # [G, K]
     advantages = advantage.group_advantages(values[patterns], baseline="leave_one_out")
     pairs, index = torch.stack([values[patterns], advantages], -1).flatten(0, 1).unique(dim=0, return_inverse=True)
     rows = [_fresh_rollout(policy, rewards, r, a, form) for r, a in pairs.tolist()]
     first = torch.stack([mean for mean, _ in rows])[:, None]  # [C, 1, P]
     second = torch.stack([square for _, square in rows])[:, None, None]  # [C, 1, 1]
-    weight = torch.full((*patterns.shape, 1), 1 / num_generations, dtype=torch.float64)
+    weight = torch.full((*patterns.shape, 1), 1 / k, dtype=torch.float64)
     return _moments(class_probs[patterns].prod(1), index.view(patterns.shape), weight, first, second)
 
 
-def _fresh_rollout(policy: Policy, rewards: torch.Tensor, r: float, a: float, form: str):
+def _fresh_rollout(policy: Policy, rewards: Tensor, r: float, a: float, form: str) -> tuple[Tensor, Tensor]:
     """E[g_k] [P] and E[|g_k|²] of a rollout of reward r, advantage a, over (m, y) ~ π, m' ~ p."""
     chosen = (rewards == r).nonzero()[:, 0]  # [Y']
     logp, token_mask, scores, products, probs = (
@@ -141,24 +127,22 @@ def _fresh_rollout(policy: Policy, rewards: torch.Tensor, r: float, a: float, fo
     return torch.einsum("myt,mytp->p", weighted, scores), square
 
 
-def _fresh_token_weights(logp, old_logp, a: float, token_mask, form: str) -> torch.Tensor:
+def _fresh_token_weights(logp: Tensor, old_logp: Tensor, a: float, token_mask: Tensor, form: str) -> Tensor:
     """-∂ loss / ∂ logp of rows [M', Y'] with advantage a; a sequence ratio is that of one token."""
-    new = logp.flatten(0, 1).requires_grad_()
-    rows = [new, old_logp.flatten(0, 1), token_mask.flatten(0, 1)]  # [M' * Y', T] each
-    if form == "sequence_ratio":
-        rows = [new.sum(1, keepdim=True), rows[1].sum(1, keepdim=True), rows[2][:, :1]]
+    new, old, mask = logp.flatten(0, 1).requires_grad_(), old_logp.flatten(0, 1), token_mask.flatten(0, 1)
+    rows = (new.sum(1, keepdim=True), old.sum(1, keepdim=True)) if form == "sequence_ratio" else (new, old)
     gain = torch.full((len(new),), a, dtype=torch.float64)
     epsilon = 0.2 if form == "clipped" else float("inf")
-    value, _ = loss.grpo_loss(rows[0], rows[1], gain, rows[2], epsilon=epsilon, denominator=1.0)
+    value, _ = loss.grpo_loss(*rows, gain, mask[:, : rows[0].shape[1]], epsilon=epsilon, denominator=1.0)
     return -torch.autograd.grad(value, new)[0].view_as(logp)
 
 
-def relative_error(estimate: torch.Tensor, target: torch.Tensor) -> float:
+def relative_error(estimate: Tensor, target: Tensor) -> float:
     """|estimate - target| / |target|."""
     return ((estimate - target).norm() / target.norm()).item()
 
 
-def direction_error(estimate: torch.Tensor, target: torch.Tensor) -> float:
+def direction_error(estimate: Tensor, target: Tensor) -> float:
     """Sine of the angle between two gradients: no rescaling removes it; 1 for a zero estimate."""
     if estimate.norm() == 0:
         return 1.0
@@ -166,60 +150,51 @@ def direction_error(estimate: torch.Tensor, target: torch.Tensor) -> float:
     return (e - (e @ t) * t).norm().item()
 
 
-def baseline_bound(policy: Policy, rewards: torch.Tensor) -> float:
-    """2 E[r |s|²] / E[|s|²]: a constant baseline b lowers the variance iff 0 < b < this."""
+def variance_row(policy: Policy, rewards: Tensor, k: int) -> dict[str, float]:
+    """Variances of estimators of expectation ∇J, the pass rate, and the bound on a constant.
+
+    A constant baseline b lowers the variance iff 0 < b < bound = 2 E[r |s|²] / E[|s|²].
+    """
+    pass_rate = (policy.answer_probs @ rewards).item()
     norms = policy.score_products.sum((1, 2)) * policy.probs  # p |s|², [N]
-    return (2 * (norms @ rewards.repeat(len(policy.mask_probs))) / norms.sum()).item()
-
-
-def variance_row(policy: Policy, rewards: torch.Tensor, num_generations: int) -> dict[str, float]:
-    """Variances of estimators of expectation ∇J, the pass rate, and the bound on a constant."""
-    k, pass_rate = num_generations, (policy.answer_probs @ rewards).item()
     return {
         "pass_rate": pass_rate,
         "none": group_moments(policy, rewards, k, baseline="none").variance,
         "leave_one_out": group_moments(policy, rewards, k, baseline="leave_one_out").variance,
         "mean_rescaled": group_moments(policy, rewards, k, baseline="mean").variance * (k / (k - 1)) ** 2,
         "constant": group_moments(policy, rewards - pass_rate, k, baseline="none").variance,
-        "bound": baseline_bound(policy, rewards),
+        "bound": (2 * (norms @ rewards.repeat(len(policy.mask_probs))) / norms.sum()).item(),
     }
 
 
-def crossover(num_generations: int) -> float:
+def crossover(k: int) -> float:
     """The pass rate of `one_logit` above which leave-one-out has more variance than no baseline.
 
     It is 2(K - 2) / (3K - 5): 0 at K = 2 (always more), towards 2/3 for large K.
     """
 
     def excess(rate):
-        row = variance_row(one_logit(rate), ONE_LOGIT_REWARDS, num_generations)
+        row = variance_row(one_logit(rate), ONE_LOGIT_REWARDS, k)
         return row["leave_one_out"] - row["none"]
 
     return 0.0 if excess(0.01) > 0 else brentq(excess, 0.01, 0.99, xtol=1e-6)
 
 
-def bias_table(
-    model: LatentReasoner, problem: Problem, spec: MaskSpec, rewards: torch.Tensor, num_generations: int
-) -> list[dict]:
+def bias_table(model: LatentReasoner, problem: Problem, spec: MaskSpec, rewards: Tensor, k: int) -> list[dict]:
     """One row per estimator: bias |E[g] - ∇J| / |∇J|, direction error, variance of a group."""
-    policy, k = enumerate_policy(model, problem, spec), num_generations
-    gradient = true_gradient(model, problem, spec, rewards)
-    greedy = greedy_probs(model, problem, spec)
+    policy, gradient = enumerate_policy(model, problem, spec), true_gradient(model, problem, spec, rewards)
+    greedy = greedy_policy(model, problem, spec, policy)
     moments = {
         "no baseline": group_moments(policy, rewards, k, baseline="none"),
         "mean": group_moments(policy, rewards, k, baseline="mean"),
         "leave-one-out": group_moments(policy, rewards, k, baseline="leave_one_out"),
         "mean / std": group_moments(policy, rewards, k, baseline="mean", scale="std"),
         **{f"fresh mask, {form}": fresh_mask_moments(policy, rewards, k, form=form) for form in FRESH_FORMS},
-        "greedy answers": group_moments(policy, rewards, k, baseline="leave_one_out", probs=greedy),
+        "greedy answers": group_moments(greedy, rewards, k, baseline="leave_one_out"),
     }
     return [
-        {
-            "estimator": name,
-            "bias": relative_error(m.mean, gradient),
-            "direction_error": direction_error(m.mean, gradient),
-            "variance": m.variance,
-        }
+        {"estimator": name, "bias": relative_error(m.mean, gradient)}
+        | {"direction_error": direction_error(m.mean, gradient), "variance": m.variance}
         for name, m in moments.items()
     ]
 
@@ -228,13 +203,13 @@ def monte_carlo(
     model: LatentReasoner,
     problem: Problem,
     spec: MaskSpec,
-    rewards: torch.Tensor,
+    rewards: Tensor,
     *,
     num_generations: int,
     groups: int,
     repeats: int,
     run_seed: int,
-    baseline: str = "mean",
+    baseline: str,
 ) -> dict[str, float]:
     """E[g] by sampling, as training does: rollout, advantages, score, loss, backward.
 

@@ -1,15 +1,15 @@
-"""The definitions, written as plainly as possible, for `verify` and tests to compare with. Slow.
+"""The definition of a latent rollout, written as plainly as possible, for comparison. Slow.
 
-    naive_rollout    z_{i+1} = h(question <start> z_1 ... z_i), masked at the scope's positions;
-                     one row, no cache: every thought and token is a pass of the whole sequence
-    naive_loss       the GRPO loss (loss.py) in Python floats
+    z_{i+1} = h(question <start> z_1 ... z_i)    masked at the scope's positions
 
-Neither shares code with model.py, rollouts.py or loss.py. Source: Coconut, arXiv 2412.06769.
+One row, no cache: every thought and token is a pass of the whole sequence. No code is shared with
+model.py or rollouts.py. Source: Coconut, arXiv 2412.06769.
 """
 
 from __future__ import annotations
 
-import math
+from contextlib import ExitStack
+from itertools import accumulate
 
 import torch
 
@@ -56,23 +56,21 @@ def naive_rollout(
 def _factor(offset: int, thoughts: int, mask: torch.Tensor, spec: MaskSpec) -> torch.Tensor:
     """What multiplies the sites at `offset` positions behind <|start-latent|>: [S, D]."""
     inside = {"latent": 0 <= offset <= thoughts, "prompt+latent": offset <= thoughts, "all": True}[spec.scope]
-    slot = max(offset, 0) if inside else 0
-    mask = mask if spec.scheme == "shared" else mask[slot]
+    if spec.scheme == "per_step":
+        mask = mask[max(offset, 0) if inside else 0]
     return mask if inside else torch.ones_like(mask)
 
 
 def _last_hidden(lm, inputs: torch.Tensor, factors: torch.Tensor | None = None, sites=()) -> torch.Tensor:
     """One pass of inputs [T, D], sites multiplied by factors [T, S, D]: last hidden state [D]."""
-    hooks = []
-    if factors is not None:
-        for s, linear in enumerate(branches(lm, sites)):
-            hooks.append(linear.register_forward_hook(lambda _, __, out, f=factors[:, s]: out * f))
-        if "embedding" in sites:
-            inputs = inputs * factors[:, -1]
-    hidden = lm.base_model(inputs_embeds=inputs[None], use_cache=False).last_hidden_state[0, -1]
-    for hook in hooks:
-        hook.remove()
-    return hidden
+    with ExitStack() as hooks:
+        if factors is not None:
+            for s, linear in enumerate(branches(lm, sites)):
+                hook = linear.register_forward_hook(lambda _, __, out, f=factors[:, s]: out * f)
+                hooks.enter_context(hook)
+            if "embedding" in sites:
+                inputs = inputs * factors[:, -1]
+        return lm.base_model(inputs_embeds=inputs[None], use_cache=False).last_hidden_state[0, -1]
 
 
 def branches(lm, sites) -> list:
@@ -89,32 +87,6 @@ def _choose(logits: torch.Tensor, seed: torch.Tensor, t: int, temperature: float
     """The argmax, or the first token whose cumulative probability exceeds the uniform number."""
     if temperature == 0:
         return int(logits.argmax())
-    target, total = uniforms(seed, t).item(), 0.0
+    target = uniforms(seed, t).item()
     probs = torch.softmax(logits.double() / temperature, -1).tolist()
-    for token, prob in enumerate(probs):
-        total += prob
-        if total > target:
-            return token
-    return len(probs) - 1
-
-
-def naive_loss(logp, old_logp, ref_logp, advantages, lengths, *, loss_type, epsilon, epsilon_high, beta, limit):
-    """(loss, its KL part) in Python floats: nested lists [R][A], R advantages, R answer lengths."""
-    policy: list[list[float]] = []  # token terms of each row
-    kl: list[list[float]] = []
-    for row, length in enumerate(lengths):
-        ratios = [math.exp(logp[row][t] - old_logp[row][t]) for t in range(length)]
-        clipped = [max(1 - epsilon, min(1 + epsilon_high, ratio)) for ratio in ratios]
-        gain = advantages[row]
-        policy.append([-min(ratio * gain, clip * gain) for ratio, clip in zip(ratios, clipped, strict=True)])
-        deltas = [ref_logp[row][t] - logp[row][t] for t in range(length)]
-        kl.append([beta * (math.exp(delta) - delta - 1) for delta in deltas])
-
-    def normalise(terms: list[list[float]]) -> float:
-        if loss_type == "grpo":
-            return sum(sum(row) / len(row) for row in terms) / len(terms)
-        if loss_type == "dr_grpo":
-            return sum(map(sum, terms)) / (len(terms) * limit)
-        return sum(map(sum, terms)) / sum(lengths)  # bnpo; dapo with all rows in one batch
-
-    return normalise(policy) + normalise(kl), normalise(kl)
+    return next((token for token, total in enumerate(accumulate(probs)) if total > target), len(probs) - 1)

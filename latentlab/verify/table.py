@@ -43,19 +43,13 @@ def run_verify(device: str = "cpu", dtype: str = "float64", only: Iterable[str] 
     return rows
 
 
-def table(rows: list[Property]) -> str:
-    """The rows as text: name, value, relation, bound, ok, note."""
-    lines = [f"{'property':<18} {'value':>9}     {'bound':<8} ok   "]
-    for p in rows:
-        relation = "≥" if p.at_least else "≤"
-        lines.append(f"{p.name:<18} {p.value:>9.2g}  {relation}  {p.bound:<8.2g} {'yes' if p.ok else 'NO':<4} {p.note}")
-    return "\n".join(lines)
-
-
 def main(device: str = "cpu", dtype: str = "float32", json_path: str | Path | None = None) -> int:
     """Print the table, write it as JSON, and return the exit code: 1 if a property fails."""
     rows = run_verify(device, dtype)
-    print(table(rows))
+    print(f"{'property':<18} {'value':>9}     {'bound':<8} ok   ")
+    for p in rows:
+        relation, ok = "≥" if p.at_least else "≤", "yes" if p.ok else "NO"
+        print(f"{p.name:<18} {p.value:>9.2g}  {relation}  {p.bound:<8.2g} {ok:<4} {p.note}")
     failed = [p.name for p in rows if not p.ok]
     summary = f"{len(rows) - len(failed)} of {len(rows)} properties hold on {device} in {dtype}"
     print("; ".join([summary, *(f"{name} fails" for name in failed)]))

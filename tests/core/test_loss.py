@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from latentlab.loss import LOSS_TYPES, grpo_loss, k3_kl, loss_denominator
-from latentlab.verify.reference import naive_loss
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
 ADVANTAGES = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
@@ -107,6 +106,28 @@ def test_micro_batches_under_the_global_denominator_add_up(loss_type, sizes):
         for a, b, c, d, e in parts
     )
     assert total == pytest.approx(whole.item(), abs=1e-12)
+
+
+def naive_loss(logp, old_logp, ref_logp, advantages, lengths, *, loss_type, epsilon, epsilon_high, beta, limit):
+    """(loss, its KL part) in Python floats: nested lists [R][A], R advantages, R answer lengths."""
+    policy: list[list[float]] = []  # token terms of each row
+    kl: list[list[float]] = []
+    for row, length in enumerate(lengths):
+        ratios = [math.exp(logp[row][t] - old_logp[row][t]) for t in range(length)]
+        clipped = [max(1 - epsilon, min(1 + epsilon_high, ratio)) for ratio in ratios]
+        gain = advantages[row]
+        policy.append([-min(ratio * gain, clip * gain) for ratio, clip in zip(ratios, clipped, strict=True)])
+        deltas = [ref_logp[row][t] - logp[row][t] for t in range(length)]
+        kl.append([beta * (math.exp(delta) - delta - 1) for delta in deltas])
+
+    def normalise(terms: list[list[float]]) -> float:
+        if loss_type == "grpo":
+            return sum(sum(row) / len(row) for row in terms) / len(terms)
+        if loss_type == "dr_grpo":
+            return sum(map(sum, terms)) / (len(terms) * limit)
+        return sum(map(sum, terms)) / sum(lengths)  # bnpo; dapo with all rows in one batch
+
+    return normalise(policy) + normalise(kl), normalise(kl)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
