@@ -47,12 +47,13 @@ def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, repor
     notebooks_dir = Path(notebooks_dir or environment.repository_root() / "notebooks").resolve()
     reports = Path(reports_dir or results.reports_folder()).resolve()
     notebooks = sorted(notebooks_dir.glob(NOTEBOOKS))
+    names = [path.stem for path in notebooks]
     if not notebooks:
         raise StudyError(f"no notebooks {NOTEBOOKS} in {notebooks_dir}; run in a clone of the repository")
     parameters = check_parameters(preset, notebooks, notebooks_dir / "params")
     chosen = [path for path in notebooks if path.stem.startswith(only or "")]
     if not chosen:
-        raise StudyError(f"--only {only}: expected the beginning of one of {', '.join(p.stem for p in notebooks)}")
+        raise StudyError(f"--only {only}: expected the beginning of one of {', '.join(names)}")
     if preset in ("smol", "paper") and any(path.stem[:2] < "04" for path in chosen):
         raise StudyError(f"preset {preset}: notebooks 00-03 need smoke or tiny; 04 reads a finished run: --only 04")
     folder = reports / preset
@@ -60,13 +61,12 @@ def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, repor
     folder.mkdir(parents=True, exist_ok=True)
     for i, path in enumerate(chosen, 1):
         _run_unless_finished(path, parameters[path.stem], folder, f"[{i}/{len(chosen)}] {path.stem}")
-    pages = [(p.stem, (folder / f"{p.stem}.html").is_file(), folder / f"{p.stem}.json") for p in notebooks]
-    rows = [(name, page, results.load_result(result)) for name, page, result in pages]
-    index = tables.render("index.html", preset=preset, notebooks=rows)
-    files.write_atomically(folder / "index.html", index.encode())
+    rows = [(n, (folder / f"{n}.html").is_file(), results.load_result(folder / f"{n}.json")) for n in names]
+    page = tables.render("index.html", preset=preset, notebooks=rows)
+    index = files.write_atomically(folder / "index.html", page.encode())
     tables.build_report(reports)
-    print("report:", folder / "index.html")
-    return folder / "index.html"
+    print("report:", index)
+    return index
 
 
 # ---------------------------------------------------------------- parameters
@@ -105,7 +105,7 @@ def _read_yaml(path: Path) -> dict:
         values, nodes = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: not UTF-8, an invalid date
         raise StudyError(f"{expected}, no readable YAML: {_one_line(error)}; correct it") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not nodes or not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise StudyError(f"{expected}, got {str(values)[:80]!r}; correct it")
     if len(values) < len(nodes.value):
         raise StudyError(f"{expected}, a key is given twice; correct it")
@@ -124,7 +124,6 @@ def _declared(notebook: Path) -> dict:
         raise StudyError(f"{notebook.name}: {what}: {_one_line(error)}") from None
 
 
-# ---------------------------------------------------------------- what a notebook depends on
 def _notebook_hash(notebook: Path, parameters: dict, reports: Path) -> str:
     """Hash of a notebook's source without outputs, its parameters and the files it depends on."""
     cells = [(c.cell_type, c.source) for c in nbformat.read(notebook, as_version=4).cells]
@@ -179,11 +178,12 @@ def _execute(path: Path, executed: Path, parameters: dict, reports: Path) -> Non
     """Run one notebook in its own folder; StudyError names notebook, cell and error."""
     import papermill
 
-    log, bars = executed.with_name(f".{path.stem}.log"), sys.stderr.isatty() and os.environ.get("TQDM_DISABLE") != "1"
-    options = {"kernel_name": "python3", "cwd": str(path.parent), "progress_bar": bars}
+    log = executed.with_name(f".{path.stem}.log")
+    options = {"kernel_name": "python3", "cwd": str(path.parent), "start_timeout": STARTUP_SECONDS}
+    options["progress_bar"] = sys.stderr.isatty() and os.environ.get("TQDM_DISABLE") != "1"
     try:
         with log.open("wb") as printed:
-            options |= {"kernel_manager_class": _kernels(reports, printed), "start_timeout": STARTUP_SECONDS}
+            options["kernel_manager_class"] = _kernels(reports, printed)
             papermill.execute_notebook(str(path), str(executed), parameters, **options)
     except papermill.PapermillExecutionError as error:
         first = next((line for line in error.source.splitlines() if line.strip()), "")

@@ -104,16 +104,14 @@ def write_result(
         started, seconds: start, as `time.time()` or ISO text, and duration.
         question, headline: what is asked, and the answer in one sentence with its main numbers.
 
-    Raises:
-        ValueError: a NaN or inf, or a name that is no plain word. The earlier file stays.
+    Raises ValueError for a NaN or inf, or a name that is no plain word; the earlier file stays.
     """
     path = result_path(name, preset, ".json", directory)
-    if not isinstance(started, str):
-        started = datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds")
+    iso = started if isinstance(started, str) else datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds")
     result = {"schema_version": 1, "name": name, "preset": preset, "question": question, "headline": headline}
     result |= {"parameters": parameters, "metrics": metrics, "arms": list(arms)}
-    result |= {"environment": environment or runtime.environment(), "commit": runtime.commit()}
-    result |= {"started": started, "seconds": seconds}
+    result |= {"environment": environment or runtime.environment()}
+    result |= {"commit": runtime.commit(), "started": iso, "seconds": seconds}
     result = json.loads(json.dumps(result, default=lambda array: array.tolist()))
     for where, value in leaves(result):
         if isinstance(value, float) and not math.isfinite(value):

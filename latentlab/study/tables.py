@@ -18,14 +18,13 @@ from latentlab.study.figures import draw_arms, estimate
 from latentlab.study.results import leaves, load_result, published_folder, reports_folder
 
 PRESET_ORDER = ("tiny", "smol-cpu", "smol", "paper")
-LEFT_OUT = ("smoke",)
 BLOCKS = re.compile(r"(<!-- (notebooks|results|cost|bench):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 
 
 def build_report(folder: Path | None = None) -> Path:
-    """Write RESULTS.md and the figures of sweeps in a result folder, by default the user's own.
+    """Write RESULTS.md and sweeps' figures in a result folder, by default the user's own.
 
-    JSON files that are not results are listed. Returns the path of RESULTS.md.
+    Returns the path of RESULTS.md, which also names JSON files that are not results.
     """
     folder = folder or reports_folder()
     results, unknown = collect(folder)
@@ -66,7 +65,7 @@ def fill_blocks(text: str, results: list[dict], root: str) -> str:
 def collect(folder: Path) -> tuple[list[dict], list[str]]:
     """The results of a folder by (preset, name), and the relative paths of other JSON files.
 
-    Presets in LEFT_OUT and budgeted runs on synthetic problems show only that everything runs:
+    Preset smoke and budgeted runs on synthetic problems show only that everything runs:
     their numbers are not reported.
     """
     results, unknown = [], []
@@ -75,7 +74,7 @@ def collect(folder: Path) -> tuple[list[dict], list[str]]:
         plain = re.fullmatch(r"\w[\w-]*", path.stem + preset, re.ASCII)  # safe in a link
         if result and plain and (result["name"], result["preset"]) == (path.stem, preset):
             rehearsal = is_budgeted(result) and result["metrics"].get("data") == "word_problems"
-            results += [] if rehearsal or preset in LEFT_OUT else [result]
+            results += [] if rehearsal or preset == "smoke" else [result]
         elif preset != "published" and not path.stem.endswith("_samples"):
             unknown.append(path.relative_to(folder).as_posix())
     rank = {preset: i for i, preset in enumerate(PRESET_ORDER)}
