@@ -1,7 +1,5 @@
 """Figures of results: legible in greyscale, equal bytes for equal results."""
 
-from __future__ import annotations
-
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
@@ -52,20 +50,19 @@ def plot_arms(ax, arms: list[dict]) -> None:
     Draws differences to the baseline where any arm has one, else accuracies.
     """
     value = "difference" if any(arm.get("difference") for arm in arms) else "accuracy"
-    drawn = [(arm, found) for arm in arms if (found := estimate(arm, value))]
-    names = list(dict.fromkeys(arm["name"] for arm, _ in drawn))
-    seeds = list(dict.fromkeys(arm.get("seed") for arm, _ in drawn))
-    style = dict(zip(seeds, cycle(LINES), strict=False))
-    for arm, (middle, low, high) in drawn:
-        y = names.index(arm["name"]) + 0.5 * ((seeds.index(arm.get("seed")) + 0.5) / len(seeds) - 0.5)
-        _, marker, grey = style[arm.get("seed")]
+    drawn = [(arm["name"], arm.get("seed"), found) for arm in arms if (found := estimate(arm, value))]
+    names, seeds = (list(dict.fromkeys(row[i] for row in drawn)) for i in (0, 1))
+    for name, seed, (middle, low, high) in drawn:
+        i = seeds.index(seed)
+        y, (_, marker, grey) = names.index(name) + 0.5 * ((i + 0.5) / len(seeds) - 0.5), LINES[i % len(LINES)]
         ax.plot([low, high], [y, y], color=grey)
-        ax.plot(middle, y, marker, color=grey, label=f"seed {arm.get('seed')}")
+        ax.plot(middle, y, marker, color=grey, label=f"seed {seed}")
+    what = "pass@1 (%)"
     if value == "difference":
+        what = "paired difference to the baseline (points)"
         ax.axvline(0, color="0.6", linewidth=0.8)
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
-    what = "paired difference to the baseline (points)" if value == "difference" else "pass@1 (%)"
     ax.set_xlabel(f"{what}, 95 % interval")
     labels = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     if len(seeds) > 1:
@@ -86,10 +83,9 @@ def estimate(arm: dict, value: str) -> tuple[float, float, float] | None:
     None where the arm has no such value; without an interval, low and high equal the middle.
     """
     if value == "difference":
-        difference = arm.get("difference") or {}
-        middle, low, high = (difference.get(key) for key in ("points", "low", "high"))
+        middle, low, high = ((arm.get("difference") or {}).get(key) for key in ("points", "low", "high"))
     else:
-        middle = arm.get("accuracy", arm["correct"] / arm["n"] if arm.get("n") and "correct" in arm else None)
-        low, high = arm.get("interval") or [None, None]
-        middle, low, high = (None if x is None else 100 * x for x in (middle, low, high))
+        share = arm.get("accuracy", arm["correct"] / arm["n"] if arm.get("n") and "correct" in arm else None)
+        fractions = (share, *(arm.get("interval") or (None, None)))
+        middle, low, high = (None if x is None else 100 * x for x in fractions)
     return None if middle is None else (middle, middle if low is None else low, middle if high is None else high)

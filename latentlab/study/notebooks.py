@@ -4,9 +4,9 @@
     → <reports>/<preset>/NN_name.{ipynb,html}, beside the notebook's own NN_name.{json,png}
 
 A notebook is finished when `.NN_name.done` holds the hash of everything it depends on: its source,
-its parameters, this package, the pinned versions, the shipped data, and the results of others that
-it names. A notebook with a skipped section also runs again when the Hub or the package index becomes
-reachable or unreachable. Output of the kernel process itself goes to `.NN_name.log`.
+parameters, this package, pinned versions, shipped checkpoint, data folder and the results it names.
+With a skipped section it also runs again when the Hub becomes reachable or unreachable. Output of
+the kernel process itself goes to `.NN_name.log`.
 """
 
 import ast
@@ -29,11 +29,12 @@ from latentlab.study import results, tables
 
 PACKAGE = Path(__file__).parents[1]
 NOTEBOOKS = "[0-9][0-9]_*.ipynb"
-SAFE_OUTPUTS = {"text/plain", "image/png"}
+SAFE_OUTPUTS = ["image/png", "text/plain"]
+STARTUP_SECONDS = 600  # until a kernel that does not answer counts as dead
 
 
 class StudyError(RuntimeError):
-    """The study cannot start or stopped; its text is one line: what, expected, remedy."""
+    """The study cannot start, or stopped; its text is one line: got, expected, remedy."""
 
 
 def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, reports_dir=None) -> Path:
@@ -41,17 +42,18 @@ def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, repor
 
     `only` is the beginning of a file name ("02"). The parameters of all notebooks are checked before
     any runs. Folders default to `notebooks` in the repository and the user's own result folder.
-    Raises StudyError.
+    Raises StudyError, and OSError if the result folder cannot be written.
     """
     notebooks_dir = Path(notebooks_dir or environment.repository_root() / "notebooks").resolve()
     reports = Path(reports_dir or results.reports_folder()).resolve()
     notebooks = sorted(notebooks_dir.glob(NOTEBOOKS))
+    names = [path.stem for path in notebooks]
     if not notebooks:
         raise StudyError(f"no notebooks {NOTEBOOKS} in {notebooks_dir}; run in a clone of the repository")
     parameters = check_parameters(preset, notebooks, notebooks_dir / "params")
     chosen = [path for path in notebooks if path.stem.startswith(only or "")]
     if not chosen:
-        raise StudyError(f"--only {only}: expected the beginning of one of {', '.join(p.stem for p in notebooks)}")
+        raise StudyError(f"--only {only}: expected the beginning of one of {', '.join(names)}")
     if preset in ("smol", "paper") and any(path.stem[:2] < "04" for path in chosen):
         raise StudyError(f"preset {preset}: notebooks 00-03 need smoke or tiny; 04 reads a finished run: --only 04")
     folder = reports / preset
@@ -59,9 +61,11 @@ def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, repor
     folder.mkdir(parents=True, exist_ok=True)
     for i, path in enumerate(chosen, 1):
         _run_unless_finished(path, parameters[path.stem], folder, f"[{i}/{len(chosen)}] {path.stem}")
-    index = _write_index(preset, notebooks, folder)
+    rows = [(n, (folder / f"{n}.html").is_file(), results.load_result(folder / f"{n}.json")) for n in names]
+    page = tables.render("index.html", preset=preset, notebooks=rows)
+    index = files.write_atomically(folder / "index.html", page.encode())
     tables.build_report(reports)
-    print(f"report: {index}")
+    print("report:", index)
     return index
 
 
@@ -71,47 +75,40 @@ def check_parameters(preset: str, notebooks: list[Path], folder: Path) -> dict[s
 
     Raises StudyError for an unknown preset, unreadable YAML, an undeclared key or a wrong type.
     """
-    path = folder / f"{preset}.yaml"
-    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
     if preset not in known:
         raise StudyError(f"got preset {preset!r}, expected one of {', '.join(known)}")
-    given = _read_yaml(path)
+    path = f"params/{preset}.yaml"
+    given = _read_yaml(folder / f"{preset}.yaml")
     if given.get("preset") != preset:
-        raise StudyError(f"params/{path.name}: expected `preset: {preset}` and notebook switches, as `key: value`")
+        raise StudyError(f"{path}: expected `preset: {preset}` and notebook switches, as `key: value`")
     declared = {notebook.stem: _declared(notebook) for notebook in notebooks}
     for key, value in given.items():
         defaults = {stem: values[key] for stem, values in declared.items() if key in values}
-        if not defaults or (key == "preset" and len(defaults) < len(notebooks)):
+        if not defaults or (key == "preset" and len(defaults) < len(declared)):
             missing = next(stem for stem in declared if stem not in defaults)
             has = ", ".join(declared[missing])
-            raise StudyError(f"params/{path.name}: no parameter {key!r} in {missing}; it has {has}")
+            raise StudyError(f"{path}: no parameter {key!r} in {missing}; it has {has}")
         for stem, default in defaults.items():
-            expected = type(default)
-            if default is not None and type(value) is not expected and (expected, type(value)) != (float, int):
-                trap = "; YAML reads 1e-4 as text: write 1.0e-4" if expected is float and isinstance(value, str) else ""
-                got = f"got {value!r} ({type(value).__name__}), expected {expected.__name__}"
-                raise StudyError(f"params/{path.name}: {key} of {stem}: {got}{trap}")
-    return {stem: {key: value for key, value in given.items() if key in values} for stem, values in declared.items()}
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Loads plain data, no objects; a duplicate key is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        values = super().construct_mapping(node, deep)
-        if len(values) < len(node.value):
-            raise yaml.YAMLError("a key is given twice")
-        return values
+            expected, found = type(default), type(value)
+            if default is not None and found is not expected and (expected, found) != (float, int):
+                trap = "; YAML reads 1e-4 as text: write 1.0e-4" if (expected, found) == (float, str) else ""
+                got = f"got {value!r} ({found.__name__}), expected {expected.__name__}"
+                raise StudyError(f"{path}: {key} of {stem}: {got}{trap}")
+    return {stem: {key: given[key] for key in given if key in values} for stem, values in declared.items()}
 
 
 def _read_yaml(path: Path) -> dict:
-    """The keys and values of a file of `key: value` lines; StudyError for anything else."""
+    expected = f"params/{path.name}: expected `key: value` lines"
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        text = path.read_text(encoding="utf-8")
+        values, nodes = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: not UTF-8, an invalid date
-        raise StudyError(f"params/{path.name}: no readable YAML: {_one_line(error)}; correct it") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise StudyError(f"params/{path.name}: got {str(values)[:80]!r}, expected `key: value` lines; correct it")
+        raise StudyError(f"{expected}, no readable YAML: {_one_line(error)}; correct it") from None
+    if not nodes or not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise StudyError(f"{expected}, got {str(values)[:80]!r}; correct it")
+    if len(values) < len(nodes.value):
+        raise StudyError(f"{expected}, a key is given twice; correct it")
     return values
 
 
@@ -123,20 +120,17 @@ def _declared(notebook: Path) -> dict:
         found = inspect_notebook(str(notebook))
         return {name: ast.literal_eval(entry["default"]) for name, entry in found.items()}
     except Exception as error:  # papermill and nbformat raise many kinds on a damaged file
-        raise StudyError(
-            f"{notebook.name}: expected a cell tagged `parameters` with one `name = literal` a line: {_one_line(error)}"
-        ) from None
+        what = "expected a cell tagged `parameters` with one `name = literal` a line"
+        raise StudyError(f"{notebook.name}: {what}: {_one_line(error)}") from None
 
 
-# ---------------------------------------------------------------- what a notebook depends on
 def _notebook_hash(notebook: Path, parameters: dict, reports: Path) -> str:
     """Hash of a notebook's source without outputs, its parameters and the files it depends on."""
     cells = [(c.cell_type, c.source) for c in nbformat.read(notebook, as_version=4).cells]
     code = "\n".join(source for kind, source in cells if kind == "code")
-    data = os.environ.get("LATENTLAB_DATA", "")  # a section skipped for want of data runs again
+    data, root = os.environ.get("LATENTLAB_DATA", ""), environment.repository_root()
     digest = hashlib.sha256(json.dumps([cells, parameters, data]).encode())
-    root = environment.repository_root()
-    depends = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".yaml", ".toml")]
+    depends = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".toml")]
     depends += [path for path in (root / "data" / "checkpoints").rglob("*") if path.is_file()]
     found = [path for folder in (reports, results.published_folder()) for path in folder.glob("*/*.json")]
     depends += [path for path in found if path.stem != notebook.stem and re.search(rf'("|read_){path.stem}', code)]
@@ -145,35 +139,34 @@ def _notebook_hash(notebook: Path, parameters: dict, reports: Path) -> str:
     return digest.hexdigest()
 
 
-def _reach(result: Path) -> str:
-    """What a skipped section of a result may have waited for: can it be reached now? "" without such a section."""
-    return f" Hub {hub_answers()}" if _skipped(result) else ""
-
-
-def _skipped(result: Path) -> list[str]:
-    """The skipped sections of a result, each with its reason."""
-    found = results.load_result(result)
-    return [f"{section} ({why})" for section, why in (tables.skipped_sections(found) if found else [])]
-
-
 # ---------------------------------------------------------------- running
 def _run_unless_finished(path: Path, parameters: dict, folder: Path, label: str) -> None:
     executed, marker, result = (folder / n for n in (path.name, f".{path.stem}.done", f"{path.stem}.json"))
     state, there = _notebook_hash(path, parameters, folder.parent), all(p.is_file() for p in (marker, executed, result))
-    if there and marker.read_text() == state + _reach(result):
+    if there and marker.read_text() == state + _reach(_skipped(result)):
         print(f"{label}: finished before, nothing it depends on has changed; to run it again delete {marker}")
         return
     marker.unlink(missing_ok=True)
-    before = _identity(result)
+    before, start = _identity(result), time.monotonic()
     print(f"{label}: running", flush=True)
-    start = time.monotonic()
     _execute(path, executed, parameters, folder.parent)
     if _identity(result) == before:
         raise StudyError(f"{path.stem}: ran, but wrote no {result}; its last section must call write_result")
     _write_html(executed)
-    files.write_atomically(marker, (state + _reach(result)).encode())  # last: marks a whole run
-    skipped = "; skipped: ".join(["", *_skipped(result)])
+    skipped = _skipped(result)
+    files.write_atomically(marker, (state + _reach(skipped)).encode())  # last: marks a whole run
     print(f"{label}: done in {time.monotonic() - start:.0f} s{skipped}", flush=True)
+
+
+def _skipped(result: Path) -> str:
+    """The skipped sections of a result, each with its reason; "" without one."""
+    found = results.load_result(result)
+    return "".join(f"; skipped: {name} ({why})" for name, why in (tables.skipped_sections(found) if found else []))
+
+
+def _reach(skipped: str) -> str:
+    """What skipped sections may have waited for: can it be reached now?"""
+    return f" Hub {hub_answers()}" if skipped else ""
 
 
 def _identity(path: Path) -> tuple | None:
@@ -186,17 +179,12 @@ def _execute(path: Path, executed: Path, parameters: dict, reports: Path) -> Non
     import papermill
 
     log = executed.with_name(f".{path.stem}.log")
+    options = {"kernel_name": "python3", "cwd": str(path.parent), "start_timeout": STARTUP_SECONDS}
+    options["progress_bar"] = sys.stderr.isatty() and os.environ.get("TQDM_DISABLE") != "1"
     try:
         with log.open("wb") as printed:
-            papermill.execute_notebook(
-                str(path),
-                str(executed),
-                parameters,
-                kernel_name="python3",
-                cwd=str(path.parent),
-                progress_bar=sys.stderr.isatty() and os.environ.get("TQDM_DISABLE") != "1",
-                kernel_manager_class=_kernels(_kernel_environment(reports), printed),
-            )
+            options["kernel_manager_class"] = _kernels(reports, printed)
+            papermill.execute_notebook(str(path), str(executed), parameters, **options)
     except papermill.PapermillExecutionError as error:
         first = next((line for line in error.source.splitlines() if line.strip()), "")
         what = f"{error.ename}: {_one_line(error.evalue)}"
@@ -205,47 +193,34 @@ def _execute(path: Path, executed: Path, parameters: dict, reports: Path) -> Non
         raise StudyError(f"{path.stem}: {type(error).__name__}: {_one_line(error)}; see {log}") from error
 
 
-def _kernels(variables: dict, log) -> type:
-    """A kernel manager class: kernels get these variables, their processes print into `log`.
+def _kernels(reports: Path, log) -> type:
+    """A kernel manager class: kernels write results into `reports`, their processes print into `log`.
 
     When ipykernel shuts down, its main thread closes sockets that other threads may still be using;
     libzmq then sometimes aborts with `Assertion failed` on stderr. All cells have run by then.
     """
-    start = partialmethod(AsyncKernelManager.start_kernel, env=variables, stdout=log, stderr=log)
-    return type("Kernels", (AsyncKernelManager,), {"start_kernel": start})
-
-
-def _kernel_environment(reports: Path) -> dict[str, str]:
-    """The environment of kernels: absolute folders, no progress bars, no debugger warnings."""
     variables = os.environ | {"LATENTLAB_REPORTS": str(reports), "TQDM_DISABLE": "1"}
-    variables["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    variables["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # a warning of the debugger
+    variables.pop("MPLBACKEND", None)  # with Agg, notebooks would show no figures
     if data := variables.get("LATENTLAB_DATA"):
         variables["LATENTLAB_DATA"] = str(Path(data).resolve())  # kernels run in the notebooks' folder
-    variables.pop("MPLBACKEND", None)  # with Agg, notebooks would show no figures
-    return variables
+
+    class Kernels(AsyncKernelManager):
+        start_kernel = partialmethod(AsyncKernelManager.start_kernel, env=variables, stdout=log, stderr=log)
+
+    return Kernels
 
 
 def _one_line(text) -> str:
     return " ".join(str(text).split())[:300]
 
 
-# ---------------------------------------------------------------- pages
 def _write_html(executed: Path) -> None:
     """Write the executed copy as a page: of outputs, which may quote data, only text and PNG."""
     from nbconvert import HTMLExporter
+    from traitlets.config import Config
 
-    notebook = nbformat.read(executed, as_version=4)
-    for output in (output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output):
-        output.data = {kind: value for kind, value in output.data.items() if kind in SAFE_OUTPUTS}
-    exporter = HTMLExporter()
+    exporter = HTMLExporter(config=Config({"NbConvertBase": {"display_data_priority": SAFE_OUTPUTS}}))
     exporter.log.setLevel("ERROR")  # it asks for alternative texts
-    page, _ = exporter.from_notebook_node(notebook)
+    page, _ = exporter.from_filename(str(executed))
     files.write_atomically(executed.with_suffix(".html"), page.encode())
-
-
-def _write_index(preset: str, notebooks: list[Path], folder: Path) -> Path:
-    """Write a page that links the executed notebooks, with their questions and headlines."""
-    found = [(p.stem, (folder / f"{p.stem}.html").is_file(), folder / f"{p.stem}.json") for p in notebooks]
-    rows = [(name, page, results.load_result(result)) for name, page, result in found]
-    page = tables.render("index.html", preset=preset, notebooks=rows)
-    return files.write_atomically(folder / "index.html", page.encode())

@@ -12,20 +12,21 @@ A result is `<reports>/<preset>/<name>.json`:
 `interval` and `accuracy` are fractions, `difference` is in percentage points. Every key of an arm
 but `name` may be missing.
 
-`<reports>` is the user's own folder: LATENTLAB_REPORTS, else `reports` at the repository root,
-ignored by git. `reports/published` holds the committed results that README and docs quote. Readers
-prefer the user's own result to the published one.
+`<reports>` is the user's own folder, ignored by git; `reports/published` holds the committed
+results that README and docs quote. Readers prefer the user's own result to the published one.
 """
 
 import json
 import math
 import os
 import re
+from contextlib import suppress
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired, Required
 
+import numpy as np
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
@@ -33,12 +34,6 @@ from latentlab.runtime import environment as runtime
 from latentlab.runtime.files import write_atomically
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Difference(TypedDict, total=False):
-    points: Number
-    low: Number
-    high: Number
 
 
 class Arm(TypedDict, total=False):
@@ -51,7 +46,7 @@ class Arm(TypedDict, total=False):
     accuracy: Number
     rollouts: Number
     interval: Annotated[list[Number], Field(min_length=2, max_length=2)] | None
-    difference: Difference | None
+    difference: dict[str, Number] | None
 
 
 class Result(TypedDict):
@@ -109,26 +104,22 @@ def write_result(
         started, seconds: start, as `time.time()` or ISO text, and duration.
         question, headline: what is asked, and the answer in one sentence with its main numbers.
 
-    Raises:
-        ValueError: a NaN or inf, or a name that is no plain word. The earlier file stays.
+    Raises ValueError for a NaN or inf, or a name that is no plain word; the earlier file stays.
     """
     path = result_path(name, preset, ".json", directory)
-    if not isinstance(started, str):
-        started = datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds")
-    about = {"name": name, "preset": preset, "question": question, "headline": headline, "parameters": parameters}
-    made = {"commit": runtime.commit(), "started": started, "seconds": seconds}
-    result = {"schema_version": 1, **about, "metrics": metrics, "arms": list(arms)}
-    result |= {"environment": environment or runtime.environment(), **made}
+    iso = started if isinstance(started, str) else datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds")
+    result = {"schema_version": 1, "name": name, "preset": preset, "question": question, "headline": headline}
+    result |= {"parameters": parameters, "metrics": metrics, "arms": list(arms)}
+    result |= {"environment": environment or runtime.environment()}
+    result |= {"commit": runtime.commit(), "started": iso, "seconds": seconds}
     result = json.loads(json.dumps(result, default=lambda array: array.tolist()))
     for where, value in leaves(result):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f'{name}: {where} is {value}, expected a finite number or a section {{"skipped": reason}}')
-    try:
+    with suppress(FileNotFoundError, ValueError):
         earlier = read_result(name, preset, directory)
-    except (FileNotFoundError, ValueError):
-        earlier = {}
-    stamp = {key: earlier.get(key) for key in ("started", "commit")}
-    result["metrics"] = _keep_measured(result["metrics"], earlier.get("metrics"), stamp)
+        stamp = {key: earlier.get(key) for key in ("started", "commit")}
+        result["metrics"] = _keep_measured(result["metrics"], earlier["metrics"], stamp)
     return write_atomically(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
 
 
@@ -146,17 +137,14 @@ def _keep_measured(new, old, stamp: dict):
 def read_result(name: str, preset: str, directory=None) -> dict:
     """A result from `directory`, else the user's own, else the published one; `folder`: its place.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a result.
+    Raises FileNotFoundError if there is no such file, ValueError if the file is not a result.
     """
     for folder in [directory] if directory else [reports_folder(), published_folder()]:
         path = result_path(name, preset, ".json", folder)
         if path.is_file():
-            result = load_result(path)
-            if result is None:
-                raise ValueError(f"{path}: expected a result of schema 1; delete it and run it again")
-            return {**result, "folder": path.parent}
+            if result := load_result(path):
+                return {**result, "folder": path.parent}
+            raise ValueError(f"{path}: expected a result of schema 1; delete it and run it again")
     raise FileNotFoundError(f"no result {preset}/{name}.json; run `latentlab study --preset {preset}` first")
 
 
@@ -173,15 +161,13 @@ def load_result(path: Path) -> dict | None:
     try:
         result = json.loads(path.read_bytes())
         TypeAdapter(Result).validate_python(result, strict=True)
+        return result
     except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return result
 
 
 def write_outcomes(path: Path, outcomes: dict) -> Path:
     """Write {run: [n] of 0/1}, right or wrong on the same n problems, as an .npz of packed bits."""
-    import numpy as np
-
     packed, file = {name: np.packbits(x.astype(bool)) for name, x in outcomes.items()}, BytesIO()
     np.savez_compressed(file, n=len(next(iter(outcomes.values()))), **packed)  # type: ignore[arg-type]  # its flags
     return write_atomically(path, file.getvalue())
@@ -189,8 +175,6 @@ def write_outcomes(path: Path, outcomes: dict) -> Path:
 
 def read_outcomes(path: Path) -> dict:
     """The outcomes that `write_outcomes` wrote."""
-    import numpy as np
-
     with np.load(path) as packed:
         n = int(packed["n"])
         return {name: np.unpackbits(packed[name])[:n] for name in packed.files if name != "n"}

@@ -18,16 +18,15 @@ from latentlab.study.figures import draw_arms, estimate
 from latentlab.study.results import leaves, load_result, published_folder, reports_folder
 
 PRESET_ORDER = ("tiny", "smol-cpu", "smol", "paper")
-LEFT_OUT = ("smoke",)
 BLOCKS = re.compile(r"(<!-- (notebooks|results|cost|bench):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 
 
 def build_report(folder: Path | None = None) -> Path:
-    """Write RESULTS.md and the figures of sweeps in a result folder, by default the user's own.
+    """Write RESULTS.md and sweeps' figures in a result folder, by default the user's own.
 
-    JSON files that are not results are listed. Returns the path of RESULTS.md.
+    Returns the path of RESULTS.md, which also names JSON files that are not results.
     """
-    folder = Path(folder or reports_folder())
+    folder = folder or reports_folder()
     results, unknown = collect(folder)
     for result in results:
         if result["name"] == "arms" and not is_budgeted(result):
@@ -46,13 +45,13 @@ def publish() -> Path:
 
 
 def refresh_pages(root: Path) -> Path:
-    """Regenerate the marked blocks of README.md and docs/*.md, and the published RESULTS.md.
+    """Regenerate the marked blocks of README.md and docs/*.md in the repository `root`.
 
-    Returns the path of the latter; `root` is the repository.
+    Regenerates the published RESULTS.md as well, and returns its path.
     """
     report = build_report(root / "reports" / "published")
     results, _ = collect(report.parent)
-    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+    for page in (root / "README.md", *root.glob("docs/*.md")):
         text = fill_blocks(page.read_text(encoding="utf-8"), results, "" if page.parent == root else "../")
         write_atomically(page, text.encode())
     return report
@@ -66,7 +65,7 @@ def fill_blocks(text: str, results: list[dict], root: str) -> str:
 def collect(folder: Path) -> tuple[list[dict], list[str]]:
     """The results of a folder by (preset, name), and the relative paths of other JSON files.
 
-    Presets in LEFT_OUT and budgeted runs on synthetic problems show only that everything runs:
+    Preset smoke and budgeted runs on synthetic problems show only that everything runs:
     their numbers are not reported.
     """
     results, unknown = [], []
@@ -75,9 +74,9 @@ def collect(folder: Path) -> tuple[list[dict], list[str]]:
         plain = re.fullmatch(r"\w[\w-]*", path.stem + preset, re.ASCII)  # safe in a link
         if result and plain and (result["name"], result["preset"]) == (path.stem, preset):
             rehearsal = is_budgeted(result) and result["metrics"].get("data") == "word_problems"
-            results += [] if rehearsal or preset in LEFT_OUT else [result]
+            results += [] if rehearsal or preset == "smoke" else [result]
         elif preset != "published" and not path.stem.endswith("_samples"):
-            unknown.append(f"{preset}/{path.name}".lstrip("/"))
+            unknown.append(path.relative_to(folder).as_posix())
     rank = {preset: i for i, preset in enumerate(PRESET_ORDER)}
     return sorted(results, key=lambda r: (rank.get(r["preset"], len(rank)), r["preset"], r["name"])), unknown
 
@@ -119,18 +118,14 @@ def arms_by_seed(arms: list[dict]) -> Markup:
     names, seeds = (list(dict.fromkeys(arm.get(key) for arm in arms)) for key in ("name", "seed"))
     found: dict = {name: {seed: [] for seed in seeds} for name in names}
     for arm in arms:
-        found[arm["name"]][arm.get("seed")].append(_score(arm))
+        accuracy, difference = estimate(arm, "accuracy"), estimate(arm, "difference")
+        parts = [f"{accuracy[0]:.1f}"] if accuracy else []
+        parts += ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference)] if difference else []
+        found[arm["name"]][arm.get("seed")].append(", ".join(parts))
     rows = [[name, *("; ".join(scores) for scores in row.values())] for name, row in found.items()]
     note = "pass@1 in %; after it the paired difference to the seed's baseline in points [95 % interval]"
-    return table(["Arm", *(Markup(f"Seed {cell(seed)}") for seed in seeds)], rows) + Markup(
-        f"\n\n{note}" if arms else ""
-    )
-
-
-def _score(arm: dict) -> str:
-    accuracy, difference = estimate(arm, "accuracy"), estimate(arm, "difference")
-    parts = [f"{accuracy[0]:.1f}"] if accuracy else []
-    return ", ".join(parts + (["{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference)] if difference else []))
+    grid = table(["Arm", *(Markup(f"Seed {cell(seed)}") for seed in seeds)], rows)
+    return grid + Markup(f"\n\n{note}") if arms else grid
 
 
 def arms_table(arms: list[dict]) -> Markup:
@@ -165,7 +160,7 @@ def command(result: dict) -> str:
     if not preset:
         return f"make {name}"
     if name == "perturb":
-        return "latentlab data --preset smol --copies-report reports"
+        return "python scripts/measure_copies.py"
     if preset == "bench":
         return "latentlab bench " + " ".join(f"--{key} {parameters[key]}" for key in ("shape", "device", "threads"))
     notebook = re.match(r"(\d\d)_", name)
@@ -179,14 +174,9 @@ def command(result: dict) -> str:
     return " ".join([*words, *(changed_words(parameters, but=planned) if "grpo" in parameters else [])])
 
 
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("latentlab.study"),
-    extensions=["jinja2.ext.do"],
-    autoescape=True,
-    finalize=cell,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+LOADER = jinja2.PackageLoader("latentlab.study")
+TEMPLATES = jinja2.Environment(loader=LOADER, extensions=["jinja2.ext.do"], autoescape=True, finalize=cell)
+TEMPLATES.trim_blocks = TEMPLATES.lstrip_blocks = True
 TEMPLATES.globals |= {f.__name__: f for f in (arms_by_seed, arms_table, command, provenance, table)}
 TEMPLATES.globals |= {f.__name__: f for f in (scalar_metrics, skipped_sections)}
 TEMPLATES.tests["budgeted"] = is_budgeted

@@ -219,13 +219,8 @@ class Data(Verb):
     split: Literal["train", "validation", "test"] = "test"
     n: Positive = 5  # problems
     out: str = ""  # file to write; default stdout
-    copies_report: str = ""  # measure the perturbed copies of GSM8K; write perturb/perturb.json into this folder
 
     def __call__(self) -> None:
-        if self.copies_report:
-            from latentlab.study import copies_report
-
-            return copies_report.write(self.config, self.copies_report)
         files.expect_file(self.out)
         size: dict[str, Any] = {f"{self.split}_size": self.n}
         rows = datasets.load(dataclasses.replace(self.config.data, **size), self.split)

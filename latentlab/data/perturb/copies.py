@@ -2,7 +2,7 @@
 
 The copies teach arithmetic and number binding, not new wording: they are not GSM8K-Aug.
 `datasets.benchmark("gsm8k_perturbed")`, validation with fresh numbers, tells reasoning from recall.
-The measured quality of the copies of GSM8K: `latentlab data --preset smol --copies-report`.
+The measured quality of the copies of GSM8K: scripts/measure_copies.py.
 """
 
 import random

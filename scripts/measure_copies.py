@@ -1,17 +1,21 @@
 """Number-perturbed copies of GSM8K: their number, their correctness, and a sample of 100 to read.
 
-`latentlab data --preset smol --copies-report reports` prints the sample as JSON lines and writes
-`perturb/perturb.json` into that folder. A person's verdict on each copy of the sample is in
-reports/published/perturb/reading.md.
+    python scripts/measure_copies.py [FOLDER]      default: the user's own result folder
+
+For maintainers. Measures the copies of every GSM8K training problem as preset smol makes them,
+prints the sample as JSON lines and writes `perturb/perturb.json` into FOLDER. A person's verdict on
+each copy of the sample is in reports/published/perturb/reading.md.
 """
 
+import argparse
 import json
 import random
 import time
 from dataclasses import asdict, replace
 from hashlib import sha256
+from pathlib import Path
 
-from latentlab.config import Config
+from latentlab.config import load_preset
 from latentlab.data import datasets
 from latentlab.data.perturb import parse_step, perturb, skeleton, trace
 from latentlab.problems import Problem, canonical_answer
@@ -22,15 +26,9 @@ SAMPLE_SEED = 4
 PINNED = 500  # the first training problems: their copies have a sha256 of their own, quick to check
 
 
-def write(config: Config, folder: str) -> None:
-    """Measure `config.data.copies` copies of every GSM8K training problem.
-
-    Raises ValueError for another data set or no copies.
-    """
-    data, started = config.data, time.time()
-    if data.name != "gsm8k" or not data.copies:
-        got = f"data {data.name} with {data.copies} copies"
-        raise ValueError(f"--copies-report: got {got}, expected gsm8k with copies: pass --preset smol")
+def measure(folder: Path | None = None) -> Path:
+    """Measure the copies, print the sample, and return the path of the result file."""
+    data, started = load_preset("smol").data, time.time()
     train, validation, test = (datasets.gsm8k(split) for split in datasets.SPLITS)
     everything, clock = [*train, *validation], time.process_time()  # GSM8K's training set; 500 of it are held out
     fed = datasets.load(replace(data, train_size=0), "train")  # what a curriculum is given
@@ -38,23 +36,20 @@ def write(config: Config, folder: str) -> None:
     copies: dict[str, list[Problem]] = {}
     for row in fed_copies:
         copies.setdefault(row.id.rpartition("~")[0], []).append(row)
-    copies |= {
-        problem.id: perturb(problem, data.copies, data.seed) for problem in everything if problem.id not in copies
-    }
+    copies |= {p.id: perturb(p, data.copies, data.seed) for p in everything if p.id not in copies}
     seconds = time.process_time() - clock
     rows = [copy for problem in train for copy in copies[problem.id]]
     sample = random.Random(SAMPLE_SEED).sample(rows, READ)
-    total, equations = (
-        _count(everything, copies),
-        [step for some in copies.values() for copy in some for step in copy.steps],
-    )
+    total, every_copy = _count(everything, copies), [copy for some in copies.values() for copy in some]
+    equations = [step for copy in every_copy for step in copy.steps]
+    wrong = sum(not _holds(step) for step in equations)
     metrics = {
         "all": total,
         "without_validation": _count(train, copies),
         "training_rows": {"originals": len(fed) - len(fed_copies), "copies": len(fed_copies)},
         "equations": len(equations),
-        "wrong_equations": sum(not _holds(step) for step in equations),
-        "wrong_answers": sum(not _ends_at_answer(copy) for several in copies.values() for copy in several),
+        "wrong_equations": wrong,
+        "wrong_answers": sum(not _ends_at_answer(copy) for copy in every_copy),
         "originals_not_restored": sum(not _is_restored(problem) for problem in everything),
         "held_out_in_training": {
             "questions": _overlap(fed, [*validation, *test], lambda question: " ".join(question.split())),
@@ -65,7 +60,9 @@ def write(config: Config, folder: str) -> None:
         "sha256_first": digest([copy for problem in train[:PINNED] for copy in copies[problem.id]]),
         "read": [copy.id for copy in sample],
     }
-    results.write_result(
+    for copy in sample:
+        print(json.dumps(asdict(copy), ensure_ascii=False))
+    return results.write_result(
         "perturb",
         preset="perturb",
         parameters={"copies": data.copies, "data_seed": data.seed, "sample_seed": SAMPLE_SEED},
@@ -74,11 +71,9 @@ def write(config: Config, folder: str) -> None:
         seconds=time.time() - started,
         directory=folder,
         headline=f"{total['perturbable']} of {total['problems']} GSM8K training problems can be "
-        f"perturbed: {total['copies']} copies in {seconds:.0f} s on one core, {metrics['wrong_equations']} "
-        f"of {len(equations)} equations wrong",
+        f"perturbed: {total['copies']} copies in {seconds:.0f} s on one core, {wrong} of {len(equations)} "
+        f"equations wrong",
     )
-    for copy in sample:
-        print(json.dumps(asdict(copy), ensure_ascii=False))
 
 
 def _count(problems: list[Problem], copies: dict[str, list[Problem]]) -> dict:
@@ -115,3 +110,9 @@ def _overlap(rows: list[Problem], held_out: list[Problem], key) -> int:
 def digest(rows: list[Problem]) -> str:
     """sha256 of the rows as JSON lines."""
     return sha256("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path)
+    measure(parser.parse_args().folder)
