@@ -76,7 +76,7 @@ def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, mon
     assert names == [("coconut", 0)] + [(arm, seed) for seed in range(seeds) for arm in ARMS["arms"]]
     assert all(arm["n"] == 6 and arm["evaluated_at"] for arm in result["arms"])
     assert result["metrics"]["commits"] == [environment.commit()]
-    asked = cli.parse(tables._command(result).split()[1:])[1]  # the command that RESULTS.md prints makes this run again
+    asked = cli.parse(tables.command(result).split()[1:])[1]  # the command that RESULTS.md prints makes this run again
     planned_by_budget = {"steps": toy.curriculum.steps, "warmup_steps": toy.curriculum.warmup_steps}
     assert replace(asked, curriculum=replace(asked.curriculum, **planned_by_budget)) == toy
     assert len({arm["rollouts"] for arm in result["arms"][1:]}) == 1
