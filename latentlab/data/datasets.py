@@ -16,7 +16,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from latentlab.config import DataConfig
-from latentlab.data.jsonl import read_jsonl, refuse_control_tokens
+from latentlab.data.jsonl import plain_text, read_jsonl
 from latentlab.data.perturb import perturb, perturbed, skeleton
 from latentlab.data.word_problems import SPLITS, word_problems
 from latentlab.problems import Problem, canonical_answer, extract_answer, step_result
@@ -39,9 +39,8 @@ def load(data: DataConfig, split: str) -> list[Problem]:
     """The problems that a preset's `data` section asks for; training rows have steps.
 
     `<split>_size` 0 takes all. With `copies`, number-perturbed copies of the training problems
-    follow them (perturb/), drawn from `data.seed` alone, so that every run has the same ones.
-    Validation and test never get copies, and neither does a training problem that differs from one
-    of them in names and numbers alone (GSM8K has one).
+    follow them (perturb/), drawn from `data.seed`. Validation and test never get copies, nor does
+    a training problem that differs from one of theirs in names and numbers alone (GSM8K has one).
     """
     _check_name("split", split, SPLITS)
     size = getattr(data, f"{split}_size")
@@ -59,12 +58,11 @@ def load(data: DataConfig, split: str) -> list[Problem]:
 def gsm8k(split: str, *, data_dir: str | os.PathLike | None = None, with_steps: bool = False) -> list[Problem]:
     """GSM8K: 6,973 problems for train, 500 for validation, 1,319 for test.
 
-    Train and validation share no question. Read from the folder `data_dir`, by default
-    LATENTLAB_DATA; without either from the Hub ("openai/gsm8k"). The folder's validation set is
-    that of GSM8K-Aug; without a folder it is the 500 training questions with the smallest blake2b:
-    the two are different sets, never to be mixed in one table. `with_steps` keeps only problems
-    with a chain that ends at the answer (about 94 %), which a curriculum over steps needs; the
-    reward needs no chain, so by default every problem is kept.
+    Read from the folder `data_dir`, by default LATENTLAB_DATA; without either from the Hub. Train
+    and validation share no question. The folder's validation set is that of GSM8K-Aug, the Hub's
+    the 500 training questions with the smallest blake2b: never to be mixed in one table.
+    `with_steps` keeps only problems with a chain that ends at the answer (about 94 %), which a
+    curriculum over steps needs; the reward does not.
     Raises ValueError for an unknown split or a bad file, FileNotFoundError for a missing file or
     Hub.
     """
@@ -75,10 +73,9 @@ def gsm8k(split: str, *, data_dir: str | os.PathLike | None = None, with_steps: 
 
 
 def gsm8k_aug(split: str) -> list[Problem]:
-    """GSM8K-Aug from the Hub ("whynlp/gsm8k-aug").
+    """GSM8K-Aug, the paper's training set, from the Hub: 385,620, 500 and 1,319 problems.
 
-    385,620 problems for train, 500 for validation, 1,319 for test. The paper's training set. Rows
-    without one numeric answer are left out. Errors as for `gsm8k`.
+    Rows without one numeric answer are left out. Errors as for `gsm8k`.
     """
     _check_name("split", split, SPLITS)
     return _from_hub("gsm8k-aug", split)
@@ -88,10 +85,9 @@ def benchmark(name: str, *, data_dir: str | os.PathLike | None = None) -> list[P
     """The evaluation problems of one data set.
 
     name: "gsm8k" (test split, folder or Hub) · "gsm8k_perturbable" and "gsm8k_perturbed" (GSM8K's
-    validation problems that can be perturbed, as written and with fresh numbers, one variant each:
-    a model that reasons solves both as often; checkpoints were chosen on the former) · "svamp",
-    "multiarith", "gsm_hard" (folder only) · "asdiv_a", "gsm_plus" (Hub only; rows without one
-    numeric answer, such as GSM-Plus's unanswerable questions, are left out).
+    validation problems that can be perturbed, as written and with fresh numbers: a model that
+    reasons solves both as often; checkpoints were chosen on the former) · "svamp", "multiarith",
+    "gsm_hard" (folder only) · "asdiv_a", "gsm_plus" (Hub only; without unanswerable questions).
     Raises ValueError for another name, otherwise as `gsm8k`.
     """
     _check_name("benchmark", name, BENCHMARKS)
@@ -134,11 +130,9 @@ def _gsm8k_from_folder(split: str, folder: Path) -> list[Problem]:
     flags = folder / "gsm8k_flags.json"
     try:
         validation = set(json.loads(flags.read_bytes())["train"]["gsm8k_aug_valid_500"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise (FileNotFoundError if isinstance(error, OSError) else ValueError)(
-            f"{flags}: got {type(error).__name__}, expected JSON with the ids of the validation problems at "
-            "train.gsm8k_aug_valid_500: see data/README.md"
-        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        got, ids = type(error).__name__, "the validation ids at train.gsm8k_aug_valid_500"
+        raise ValueError(f"{flags}: got {got}, expected JSON with {ids}: see data/README.md") from None
     return [problem for problem in problems if problem.id not in validation]
 
 
@@ -152,21 +146,19 @@ def _gsm8k_from_hub(split: str) -> list[Problem]:
 
 
 def _from_hub(name: str, split: str) -> list[Problem]:
-    """Rows of a Hub data set as problems; ids count all rows, also those without numeric answer."""
+    """Rows of a Hub data set as problems; ids also count the rows without numeric answer."""
     address, chain, answer_field = _HUB[name]
     problems = []
     for index, row in enumerate(_load_from_hub(address, split)):
         where = f"{address[0]}, {split}, row {index}"
         try:
-            question, raw = row["question"].strip(), row[answer_field]
-            steps = tuple(re.findall(r"<<[^<>]*>>", "".join(row[chain]))) if chain else ()
+            question, raw = plain_text(row["question"].strip()), row[answer_field]
+            steps = tuple(map(plain_text, re.findall(r"<<[^<>]*>>", "".join(row[chain])))) if chain else ()
             answer = canonical_answer((extract_answer(raw) if name == "gsm8k" else raw) or "")
-            for text in (question, *steps):
-                refuse_control_tokens(text)
         except (AttributeError, KeyError, TypeError) as error:
+            got = f"fields {sorted(row)} ({type(error).__name__})"
             raise ValueError(
-                f"{where}: got fields {sorted(row)} ({type(error).__name__}), expected those of its published form: "
-                "update latentlab or set LATENTLAB_DATA to a folder"
+                f"{where}: got {got}, expected the published ones: set LATENTLAB_DATA to a folder"
             ) from None
         except ValueError as error:
             raise ValueError(f"{where}: {error}: use another data set") from None
@@ -178,18 +170,15 @@ def _from_hub(name: str, split: str) -> list[Problem]:
 
 
 def _load_from_hub(address: tuple[str, ...], split: str):
-    """One split by `datasets.load_dataset`; every failure becomes one line, within seconds."""
     import datasets
 
-    remedy = (
-        "connect to the Hub, or set LATENTLAB_DATA to a folder that holds the data (GSM8K only), "
-        "or HF_HUB_OFFLINE=1 to use what is in the Hub's cache"
-    )
+    remedy = "connect to it, set LATENTLAB_DATA to a data folder (GSM8K only), or HF_HUB_OFFLINE=1 to use its cache"
     if not hub_answers():
         raise FileNotFoundError(f"got no answer from the Hub for {address[0]} within {TIMEOUT:g} s: {remedy}")
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(*address, split=split)
-    except Exception as error:  # connection, permission, cache, format: many types
+    except Exception as error:  # many types: connection, permission, cache, format
         reason = " ".join(str(error).split())[:160]
-        raise FileNotFoundError(f"could not load {address[0]} ({type(error).__name__}: {reason}): {remedy}") from None
+        got = f"{type(error).__name__} from the Hub for {address[0]} ({reason})"
+        raise FileNotFoundError(f"got {got}, expected its rows: {remedy}") from None

@@ -8,11 +8,12 @@ import re
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from latentlab.problems import Problem, canonical_answer
 from latentlab.runtime.files import write_atomically
-
-_CONTROL = re.compile(r"<\|[\w-]+\|>")  # "<|latent|>", "<|im_end|>", …: tokenizers read a control token
 
 
 def read_jsonl(path: str | os.PathLike) -> list[Problem]:
@@ -49,10 +50,28 @@ def write_jsonl(problems: Iterable[Problem], path: str | os.PathLike) -> None:
     write_atomically(path, b"".join(lines))
 
 
-def refuse_control_tokens(text: str) -> None:
-    """ValueError if a text contains a control token of a tokenizer, such as "<|latent|>"."""
-    if found := _CONTROL.search(text):
+def plain_text(text: str) -> str:
+    """The text; ValueError if it has a control token of a tokenizer, such as "<|latent|>"."""
+    if found := re.search(r"<\|[\w-]+\|>", text):
         raise ValueError(f"got {found[0][:80]!r} in the text, which a model reads as a command, expected plain text")
+    return text
+
+
+def _canonical(answer: str) -> str:
+    if answer != (canonical := canonical_answer(answer)):
+        raise ValueError(f"expected a canonical numeric string, {canonical[:80] if canonical else 'one number'}")
+    return answer
+
+
+_NotBlank = Annotated[str, Field(pattern=r"\S")]
+
+
+class _Row(BaseModel, strict=True, extra="forbid", regex_engine="python-re"):
+    id: _NotBlank
+    question: Annotated[_NotBlank, AfterValidator(plain_text)]
+    steps: tuple[Annotated[str, AfterValidator(plain_text)], ...]
+    answer: Annotated[str, AfterValidator(_canonical)]
+    source: _NotBlank
 
 
 def _parse(lines: list[bytes], path: Path, remedy: str) -> list[Problem]:
@@ -60,39 +79,17 @@ def _parse(lines: list[bytes], path: Path, remedy: str) -> list[Problem]:
         raise ValueError(f"{path}: got no problem at all, expected at least one line: fetch or make the file again")
     problems: dict[str, Problem] = {}
     for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
         try:
-            problem = _parse_line(line)
-            if problem.id in problems:
-                first = list(problems).index(problem.id) + 1
-                raise ValueError(f"got id {problem.id!r} again (first on line {first}), expected unique ids")
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}: {remedy}") from None
+            problem = Problem(**dict(_Row.model_validate_json(line)))
+        except ValidationError as error:
+            fault = error.errors()[0]
+            got = f"{'.'.join(map(str, fault['loc'])) or 'line'} = {repr(fault['input'])[:80]}"
+            raise ValueError(f"{where}: got {got}, expected a problem ({fault['msg']}): {remedy}") from None
+        if problem.id in problems:
+            first = list(problems).index(problem.id) + 1
+            raise ValueError(
+                f"{where}: got id {problem.id!r} again (first on line {first}), expected another: {remedy}"
+            )
         problems[problem.id] = problem
     return list(problems.values())
-
-
-def _parse_line(line: bytes) -> Problem:
-    try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-        json.dumps(row, ensure_ascii=False).encode("utf-8")  # fails for half of a surrogate pair
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"got {error}, expected one JSON object of strings in UTF-8") from None
-    names = [field.name for field in dataclasses.fields(Problem)]
-    if not isinstance(row, dict) or set(row) != set(names):
-        got = f"keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"got {got[:120]}, expected an object with exactly the keys {names}")
-    for name in ("id", "question", "answer", "source"):
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise ValueError(f"got {name} = {repr(row[name])[:80]}, expected a string that is not blank")
-    if not isinstance(row["steps"], list) or not all(isinstance(step, str) for step in row["steps"]):
-        raise ValueError(f"got steps = {repr(row['steps'])[:80]}, expected a list of strings")
-    if (canonical := canonical_answer(row["answer"])) != row["answer"]:
-        hint = "one number" if canonical is None else f'"{canonical[:80]}"'
-        raise ValueError(f"got answer = {row['answer'][:80]!r}, expected a canonical numeric string ({hint})")
-    for text in (row["question"], *row["steps"]):
-        refuse_control_tokens(text)
-    return Problem(**row | {"steps": tuple(row["steps"])})
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)  # NaN and ±Infinity, which Python reads but JSON does not have

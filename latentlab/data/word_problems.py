@@ -29,14 +29,10 @@ _PHRASES = {
 }
 _PHRASE_WORDS = sorted({w for both in _PHRASES.values() for phrase in both for w in phrase.split() if "{" not in w})
 
-WORDS: tuple[str, ...] = (
-    *(str(value) for value in range(_LARGEST + 1)),
-    *(".", "?", ",", "+", "-", "*", "/", "=", "<<", ">>", "###", "\n"),
-    *_NAMES,
-    *("He", "She", "has", "How", "many", "remain"),
-    *_OBJECTS,
-    *_PHRASE_WORDS,
-)
+_MARKS = (".", "?", ",", "+", "-", "*", "/", "=", "<<", ">>", "###", "\n")
+_FIXED_WORDS = ("He", "She", "has", "How", "many", "remain")
+
+WORDS = (*map(str, range(_LARGEST + 1)), *_MARKS, *_NAMES, *_FIXED_WORDS, *_OBJECTS, *_PHRASE_WORDS)
 """Every token of synthetic questions, steps and answers: numbers 0..29, marks, words."""
 
 
@@ -45,13 +41,11 @@ def word_problems(split: str, n: int, *, seed: int, steps: int = 4) -> list[Prob
 
     Each has `steps` operations on whole numbers 0..29: the start is uniform in 1..29; then each
     operation is uniform among those of + - * / that some operand 2..9 keeps within 0..29, and its
-    operand uniform among those operands. "/" is floor division, as in "<<14/4=3>>". Steps are
-    written as in GSM8K, the answer is the last result.
+    operand uniform among those operands. "/" is floor division, as in "<<14/4=3>>".
 
-    The splits are disjoint by construction: blake2b of the arithmetic chain (start, operations,
-    operands; not names and wording) sends about 10 % of all chains to validation and as many to
-    test. Chains may recur in train, in other words; within one call for validation or test all
-    chains are distinct.
+    The splits are disjoint: blake2b of the arithmetic chain (start, operations, operands; not names
+    and wording) sends about 10 % of all chains to validation and as many to test. Chains may recur
+    in train, in other words, but not within one call for validation or test.
 
     The same arguments give the same list, and a longer call begins with the shorter one.
     Raises ValueError for an unknown split, for n < 0 or steps < 1, and where validation or test has
@@ -70,10 +64,8 @@ def word_problems(split: str, n: int, *, seed: int, steps: int = 4) -> list[Prob
         if _split_of(chain) != split or chain in seen:
             misses += 1
             if misses > 100_000:
-                raise ValueError(
-                    f"got n = {n} for {split} with steps = {steps}, expected no more than about {len(problems)}, the "
-                    "distinct chains found there: ask for fewer problems or more steps"
-                )
+                got = f"n = {n} for {split} with steps = {steps}"
+                raise ValueError(f"got {got}, expected at most some {len(problems)}: ask for fewer problems")
             continue
         misses = 0
         if split != "train":
@@ -84,7 +76,7 @@ def word_problems(split: str, n: int, *, seed: int, steps: int = 4) -> list[Prob
 
 def _split_of(chain: str) -> str:
     tenth = blake2b(chain.encode(), digest_size=8).digest()[0] * 10 // 256
-    return "test" if tenth == 0 else "validation" if tenth == 1 else "train"
+    return {0: "test", 1: "validation"}.get(tenth, "train")
 
 
 def _moves(value: int) -> tuple[list[float], list[tuple[str, int]]]:
@@ -105,23 +97,20 @@ def _draw_chain(rng: random.Random, steps: int) -> tuple[int, list[tuple[str, in
     moves = []
     for _ in range(steps):
         bounds, possible = _MOVES[value]
-        move = possible[bisect(bounds, rng.random())]
-        moves.append(move)
-        value = move[1]
+        moves.append(possible[bisect(bounds, rng.random())])
+        value = moves[-1][1]
     return start, moves
 
 
 def _tell(rng: random.Random, id: str, split: str, start: int, moves: list[tuple[str, int]]) -> Problem:
     """Put a chain into words."""
-    uniform = rng.random
-    person = int(uniform() * len(_NAMES))
-    name, pronoun = _NAMES[person], ("He", "She")[person % 2]
-    objects = _OBJECTS[int(uniform() * len(_OBJECTS))]
-    sentences, steps, value = [f"{name} has {start} {objects}."], [], start
+    person = int(rng.random() * len(_NAMES))
+    objects = _OBJECTS[int(rng.random() * len(_OBJECTS))]
+    sentences, steps, value = [f"{_NAMES[person]} has {start} {objects}."], [], start
     for move, result in moves:
-        phrase = _PHRASES[move[0]][uniform() < 0.5].format(n=move[1:], objects=objects)
-        sentences.append(f"{pronoun} {phrase}.")
+        phrase = _PHRASES[move[0]][rng.random() < 0.5].format(n=move[1:], objects=objects)
+        sentences.append(f"{('He', 'She')[person % 2]} {phrase}.")
         steps.append(f"<<{value}{move}={result}>>")
         value = result
-    sentences.append(f"How many {objects} remain?")
-    return Problem(id, " ".join(sentences), tuple(steps), str(value), f"word/{split}")
+    question = " ".join([*sentences, f"How many {objects} remain?"])
+    return Problem(id, question, tuple(steps), str(value), f"word/{split}")

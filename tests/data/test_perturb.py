@@ -127,7 +127,7 @@ def test_expressions_have_the_value_of_an_independent_parser(text):
 def test_any_other_text_is_no_equation_and_no_error(text):
     equation = parse_step(f"<<{text}=1>>")
     if equation is not None:
-        assert len(equation.program) > 1 and set(equation.left) <= set("0123456789.+-*/() ")
+        assert len(equation.literals) > 1 and set(equation.left) <= set("0123456789.+-*/() ")
 
 
 @relaxed

@@ -1,21 +1,16 @@
 """Equations of a chain, "<<2*(3+4)=14>>": parsed without eval, computed exactly."""
 
 import ast
-import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from operator import add, mul, sub
 
 Number = int | Fraction  # int where whole, which is four times as fast
 
-_OPERATIONS: dict[type, Callable] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: Fraction,
-}
+_OPERATIONS: dict = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: Fraction}
 
 
 @dataclass(frozen=True)
@@ -24,19 +19,22 @@ class Equation:
 
     left: str
     literals: list[tuple[int, int]]  # (start, end) of each number on the left
-    program: list  # postfix: None for the next literal, or an operation
+    tree: ast.expr
     right: str
 
     def compute(self, values: Iterable[Number]) -> Number | None:
         """The left side with these values in place of its literals; None for a division by zero."""
-        literals, stack = iter(values), list[Number]()
+        literals = iter(values)
+
+        def value(node: ast.expr) -> Number:
+            if isinstance(node, ast.BinOp):
+                return _OPERATIONS[type(node.op)](value(node.left), value(node.right))
+            return value(node.operand) if isinstance(node, ast.UnaryOp) else next(literals)
+
         try:
-            for operation in self.program:
-                right = stack.pop() if operation else next(literals)
-                stack.append(operation(stack.pop(), right) if operation else right)
+            return simplest(value(self.tree))
         except ZeroDivisionError:
             return None
-        return simplest(stack[0])
 
     def holds(self) -> bool:
         return self.compute(number(self.left[a:b]) for a, b in self.literals) == number(self.right)
@@ -47,28 +45,18 @@ def parse_step(step: str) -> Equation | None:
     match = re.fullmatch(r"<<([-+*/(). 0-9]{1,200})=([0-9]{0,40}(?:\.[0-9]{1,40})?)>>", step)
     if match is None or not match[2]:
         return None
-    equation = Equation(match[1], [], [], match[2])
-    shift = len(match[1]) - len(match[1].lstrip())
-
-    def visit(node: ast.expr) -> None:
-        if isinstance(node, ast.BinOp):
-            visit(node.left)
-            visit(node.right)
-            equation.program.append(_OPERATIONS[type(node.op)])
-        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd):
-            visit(node.operand)
-        else:  # a number, or what has no place here
-            start, end = shift + node.col_offset, shift + (node.end_col_offset or 0)
-            if not re.fullmatch(r"[0-9]*\.?[0-9]+", equation.left[start:end]):
-                raise ValueError
-            equation.literals.append((start, end))
-            equation.program.append(None)
-
+    left, right = match.groups()
+    literals = [m.span() for m in re.finditer(r"[0-9.]+", left)]
     try:
-        visit(ast.parse(match[1].strip(), mode="eval").body)
-    except (SyntaxError, ValueError, KeyError, RecursionError, MemoryError):
+        tree = ast.parse(left.strip(), mode="eval").body
+    except (SyntaxError, RecursionError, MemoryError):
         return None
-    return equation if len(equation.program) > 1 else None
+    known = (ast.BinOp, ast.UnaryOp, ast.UAdd, ast.Constant, *_OPERATIONS)
+    if len(literals) < 2 or not all(isinstance(node, known) for node in ast.walk(tree)):
+        return None
+    if not all(re.fullmatch(r"[0-9]*\.?[0-9]+", left[start:end]) for start, end in literals):
+        return None
+    return Equation(left, literals, tree, right)
 
 
 def number(text: str) -> Number:
