@@ -6,10 +6,10 @@
               + Σ_{k≠l} (a_k E[s|c_k]) · (a_l E[s|c_l]) }
 
 The rollouts of a group are independent given the problem, and a_k depends on a rollout only through
-its class: its reward and, for some loss types, its length. So a group is enumerated as the C^K
-patterns c of its rollouts' classes. Advantages come from `group_advantages`, a_kt from `grpo_loss`,
-s_t from `score`: the functions that training calls. dr_grpo divides by K * T; g is given times T,
-the length limit of answers, which makes it (1/K) Σ_k A_k s_k.
+its class: its reward and, for some loss types, its length. So a group is one of C^K patterns c.
+Advantages, a_kt and s_t come from the functions that training calls: `group_advantages`, `grpo_loss`
+and `score`. dr_grpo divides by K * T; g is given times T, the length limit of answers, which makes
+it (1/K) Σ_k A_k s_k.
 
 Sources: score function, Williams (1992); leave-one-out, Kool et al. (2019); the unclipped sequence
 ratio is importance sampling of whole answers.
@@ -116,25 +116,21 @@ def _fresh_rollout(policy: Policy, rewards: Tensor, r: float, a: float, form: st
         x.unflatten(0, (len(policy.mask_probs), -1))[:, chosen]
         for x in (policy.logp, policy.token_mask, policy.scores, policy.score_products, policy.probs)
     )  # [M, Y', ...]
-    probs = probs / probs.sum()
+    probs, mask = probs / probs.sum(), token_mask.flatten(0, 1)
     weighted, square = torch.zeros_like(logp), torch.zeros((), dtype=torch.float64)
+    gain, epsilon = torch.full((len(mask),), a, dtype=torch.float64), 0.2 if form == "clipped" else float("inf")
     drawn = [(logp, probs.sum(0))] if form == "detached" else zip(logp, probs, strict=True)  # over m
     for old_logp, prob in drawn:  # [Y', T] at this m, [Y']
-        c = _fresh_token_weights(logp, old_logp.expand_as(logp), a, token_mask, form)
+        new, old = logp.flatten(0, 1).requires_grad_(), old_logp.expand_as(logp).flatten(0, 1)  # [M' * Y', T]
+        rows = (new, old, gain, mask)
+        if form == "sequence_ratio":  # the ratio of a single token
+            rows = (new.sum(1, keepdim=True), old.sum(1, keepdim=True), gain, mask[:, :1])
+        value, _ = loss.grpo_loss(*rows, epsilon=epsilon, denominator=1.0)
+        c = -torch.autograd.grad(value, new)[0].view_as(logp)  # token weights
         w = policy.mask_probs[:, None] * prob  # [M', Y']
         weighted += w[..., None] * c
         square += (w * torch.einsum("myt,mytu,myu->my", c, products, c)).sum()
     return torch.einsum("myt,mytp->p", weighted, scores), square
-
-
-def _fresh_token_weights(logp: Tensor, old_logp: Tensor, a: float, token_mask: Tensor, form: str) -> Tensor:
-    """-∂ loss / ∂ logp of rows [M', Y'] with advantage a; a sequence ratio is that of one token."""
-    new, old, mask = logp.flatten(0, 1).requires_grad_(), old_logp.flatten(0, 1), token_mask.flatten(0, 1)
-    rows = (new.sum(1, keepdim=True), old.sum(1, keepdim=True)) if form == "sequence_ratio" else (new, old)
-    gain = torch.full((len(new),), a, dtype=torch.float64)
-    epsilon = 0.2 if form == "clipped" else float("inf")
-    value, _ = loss.grpo_loss(*rows, gain, mask[:, : rows[0].shape[1]], epsilon=epsilon, denominator=1.0)
-    return -torch.autograd.grad(value, new)[0].view_as(logp)
 
 
 def relative_error(estimate: Tensor, target: Tensor) -> float:

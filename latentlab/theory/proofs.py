@@ -3,7 +3,8 @@
     E[(1/K) Σ_k A_k s_k] = c ∇J       c = 1 (no baseline, leave-one-out), 1 - 1/K (mean)
 
 Each function returns one Property. Where a theorem's condition is broken on purpose, the value must
-reach the bound (`at_least`): a check that cannot see a bias would check nothing.
+reach the bound (`at_least`): a check that cannot see a bias would check nothing. Maxima and minima
+are NumPy's, which keep a NaN.
 Sources: arXiv 2606.10184 (masks), 2402.03300 (GRPO), 2503.20783 (Dr. GRPO), 2402.14740 (RLOO)
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 from latentlab.advantage import STD_EPSILON
@@ -55,12 +57,12 @@ EXPECTATIONS: dict[str, tuple[str, Callable[[int], float], str]] = {  # baseline
 def expectation(name: str, x: Example) -> Property:
     """E[g] = c(K) ∇J for one row of EXPECTATIONS, on both problems, K = 2, 4, 8."""
     baseline, c, note = EXPECTATIONS[name]
-    errors = (
+    errors = [
         relative_error(group_moments(policy, rewards, k, baseline=baseline).mean, c(k) * gradient)
         for policy, rewards, gradient in zip(x.policies, x.rewards, x.gradients, strict=True)
         for k in (2, 4, 8)
-    )
-    return judge(name, max(errors), EXACT, note.format(pairs=len(x.policies[0].probs)))
+    ]
+    return judge(name, np.max(errors), EXACT, note.format(pairs=len(x.policies[0].probs)))
 
 
 def std_factor(k: int, p: float) -> float:
@@ -82,7 +84,7 @@ def std_scaling(x: Example) -> Property:
     rates = [(policy.answer_probs @ rewards).item() for policy, rewards in pairs]
     factors = [std_factor(k, rate) for rate in rates]
     means = [group_moments(policy, rewards, k, scale="std").mean for policy, rewards in pairs]
-    error = max(relative_error(m, c * g) for m, c, g in zip(means, factors, x.gradients, strict=True))
+    error = np.max([relative_error(m, c * g) for m, c, g in zip(means, factors, x.gradients, strict=True)])
     turn = direction_error(torch.stack(means).sum(0), torch.stack(x.gradients).sum(0))
     note = (
         f"E[g] = c ∇J, c = {factors[0]:.3f}, {factors[1]:.3f} at pass rates {rates[0]:.2f}, {rates[1]:.2f}; "
@@ -97,7 +99,7 @@ def fresh_mask(x: Example) -> Property:
     found = {form: moments.fresh_mask_moments(policy, rewards, 2, form=form) for form in moments.FRESH_FORMS}
     replay = group_moments(policy, rewards, 2, baseline="leave_one_out").variance
     bias = {form: relative_error(m.mean, x.gradients[0]) for form, m in found.items()}
-    also = min(bias[form] for form in moments.FRESH_FORMS[:3]) > 1e-3 and found["sequence_ratio"].variance > replay
+    also = np.min([bias[form] for form in moments.FRESH_FORMS[:3]]) > 1e-3 and found["sequence_ratio"].variance > replay
     note = "sequence ratio; bias (variance / replay): " + ", ".join(
         f"{form} {bias[form]:.2g} ({m.variance / replay:.2f})" for form, m in found.items()
     )
@@ -120,7 +122,7 @@ def loss_types(x: Example) -> Property:
     means = {name: group_moments(policy, rewards, 4, loss_type=name, **settings).mean for name in LOSS_TYPES}
     turns = {name: direction_error(mean, gradient) for name, mean in means.items()}
     note = "dr_grpo; sine of the angle to ∇J: " + ", ".join(f"{name} {turn:.2g}" for name, turn in turns.items())
-    biased = min(turn for name, turn in turns.items() if name != "dr_grpo") > 1e-3
+    biased = np.min([turn for name, turn in turns.items() if name != "dr_grpo"]) > 1e-3
     error = relative_error(means["dr_grpo"], gradient)
     return judge("loss_types", error, EXACT, note + " (one batch: dapo is bnpo)", also=biased)
 
@@ -135,7 +137,7 @@ def latent_gradient(x: Example) -> Property:
     errors = [_difference_error(model, rows, n, gradient) for n, gradient in enumerate(full)]
     cut = [_change_when_detached(model, rows, full, thought) for thought in range(1, model.num_thoughts + 1)]
     note = "against central differences; cutting thought 1, 2, 3 changes it by " + ", ".join(f"{c:.2g}" for c in cut)
-    return judge("latent_gradient", max(errors), 1e-6, note, also=min(cut) > 1e-6)
+    return judge("latent_gradient", np.max(errors), 1e-6, note, also=np.min(cut) > 1e-6)
 
 
 @torch.no_grad()

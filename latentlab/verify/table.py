@@ -35,7 +35,7 @@ def run_verify(device: str = "cpu", dtype: str = "float64", only: Iterable[str] 
     device = str(select_device(device))
     x, engine = cache(example), cache(lambda: Engine(device, dtype))  # each is built for the first row that needs it
     rows = []
-    for name in (name for name in NAMES if name in names):
+    for name in sorted(set(names), key=NAMES.index):
         try:
             rows.append(PROOFS[name](x()) if name in PROOFS else CHECKS[name](engine()))
         except Exception as error:  # the table is still printed, with this row failed

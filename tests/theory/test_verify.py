@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from latentlab import advantage, model
 from latentlab.masks import Masks
 from latentlab.model import LatentReasoner
-from latentlab.theory import proofs
+from latentlab.theory import enumeration, proofs
 from latentlab.verify import engine, table
 
 ENGINE = ("replay", "mask_identity", "mask_statistics", "batch_invariance", "naive_equality")
@@ -123,6 +124,12 @@ def test_main_writes_json_and_returns_the_exit_code(tmp_path, monkeypatch, capsy
 
 def test_nan_is_never_ok():
     assert not proofs.judge("a", math.nan, 1.0).ok and not proofs.judge("a", math.nan, 1.0, at_least=True).ok
+
+
+def test_a_nan_in_one_problem_is_red():
+    x = enumeration.example()
+    x = replace(x, gradients=(x.gradients[0], x.gradients[1] * math.nan))
+    assert not any(proofs.PROOFS[name](x).ok for name in ("mean_baseline", "std_scaling"))
 
 
 @pytest.mark.parametrize(
