@@ -1,8 +1,7 @@
 """What the words of a question say about its numbers: licensed constants, names, units, decisions.
 
-The tables err on the side of caution: a licensed constant that equals a number of the question
-makes `perturb` freeze that number, so a superfluous word costs a few variants and never gives a
-wrong one.
+The tables are cautious: a number that equals a licensed constant is frozen, so a superfluous word
+costs a few variants and never gives a wrong one.
 """
 
 import itertools
@@ -60,7 +59,8 @@ _TABLE = rf"""
 3               | yards? | feet|foot|ft
 5280            | miles? | feet|foot
 16              | pounds?|lbs? | ounces?|oz
-4               | gallons?|half-gallons? | quarts?
+2000            | tons? | pounds?
+4               | gallons? | quarts?
 8               | gallons? | pints?
 16              | gallons? | cups?
 128             | gallons? | ounces?
@@ -69,7 +69,6 @@ _TABLE = rf"""
 4               | quarts? | cups?
 2               | pints? | cups?
 8               | cups? | ounces?
-2000            | tons? | pounds?
 1000            | kilo\w*|km|kg|met(?:er|re)s?|lit(?:er|re)s?|grams?|mg|ml|milli\w*
 100             | cm|centi\w* | met(?:er|re)s?
 100 .01         | cents?|penny|pennies
@@ -163,10 +162,7 @@ DECISION = _pattern(
 
 
 def constants(question: str) -> tuple[set[Fraction], set[Fraction]]:
-    """(constants that the words of a question license, these and weaker ones that freeze a number).
-
-    Licensed are number words and fractions, half, twice, unit facts, percent, cents.
-    """
+    """(constants that the words of a question license, these and weaker ones that freeze a number)."""
     matched = [row for row in _LICENCES if all(pattern.search(question) for pattern in row[0])]
     found = {value for _, values, strong in matched if strong for value in values}
     found |= {Fraction(x) for x in ("100", "1", ".01") if "%" in question or "¢" in question}
@@ -212,8 +208,7 @@ def whole(after: str) -> int | None:
 
 def takes_an(whole: int) -> bool:
     """Whether a number is read with a vowel first: 8, 11, 18, 80, 11,000."""
-    digits = str(whole)
-    return digits[0] == "8" or (digits[:2] in ("11", "18") and len(digits) % 3 == 2)
+    return re.match(r"8|1[18](\d{3})*$", str(whole)) is not None
 
 
 def skeleton(question: str) -> str:
