@@ -33,9 +33,8 @@ def paired_comparison(
     """Arm `a` minus arm `b` on the same problems; a, b [n] of 0/1 in the same order.
 
     Returns n · difference, low, high (points; percentile bootstrap over problems) · only_a, only_b
-    (problems that one arm alone got right: McNemar's b and c) · discordance (their share) · p_value
-    (exact two-sided McNemar). Where no problem is discordant the interval is [0, 0] and says only
-    that: see `detectable_difference`.
+    (problems that one arm alone got right) · discordance (their share) · p_value (exact two-sided
+    McNemar). Without discordant problems the interval is [0, 0]: see `detectable_difference`.
     Raises ValueError for other values than 0/1, or unequal or empty arrays.
     """
     a, b = _outcomes(a, b, ndim=1)
@@ -81,10 +80,9 @@ def seed_comparison(
 def arm_comparison(a: ArrayLike, b: ArrayLike, *, seed: int) -> dict:
     """Arm `a` minus arm `b` over S >= 1 training seeds and per seed; a, b as in `seed_comparison`.
 
-    Returns difference, low, high · wide_low, wide_high, the interval that decides: over problems
-    for one seed, the bootstrap's for two (Student's would be 12.7 standard errors wide), and from
-    FEW_SEEDS on the wider of both · per_seed, the `paired_comparison` of each · with several seeds
-    all keys of `seed_comparison`.
+    Returns the keys of `seed_comparison` (one seed: `paired_comparison`) · wide_low, wide_high, the
+    interval that decides: the bootstrap's, from FEW_SEEDS on the wider of it and Student's (12.7
+    standard errors wide for two seeds) · per_seed, the `paired_comparison` of each.
     """
     a, b = _outcomes(a, b, ndim=2)
     per_seed = [paired_comparison(ours, theirs, seed=seed) for ours, theirs in zip(a, b, strict=True)]

@@ -25,10 +25,9 @@ def perturb(problem: Problem, n: int, seed: int) -> list[Problem]:
     """Up to `n` copies of `problem` with other numbers.
 
     Fewer where the numbers leave no room, none where the origin of a number is in doubt. Variant k
-    depends on (problem, seed, k) alone, not on n. Its id is "<id>~<k>", its source
-    "<source>/perturbed". All variants differ from one another and from the original, every equation
-    holds exactly, whole numbers stay positive whole numbers, decimals keep their places, and any
-    two numbers of the question keep their order.
+    depends on (problem, seed, k) alone; its id is "<id>~<k>", its source "<source>/perturbed". All
+    variants differ from one another and from the original, every equation holds exactly, whole
+    numbers stay positive and whole, decimals keep their places, numbers of the question their order.
     Raises ValueError for n < 0.
     """
     if n < 0:
@@ -39,15 +38,14 @@ def perturb(problem: Problem, n: int, seed: int) -> list[Problem]:
     rng = random.Random(f"perturb, seed {seed}, {problem.id}, {problem.question}")  # seeded through SHA-512 of the text
     grids = {i: _grid(template, i) for i in sorted(template.free)}
     variants: list[Problem] = []
-    seen, misses = {tuple(template.numbers)}, 0
+    seen, misses = {template.values}, 0
     while len(variants) < n and misses < _MISSES:
         values = _draw(rng, template, grids)
-        numbers = template.recompute(values) if values else None
-        if numbers is None or tuple(numbers) in seen:
+        if values is None or values in seen or (numbers := template.recompute(values)) is None:
             misses += 1
             continue
         misses = 0
-        seen.add(tuple(numbers))
+        seen.add(values)
         id, answer = f"{problem.id}~{len(variants)}", write_like(numbers[-1], "0")
         variants.append(Problem(id, *template.write(numbers), answer, f"{problem.source}/perturbed"))
     return variants

@@ -27,7 +27,8 @@ class Origin(NamedTuple):
     b: Number = 1  # 0: the constant a, from no source
 
     def value(self, numbers: Sequence[Number]) -> Number:
-        return simplest(self.a + self.b * numbers[self.source])
+        source = numbers[self.source]
+        return source if self.b == 1 and not self.a else simplest(self.a + self.b * source)
 
 
 def trace(problem: Problem) -> "Template | None":

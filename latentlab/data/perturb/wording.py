@@ -100,7 +100,7 @@ _LICENCES = [
     for constants, *patterns in (re.split(r"\s\|\s", line) for line in [*_TABLE.strip().splitlines(), *_FRACTIONS])
 ]
 _TEENS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-_ONES = {word: i + 1 for i, word in enumerate(f"{_TEENS} eighteen nineteen".split())}
+_ONES = {word: i for i, word in enumerate(f"{_TEENS} eighteen nineteen".split(), start=1)}
 _TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10), strict=True))
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 1_000_000}
 _WORD = re.compile(rf"\b(?:{'|'.join([*_TENS, *sorted(_ONES, key=len, reverse=True)])})", re.I)
@@ -190,9 +190,8 @@ def _share(top: int, bottom: int) -> set[Fraction]:
 
 def is_name(before: str, number: str, after: str) -> bool:
     """Whether a number is a name (date, time, ordinal, fraction, year) or a fact of anatomy."""
-    if re.fullmatch(r"1[5-9]\d\d|20\d\d", number) and re.search(r"(?:^|[a-z,(]\s|\()$", before):
-        return True
-    return bool(_NAME_BEFORE.search(before) or _NAME_AFTER.match(after))
+    year = re.fullmatch(r"1[5-9]\d\d|20\d\d", number) and re.search(r"(?:^|[a-z,(]\s|\()$", before)
+    return bool(year or _NAME_BEFORE.search(before) or _NAME_AFTER.match(after))
 
 
 def ceiling(value: int | Fraction, after: str) -> int | None:
