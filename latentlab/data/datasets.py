@@ -1,8 +1,7 @@
 """Data sets: the synthetic word problems, and published sets read from a folder or the Hub.
 
-All become lists of `problems.Problem`. No network is needed where the environment variable
-LATENTLAB_DATA names a folder with gsm8k_train.jsonl, gsm8k_valid.jsonl, gsm8k_test.jsonl,
-gsm8k_flags.json, svamp.jsonl, multiarith.jsonl, gsm_hard.jsonl.
+No network is needed where the environment variable LATENTLAB_DATA names a folder with
+gsm8k_{train,valid,test}.jsonl, gsm8k_flags.json, svamp.jsonl, multiarith.jsonl, gsm_hard.jsonl.
 Sources: GSM8K (Cobbe et al. 2021, arXiv:2110.14168), GSM8K-Aug (Deng et al. 2023,
 arXiv:2311.01460), SVAMP (arXiv:2103.07191), MultiArith (Roy & Roth 2015, arXiv:1608.01413),
 GSM-Hard (arXiv:2211.10435), ASDiv-A (arXiv:2106.15772, as in Calc-X, arXiv:2305.15017), GSM-Plus

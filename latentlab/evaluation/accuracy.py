@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -54,8 +53,9 @@ class Evaluation:
 
     def majority(self) -> np.ndarray:
         """[n] of 0/1: is the majority answer right?"""
-        votes = [(majority_vote(texts), problem) for problem, texts in self.groups()]
-        return np.array([vote is not None and exact_answer(f"### {vote}", p) for vote, p in votes], float)
+        return np.array(
+            [answers_match(majority_vote(texts), problem.answer) for problem, texts in self.groups()], float
+        )
 
     def distinct_answers(self) -> float:
         """Mean number of different answers among the K of a problem."""
@@ -90,7 +90,7 @@ def evaluate(
 
     correct, text = zip(*distributed.in_order(distributed.gather(answer)), strict=True)
     back = np.argsort(order)  # from the order of the batches to that of `problems`
-    answers = np.array(list(chain.from_iterable(text)), dtype=object).reshape(len(problems), -1)[back]
+    answers = np.concatenate([np.array(texts, dtype=object) for texts in text]).reshape(len(problems), -1)[back]
     return Evaluation(tuple(problems), torch.cat(correct).numpy()[back], tuple(answers.flatten()))
 
 
@@ -98,24 +98,17 @@ def summary(
     model: LatentReasoner, problems: Sequence[Problem], config: Config, *, mask: MaskSpec | None, temperature: float
 ) -> dict:
     """Both deployments on one list: the clean greedy model, and K sampled answers under `mask`."""
-    e, k = config.evaluate, config.evaluate.num_generations
-    clean = evaluate(model, problems, batch_size=e.batch_size)
+    n, k, size = len(problems), config.evaluate.num_generations, config.evaluate.batch_size
+    clean = evaluate(model, problems, batch_size=size)
     sampling: dict[str, Any] = {"num_generations": k, "mask": mask, "temperature": temperature}
-    masked = evaluate(model, problems, batch_size=max(1, e.batch_size // k), run_seed=config.seed, **sampling)
+    masked = evaluate(model, problems, batch_size=max(1, size // k), run_seed=config.seed, **sampling)
     correct = int(clean.correct.sum())
-    return {
-        "n": len(problems),
-        "greedy": {
-            "correct": correct,
-            "pass@1": clean.accuracy,
-            "interval": list(wilson_interval(correct, len(problems))),
-            "correct_string_rule": clean.correct_by_string(),
-        },
-        "sampled": {
-            "mask_rate": mask.rate if mask else 0.0,
-            "mean": masked.accuracy,
-            "pass@k": {str(j): masked.pass_at(j) for j in range(1, k + 1)},
-            "majority": float(masked.majority().mean()),
-        },
-        "weights": model.provenance,
+    right = {"correct": correct, "pass@1": clean.accuracy, "interval": list(wilson_interval(correct, n))}
+    sampled = {
+        "mask_rate": mask.rate if mask else 0.0,
+        "mean": masked.accuracy,
+        "pass@k": {str(j): masked.pass_at(j) for j in range(1, k + 1)},
+        "majority": float(masked.majority().mean()),
     }
+    greedy = {**right, "correct_string_rule": clean.correct_by_string()}
+    return {"n": n, "greedy": greedy, "sampled": sampled, "weights": model.provenance}

@@ -31,18 +31,17 @@ def measure_groups(
     config: Config,
     *,
     mask: MaskSpec | None,
-    temperature: float,
-    num_generations: int,
     batch_size: int,
-    run_seed: int,
     gradient_problems: int | None = None,
     reward=exact_answer,
+    **sampling: Any,
 ) -> dict[str, float]:
     """The four numbers above, plus `reward`, `replay_gap` (nats) and the sizes used.
 
     The gradient is that of one GRPO step on all problems, or, where the backward pass is expensive,
     on the first `gradient_problems`, rounded up to whole batches: batches are summed, each weighted
     by its share. Gradients are cleared before and after.
+    sampling: `num_generations` (K), `temperature` and `run_seed` of `rollout`.
     Raises ValueError for an empty problem list.
     """
     if not problems:
@@ -50,7 +49,6 @@ def measure_groups(
     model.zero_grad(set_to_none=True)
     wanted = len(problems) if gradient_problems is None else gradient_problems
     counted = min(len(problems), -(-wanted // batch_size) * batch_size)  # whole batches
-    sampling: dict[str, Any] = {"num_generations": num_generations, "temperature": temperature, "run_seed": run_seed}
     rewards, spreads, distinct, gap = [], [], [], 0.0
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
@@ -61,23 +59,23 @@ def measure_groups(
             weighted = advantages.flatten().to(out.logp) * (len(batch) / counted)
             gap = max(gap, policy_gradient(model, out, weighted, config)["replay_gap"])
         rewards.append(values)
-        grouped = out.thoughts.unflatten(0, (-1, num_generations))  # [B, K, L, D]
-        # control "direct": L = 0
+        k = out.num_generations
+        grouped = out.thoughts.unflatten(0, (-1, k))  # [B, K, L, D]; L = 0 in the control "direct"
         spreads.append((grouped - grouped[:, :1]).abs().max().item() if grouped.numel() else 0.0)
-        distinct += [len(set(out.text[i : i + num_generations])) for i in range(0, len(out.text), num_generations)]
-    reward_table = torch.cat(rewards)  # [n, K]
+        distinct += [len(set(out.text[i : i + k])) for i in range(0, len(out.text), k)]
+    table = torch.cat(rewards)  # [n, K]
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
     model.zero_grad(set_to_none=True)
     return {
-        "frac_reward_zero_std": is_collapsed(reward_table).double().mean().item(),
+        "frac_reward_zero_std": is_collapsed(table).double().mean().item(),
         "max_thought_difference": max(spreads),
         "distinct_answers": sum(distinct) / len(distinct),
         "grad_norm": norm,
-        "reward": reward_table.mean().item(),
+        "reward": table.mean().item(),
         "replay_gap": gap,
         "problems": len(problems),
         "gradient_problems": counted,
-        "num_generations": num_generations,
+        "num_generations": table.shape[1],
     }
 
 
@@ -87,9 +85,7 @@ def spread_by_step(thoughts: torch.Tensor, num_generations: int) -> torch.Tensor
     Summed over features, averaged over groups; 0 means that all K thoughts are equal.
     """
     grouped = thoughts.double().unflatten(0, (-1, num_generations))  # [B, K, L, D]
-    variance = grouped.var(1, correction=1).sum(-1)  # [B, L]
-    size = grouped.square().sum(-1).mean(1)  # [B, L]
-    return (variance / size).mean(0)
+    return (grouped.var(1).sum(-1) / grouped.square().sum(-1).mean(1)).mean(0)
 
 
 def principal_plane(thoughts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

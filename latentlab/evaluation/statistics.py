@@ -4,11 +4,9 @@ Two arms answer the same n problems, so problem i gives d_i = a_i - b_i in {-1, 
 
     difference d = mean(d_i),  Var(d) = (discordance - d^2) / n,  discordance = share of d_i != 0.
 
-Differences and their bounds are in percentage points (100 x); shares, confidences and powers are in
-0..1.
+Differences and their bounds are in percentage points (100 x); shares, confidences, powers in 0..1.
 Sources: Wilson 1927; McNemar 1947; Connor 1987 (power for paired proportions); Efron & Tibshirani
-1993 (bootstrap); Owen 2007 (bootstrap of crossed factors); Chen et al. 2021, arXiv:2107.03374
-(pass@k).
+1993 (bootstrap); Owen 2007 (crossed factors); Chen et al. 2021, arXiv:2107.03374 (pass@k).
 """
 
 import numpy as np
@@ -21,10 +19,7 @@ FEW_SEEDS = 3  # the least number of seeds for which Student's interval over see
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval (low, high), shares in 0..1, for `correct` of `n` problems.
-
-    Raises ValueError unless 0 <= correct <= n and n >= 1.
-    """
+    """Wilson's score interval (low, high) in 0..1; ValueError unless 0 <= correct <= n and n >= 1."""
     _check_share("confidence", confidence)
     if not (n >= 1 and 0 <= correct <= n):
         raise ValueError(f"got correct = {correct} of n = {n}, expected 0 <= correct <= n and n >= 1: check the counts")
@@ -38,21 +33,16 @@ def paired_comparison(
     """Arm `a` minus arm `b` on the same problems; a, b [n] of 0/1 in the same order.
 
     Returns n · difference, low, high (points; percentile bootstrap over problems) · only_a, only_b
-    (problems that one arm alone got right: McNemar's b and c) · discordance (their share) · p_value
-    (exact two-sided McNemar). Where no problem is discordant the interval is [0, 0] and says only
-    that: see `detectable_difference`.
+    (problems that one arm alone got right) · discordance (their share) · p_value (exact two-sided
+    McNemar). Without discordant problems the interval is [0, 0]: see `detectable_difference`.
     Raises ValueError for other values than 0/1, or unequal or empty arrays.
     """
-    _check_share("confidence", confidence)
     a, b = _outcomes(a, b, ndim=1)
     only_a, only_b = int(np.sum(a > b)), int(np.sum(a < b))
-    means = _bootstrap((a - b)[None], np.random.default_rng(seed), resamples)  # [resamples]
-    low, high = _percentiles(means, confidence)
     return {
         "n": a.size,
         "difference": 100 * (only_a - only_b) / a.size,
-        "low": low,
-        "high": high,
+        **_bootstrap((a - b)[None], seed, confidence, resamples),
         "only_a": only_a,
         "only_b": only_b,
         "discordance": (only_a + only_b) / a.size,
@@ -66,83 +56,68 @@ def seed_comparison(
     """Arm `a` minus arm `b` over training seeds and problems; a, b [S, n] of 0/1.
 
     Row s of both arms must be the same training seed (hence the same start), column i the same
-    problem. Hierarchical bootstrap of the differences d [S, n]: each resample draws S seeds and n
-    problems with replacement, the same problems for every seed and both arms, since all answered
-    one test set. The interval therefore has the variability of both, and pairing removes what the
-    arms share. With few seeds it is too narrow for new seeds: it underestimates the seed part of
-    the variance by (S - 1) / S.
+    problem. Each bootstrap resample draws S seeds and n problems with replacement, the same
+    problems for every seed and both arms, since all answered one test set. With few seeds the
+    interval is too narrow for new seeds: it has (S - 1) / S of the seed part of the variance.
 
     Returns seeds, n · difference, low, high (points) · seed_differences [S] and their standard
     deviation seed_sd (points) · t_low, t_high: Student's interval over the seeds alone, valid for
     few seeds.
     Raises ValueError for other values than 0/1, unequal shapes, or fewer than 2 seeds.
     """
-    _check_share("confidence", confidence)
     a, b = _outcomes(a, b, ndim=2)
     if len(a) < 2:
         raise ValueError(f"got {len(a)} seed, expected at least 2: run more seeds, or use paired_comparison for one")
-    d = a - b  # [S, n]
-    low, high = _percentiles(_bootstrap(d, np.random.default_rng(seed), resamples), confidence)
-    by_seed = 100 * d.mean(axis=1)  # [S]
-    half = student.isf((1 - confidence) / 2, len(d) - 1) * by_seed.std(ddof=1) / np.sqrt(len(d))
-    return {
-        "seeds": len(d),
-        "n": d.shape[1],
-        "difference": float(by_seed.mean()),
-        "low": low,
-        "high": high,
-        "seed_differences": by_seed.tolist(),
-        "seed_sd": float(by_seed.std(ddof=1)),
-        "t_low": float(by_seed.mean() - half),
-        "t_high": float(by_seed.mean() + half),
-    }
+    seeds, n = a.shape
+    by_seed = 100 * (a - b).mean(axis=1)  # [S]
+    mean, sd = float(by_seed.mean()), float(by_seed.std(ddof=1))
+    half = float(student.isf((1 - confidence) / 2, seeds - 1) * sd / np.sqrt(seeds))
+    interval = _bootstrap(a - b, seed, confidence, resamples)
+    by_student = {"seed_sd": sd, "t_low": mean - half, "t_high": mean + half}
+    return {"seeds": seeds, "n": n, "difference": mean, **interval, "seed_differences": by_seed.tolist(), **by_student}
 
 
 def arm_comparison(a: ArrayLike, b: ArrayLike, *, seed: int) -> dict:
     """Arm `a` minus arm `b` over S >= 1 training seeds and per seed; a, b as in `seed_comparison`.
 
-    Returns difference, low, high · wide_low, wide_high, the interval that decides: over problems
-    for one seed, the bootstrap's for two (Student's would be 12.7 standard errors wide), and from
-    FEW_SEEDS on the wider of both · per_seed, the `paired_comparison` of each · with several seeds
-    all keys of `seed_comparison`.
+    Returns the keys of `seed_comparison` (one seed: `paired_comparison`) · wide_low, wide_high, the
+    interval that decides: the bootstrap's, from FEW_SEEDS on the wider of it and Student's (12.7
+    standard errors wide for two seeds) · per_seed, the `paired_comparison` of each.
     """
     a, b = _outcomes(a, b, ndim=2)
     per_seed = [paired_comparison(ours, theirs, seed=seed) for ours, theirs in zip(a, b, strict=True)]
     pooled = {"seeds": 1, **per_seed[0]} if len(a) == 1 else seed_comparison(a, b, seed=seed)
     bounds = [pooled[key] for key in ("low", "high", "t_low", "t_high")[: 4 if len(a) >= FEW_SEEDS else 2]]
-    wide = {"wide_low": min(bounds), "wide_high": max(bounds)}
-    return {**pooled, **wide, "per_seed": per_seed}
+    return {**pooled, "wide_low": min(bounds), "wide_high": max(bounds), "per_seed": per_seed}
 
 
 def pass_at_k(correct_counts: ArrayLike, n: int, k: int) -> np.ndarray:
     """Unbiased estimate, per problem, that one of k rollouts is right: 1 - C(n - c, k) / C(n, k).
 
-    correct_counts [B]: right rollouts c among the n drawn for each problem. Returns [B], shares in
-    0..1; their mean is pass@k.
+    correct_counts [B]: right rollouts c of each problem. Returns [B] in 0..1; the mean is pass@k.
     Raises ValueError unless 1 <= k <= n and every 0 <= c <= n is whole.
     """
     c = np.asarray(correct_counts)
     if not 1 <= k <= n:
         raise ValueError(f"got k = {k} and n = {n}, expected 1 <= k <= n: draw at least k rollouts a problem")
     if c.size == 0 or not np.all((c >= 0) & (c <= n) & (c == np.floor(c))):
-        raise ValueError(f"got correct_counts {_short(c)}, expected whole numbers in 0..{n}, at least one: check them")
+        got = f"correct_counts {c.flatten()[:5].tolist()}"
+        raise ValueError(f"got {got}, expected whole numbers in 0..{n}, at least one: check them")
     return hypergeom.sf(0, n, c, k)  # k drawn without replacement from n, c of which are right: at least one
 
 
 def power_at(difference: float, n: int, discordance: float, confidence: float = 0.95) -> float:
     """Probability that a two-sided paired test resolves a true `difference` (points) on n problems.
 
-    discordance: share (0..1) of problems that exactly one arm gets right. Normal approximation
-    (Connor 1987).
+    discordance: share of problems that exactly one arm gets right. Connor's normal approximation.
     Raises ValueError unless n >= 1, 0 < discordance <= 1 and |difference| <= 100 x discordance.
     """
     _check_share("confidence", confidence)
     d = difference / 100
     if not (n >= 1 and 0 < discordance <= 1 and abs(d) <= discordance * (1 + 1e-12)):  # 100 x / 100 rounds
-        raise ValueError(
-            f"got difference = {difference} points, n = {n}, discordance = {discordance}, expected n >= 1, "
-            "0 < discordance <= 1 and |difference| <= 100 x discordance: check units"
-        )
+        got = f"{n = }, {discordance = }, {difference = } points"
+        expected = "n >= 1, 0 < discordance <= 1, |difference| <= 100 x discordance"
+        raise ValueError(f"got {got}, expected {expected}: check units")
     bound = norm.isf((1 - confidence) / 2) * np.sqrt(discordance / n)  # |estimate| beyond this is significant
     scale = np.sqrt(max(discordance - d**2, 1e-12) / n)
     return float(norm.sf((bound - d) / scale) + norm.cdf((-bound - d) / scale))
@@ -151,15 +126,12 @@ def power_at(difference: float, n: int, discordance: float, confidence: float = 
 def detectable_difference(n: int, discordance: float, power: float = 0.8, confidence: float = 0.95) -> float:
     """The smallest true difference (points) that n problems resolve with probability `power`.
 
-    Arguments and errors as in `power_at`, which it inverts; ValueError too where no difference
-    suffices.
+    Inverts `power_at`: arguments and errors as there; ValueError too where no difference suffices.
     """
     _check_share("power", power)
     largest = 100 * discordance
     if power_at(largest, n, discordance, confidence) < power:
-        raise ValueError(
-            f"got n = {n}, discordance = {discordance}, expected enough for power {power}: use more problems"
-        )
+        raise ValueError(f"got {n = }, {discordance = }, expected enough for power {power}: use more problems")
     if power <= 1 - confidence:
         return 0.0  # the test's error rate alone
     return float(brentq(lambda d: power_at(d, n, discordance, confidence) - power, 0.0, largest))
@@ -168,60 +140,46 @@ def detectable_difference(n: int, discordance: float, power: float = 0.8, confid
 def verdict(difference_points: float, low: float, high: float, target: float = 1.72) -> str:
     """The study's rule for a paired difference with interval [low, high], all in points.
 
-    "reproduced" if low > 0 and high >= target · "smaller gain" if low > 0 and high < target · "not
-    reproduced" if low <= 0 and high < target · else "not resolved". target: the paper's gain, 27.29
-    -> 29.01 %.
+    low > 0: "reproduced" if high >= target, else "smaller gain"; low <= 0: "not reproduced" if
+    high < target, else "not resolved". target: the paper's gain, 27.29 -> 29.01 %.
     Raises ValueError unless low <= difference_points <= high.
     """
     if not low <= difference_points <= high:  # also false for NaN
-        raise ValueError(
-            f"got difference {difference_points} with interval [{low}, {high}], expected low <= difference <= high: "
-            "pass the three of one comparison, in points"
-        )
+        got = f"difference {difference_points} with interval [{low}, {high}]"
+        raise ValueError(f"got {got}, expected low <= difference <= high: pass the three of one comparison")
     if low > 0:
         return "reproduced" if high >= target else "smaller gain"
     return "not reproduced" if high < target else "not resolved"
 
 
-def _bootstrap(d: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Means [resamples] of d [S, n] over resampled rows and columns (columns alone if S = 1).
+def _bootstrap(d: np.ndarray, seed: int, confidence: float, resamples: int) -> dict[str, float]:
+    """Percentile interval (points) of the mean of d [S, n] over resampled rows and columns.
 
-    Equal columns are drawn together, as a multinomial over the distinct ones (3 if S = 1).
+    Columns alone if S = 1. Equal columns are drawn together, as a multinomial over the distinct
+    ones (3 if S = 1).
     """
+    _check_share("confidence", confidence)
     if resamples < 1:
         raise ValueError(f"got resamples = {resamples}, expected at least 1: 10,000 is usual")
-    seeds, n = d.shape
+    rng, (seeds, n) = np.random.default_rng(seed), d.shape
     patterns, counts = np.unique(d, axis=1, return_counts=True)  # [S, P], [P]
     problem_weights = rng.multinomial(n, counts / n, size=resamples)  # [resamples, P]
     seed_weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)  # [resamples, S]
-    return ((seed_weights @ patterns) * problem_weights).sum(axis=1) / (seeds * n)
-
-
-def _percentiles(means: np.ndarray, confidence: float) -> tuple[float, float]:
-    tail = (1 - confidence) / 2
-    low, high = 100 * np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    means = ((seed_weights @ patterns) * problem_weights).sum(axis=1) / (seeds * n)
+    low, high = 100 * np.quantile(means, [(1 - confidence) / 2, 1 - (1 - confidence) / 2])
+    return {"low": float(low), "high": float(high)}
 
 
 def _outcomes(a: ArrayLike, b: ArrayLike, *, ndim: int) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.ndim != ndim or a.size == 0:
-        shape = "[n]" if ndim == 1 else "[seeds, n]"
-        raise ValueError(
-            f"got shapes {a.shape} and {b.shape}, expected two equal {shape}, not empty: use the same problems"
-        )
-    for x in (a, b):
-        if not np.isin(x, (0, 1)).all():
-            raise ValueError(
-                f"got outcomes {_short(x[~np.isin(x, (0, 1))])}, expected 0 or 1: pass right/wrong per problem"
-            )
+        expected = f"two equal {'[n]' if ndim == 1 else '[seeds, n]'}, not empty"
+        raise ValueError(f"got shapes {a.shape} and {b.shape}, expected {expected}: use the same problems")
+    if (wrong := np.setdiff1d(np.union1d(a, b), (0, 1))).size:
+        raise ValueError(f"got outcomes {wrong[:5].tolist()}, expected 0 or 1: pass right/wrong per problem")
     return a.astype(np.int64), b.astype(np.int64)
 
 
 def _check_share(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise ValueError(f"got {name} = {value}, expected a share between 0 and 1, such as 0.95: divide percent by 100")
-
-
-def _short(values: np.ndarray) -> str:
-    return np.array2string(np.ravel(values)[:5], separator=", ").replace("\n", "") + (" …" if values.size > 5 else "")

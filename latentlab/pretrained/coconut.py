@@ -1,15 +1,12 @@
 """Coconut checkpoints as others publish them, read into a plain causal LM and its tokenizer.
 
 checkpoint_N: the official trainer's torch.save of a state dict, with keys `base_causallm.*`, and
-`embedding.weight`, the input embedding once more. The embedding has three rows more than the base
-model's tokenizer has tokens: <|start-latent|>, <|end-latent|>, <|latent|>, in this order. Config
-and tokenizer come from the base model, a folder or a Hub id.
+`embedding.weight`, the input embedding once more: three rows more than the base model's tokenizer
+has tokens, in the order of TOKENS. Config and tokenizer come from the base model.
 
 HF folder: config.json (model_type gpt2) with latent_id, latent_start_id, latent_end_id (negative:
 not set), safetensors, and a tokenizer with the three tokens.
 
-Neither records the number of thoughts or the answer length: `RECIPE` has those of the published
-GSM8K checkpoints.
 Sources of the layouts: facebookresearch/coconut, run.py and coconut.py;
 ModalityDance/latent-tts-coconut.
 """
@@ -25,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 TOKENS = ("<|start-latent|>", "<|end-latent|>", "<|latent|>")  # in the order of their rows in a state dict
 CONFIG_IDS = ("latent_start_id", "latent_end_id", "latent_id")  # the config's names for the same three
 BASE = "openai-community/gpt2"  # what the official GSM8K recipe starts from
-RECIPE = {"num_thoughts": 6, "max_new_tokens": 64}  # 3 latent stages of 2 thoughts; 64 new tokens at test
+RECIPE = {"num_thoughts": 6, "max_new_tokens": 64}  # of the published GSM8K checkpoints, which do not record them
 PREFIX = "base_causallm."
 
 
@@ -46,44 +43,30 @@ def state_dict_file(name: str) -> Path | None:
 def load_state_dict(file: Path, base: str):
     """(lm in float32, tokenizer) from a `checkpoint_N` file and the config and tokenizer of `base`.
 
-    Raises ValueError with one line for a file that is no such state dict or does not fit the base
-    model.
+    Raises ValueError, one line, for a file that is no such state dict or does not fit `base`.
     """
     weights = _read(file)
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds: missing files, no network
-        raise FileNotFoundError(
-            f"base model: could not get config and tokenizer of {base} for {file.name}; pass base=, a folder with both"
-        ) from error
-    tokenizer.add_tokens([token for token in TOKENS if token not in tokenizer.get_vocab()], special_tokens=True)
-    embedding = next(weights[key] for key in weights if key.endswith(("wte.weight", "embed_tokens.weight")))
-    if len(embedding) != len(tokenizer):
-        raise ValueError(
-            f"checkpoint {file.name}: got {len(embedding)} embedding rows, expected {len(tokenizer)} ({base} and three "
-            "latent tokens); pass the base model it was trained from as base="
-        )
-    config.vocab_size = len(embedding)
+        got = f"could not get config and tokenizer of {base} for {file.name}"
+        raise FileNotFoundError(f"base model: {got}; pass base=, a folder with both") from error
+    tokenizer.add_tokens(list(TOKENS), special_tokens=True)
+    config.vocab_size = len(tokenizer)
     with torch.random.fork_rng(devices=[]):  # leaves the global generator as it was: all weights are overwritten
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    buffers = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # of older versions: not weights
+    fit = f"expected those of {base} with three latent tokens; pass the base model it was trained from as base="
     try:
-        missing, unexpected = lm.load_state_dict(
-            {key: value for key, value in weights.items() if not key.endswith(buffers)}, strict=False
-        )
+        missing, unexpected = lm.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(
-            f"checkpoint {file.name}: does not fit the base model {base} ({reason}); pass another base="
-        ) from error
+        reason = str(error).strip().splitlines()[1].strip()
+        raise ValueError(f"checkpoint {file.name}: got weights of other shapes ({reason}), {fit}") from error
     lm.tie_weights()
     missing = [key for key in missing if key != "lm_head.weight" or not config.tie_word_embeddings]
     if missing or unexpected:
-        raise ValueError(
-            f"checkpoint {file.name}: got {len(unexpected)} unknown and {len(missing)} missing weights "
-            f"({[*unexpected, *missing][0]}), expected those of {base}; pass another base="
-        )
+        got = f"{len(unexpected)} unknown and {len(missing)} missing weights ({[*unexpected, *missing][0]})"
+        raise ValueError(f"checkpoint {file.name}: got {got}, {fit}")
     return lm, tokenizer
 
 
@@ -94,15 +77,14 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
             warnings.simplefilter("ignore")  # about other pickles, which are refused in one line
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds: not a zip, truncated, something other than tensors inside
-        raise ValueError(
-            f"checkpoint {file.name}: could not be read as a state dict ({type(error).__name__}); it is damaged or no "
-            "torch.save of weights, use another"
-        ) from error
+        got = f"could not be read as a state dict ({type(error).__name__})"
+        raise ValueError(f"checkpoint {file.name}: {got}; it is damaged or no torch.save of weights") from error
     state = {key.removeprefix("module."): value for key, value in state.items()} if isinstance(state, dict) else {}
-    weights = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
-    if not weights:
+    buffers = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # of older versions: not weights
+    names = [key for key in state if key.startswith(PREFIX) and not key.endswith(buffers)]
+    if not names:
         raise ValueError(f"checkpoint {file.name}: got no key {PREFIX}*, expected a Coconut state dict; use another")
-    return weights
+    return {key.removeprefix(PREFIX): state[key] for key in names}
 
 
 def name_latent_tokens(config, tokenizer) -> bool:
@@ -113,13 +95,10 @@ def name_latent_tokens(config, tokenizer) -> bool:
     """
     if not all(hasattr(config, key) for key in CONFIG_IDS):
         return False
-    ids = {token: getattr(config, key) for token, key in zip(TOKENS, CONFIG_IDS, strict=True)}
-    ids = {token: i for token, i in ids.items() if i >= 0}
-    vocabulary = tokenizer.get_vocab()
-    tokenizer.add_tokens([t for t in sorted(ids, key=lambda t: ids[t]) if t not in vocabulary], special_tokens=True)
+    given = {token: getattr(config, key) for token, key in zip(TOKENS, CONFIG_IDS, strict=True)}
+    ids = {token: i for token, i in sorted(given.items(), key=lambda item: item[1]) if i >= 0}
+    tokenizer.add_tokens(list(ids), special_tokens=True)
     got = {token: tokenizer.convert_tokens_to_ids(token) for token in ids}
     if got != ids:
-        raise ValueError(
-            f"checkpoint: got the latent tokens {got} in the tokenizer, expected the config's {ids}; use its tokenizer"
-        )
+        raise ValueError(f"checkpoint: got latent tokens {got}, expected the config's {ids}; use its own tokenizer")
     return True

@@ -6,9 +6,7 @@
     model_from_config(config)      what a preset asks for
     save_model(model, folder)      safetensors + tokenizer + config + latentlab.json
 
-Foreign checkpoints get the three latent tokens added, their rows initialised from the embedding of
-"<<" as in the official Coconut code. Only safetensors are read, or tensors alone (`weights_only`):
-no pickle, no remote code.
+Only safetensors are read, or tensors alone (`weights_only`): no pickle, no remote code.
 """
 
 from __future__ import annotations
@@ -36,10 +34,8 @@ from latentlab.runtime.hub import TIMEOUT, hub_answers
 
 PACKAGED = Path(__file__).parent.parent / "checkpoints"  # in an installed wheel
 CHECKPOINTS = PACKAGED if PACKAGED.is_dir() else repository_root() / "data" / "checkpoints"
-SHIPPED = ("tiny",)
 STATE_FILE = "latentlab.json"
 SETTINGS = {"num_thoughts": "int", "max_new_tokens": "int", "feedback": "str"}  # the contents of STATE_FILE
-PROVENANCE = "PROVENANCE.json"  # where a folder's weights come from, if its maker says so
 NATIVE_DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "summary_first_dropout")
 REMEDY = "connect to the Hub, or pass a folder that holds the model (python scripts/fetch_smollm2.py makes SmolLM2's)"
 
@@ -52,53 +48,45 @@ def model_from_config(config: Config, *, init_from: str | None = None) -> Latent
     settings: dict[str, Any] = {"num_thoughts": config.num_thoughts, "max_new_tokens": config.max_new_tokens}
     if b.name_or_path != "scratch":
         return load_model(b.name_or_path, **settings)
-    settings |= {"n_layer": b.n_layer, "n_embd": b.n_embd, "n_head": b.n_head, "n_positions": b.n_positions}
-    return build_model(WORDS, seed=config.seed, **settings)
+    shape = {"n_layer": b.n_layer, "n_embd": b.n_embd, "n_head": b.n_head, "n_positions": b.n_positions}
+    return build_model(WORDS, seed=config.seed, **shape, **settings)
 
 
-def load_model(
-    name_or_path: str | Path,
-    *,
-    num_thoughts: int | None = None,
-    max_new_tokens: int | None = None,
-    feedback: str | None = None,
-    base: str | None = None,
-) -> LatentReasoner:
+def load_model(name_or_path: str | Path, *, base: str = coconut.BASE, **settings: Any) -> LatentReasoner:
     """Load a model in float32: "tiny" (the shipped checkpoint), a folder or a Hub id.
 
-    The run folder of a training run stands for its best/. A folder written by `save_model` knows
-    its number of thoughts and its answer length, a published Coconut checkpoint takes its recipe's;
-    for other checkpoints pass `num_thoughts` and `max_new_tokens`, which also override what is
-    stored. `feedback` as in `LatentReasoner`. `base` is the base model of a Coconut `checkpoint_N`
-    state dict, a folder or a Hub id; default: GPT-2.
+    The run folder of a training run stands for its best/.
+    settings: `num_thoughts`, `max_new_tokens` and `feedback` of `LatentReasoner`. A folder written
+    by `save_model` has them, a published Coconut checkpoint takes its recipe's, other checkpoints
+    need the first two; what is passed overrides what is stored.
+    base: the base model of a Coconut `checkpoint_N` state dict, a folder or a Hub id.
 
     Returns a model whose `provenance` has kind, name and sha256 of the weights.
     Raises FileNotFoundError (no such checkpoint, Hub not reachable) or ValueError (damaged or
     incomplete checkpoint, settings missing), one line each.
     """
-    name = str(shipped_checkpoint(str(name_or_path)) if name_or_path in SHIPPED else name_or_path)
-    if os.path.exists(os.path.join(name, "metrics.jsonl")) and os.path.exists(os.path.join(name, "best")):
+    name = str(shipped_checkpoint("tiny") if name_or_path == "tiny" else name_or_path)
+    if Path(name, "metrics.jsonl").exists() and Path(name, "best").exists():
         name = os.path.join(name, "best")
     _silence_transformers()
     state_dict = coconut.state_dict_file(name)
-    lm, tokenizer = coconut.load_state_dict(state_dict, base or coconut.BASE) if state_dict else _load_pair(name)
+    lm, tokenizer = coconut.load_state_dict(state_dict, base) if state_dict else _load_pair(name)
     published = coconut.name_latent_tokens(lm.config, tokenizer) or state_dict
-    given = {"num_thoughts": num_thoughts, "max_new_tokens": max_new_tokens, "feedback": feedback}
-    settings: dict[str, Any] = {**(coconut.RECIPE if published else {}), **_stored_settings(name)}
-    settings |= {key: value for key, value in given.items() if value is not None}
+    settings = {**(coconut.RECIPE if published else {}), **_stored_settings(name), **settings}
     missing = [key for key in ("num_thoughts", "max_new_tokens") if key not in settings]
     if missing:
         raise ValueError(f"{name}: got no {STATE_FILE} beside the weights, expected {' and '.join(missing)}; pass them")
     add_latent_tokens(lm, tokenizer)
     no_native_dropout(lm)
     model = LatentReasoner(lm, tokenizer, **settings)
-    kind = "checkpoint_N state dict" if state_dict else _kind(Path(name))
+    kind = "checkpoint_N state dict" if state_dict else "folder" if os.path.isdir(name) else "hub"
+    if (made := Path(name, "PROVENANCE.json")).is_file() and not state_dict:  # as its maker describes them
+        kind = read_json(made, "the source of these weights").get("kind", kind)
     model.provenance = {"kind": kind, "name": Path(name).name, **weights_hash(state_dict or name)}
     return model
 
 
-def _silence_transformers() -> None:
-    """No loading bars and config warnings of transformers: they would appear in the notebooks."""
+def _silence_transformers() -> None:  # its loading bars and config warnings would appear in the notebooks
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
 
@@ -106,11 +94,9 @@ def _silence_transformers() -> None:
 def _load_pair(name: str) -> tuple[Any, Any]:
     """(lm, tokenizer) from a folder or a Hub id."""
     if os.path.isdir(name):
-        if not any(Path(name).glob("*.safetensors")) or not (Path(name) / "config.json").exists():
-            raise FileNotFoundError(
-                f"checkpoint: got the folder {name} without config.json and *.safetensors, expected a saved model; "
-                "name a folder written by `latentlab curriculum` or `latentlab grpo`"
-            )
+        if not any(Path(name).glob("*.safetensors")) or not Path(name, "config.json").exists():
+            got = f"the folder {name} without config.json and *.safetensors"
+            raise FileNotFoundError(f"checkpoint: got {got}, expected a saved model; name one of `latentlab grpo`")
     elif os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"checkpoint: got {name}, which is no folder, expected a checkpoint folder or a Hub id")
     elif not hub_answers():
@@ -118,25 +104,22 @@ def _load_pair(name: str) -> tuple[Any, Any]:
     options = {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # None would ask the user
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, **options, use_safetensors=True, trust_remote_code=False
-        )
-        lm, info = loaded
+        load: Any = AutoModelForCausalLM.from_pretrained
+        lm, info = load(name, **options, use_safetensors=True, trust_remote_code=False)
         if info["missing_keys"]:  # transformers would initialise these weights at random
             raise ValueError(f"no weights for {min(info['missing_keys'])}, expected all that config.json describes")
     except Exception as error:  # transformers raises many kinds: missing files, damaged files, no network
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if os.path.isdir(name):
-            raise ValueError(
-                f"checkpoint {name}: could not be read ({reason}); it is damaged or incomplete, use another"
-            ) from error
+            damage = f"could not be read ({reason}); it is damaged or incomplete, use another"
+            raise ValueError(f"checkpoint {name}: {damage}") from error
         raise FileNotFoundError(f"Hub: could not get {name} ({reason}); {REMEDY}") from error
     return lm, tokenizer
 
 
 def _stored_settings(name: str) -> dict:
     """The contents of STATE_FILE, in a folder or on the Hub; {} for a foreign checkpoint."""
-    path = Path(name) / STATE_FILE
+    path = Path(name, STATE_FILE)
     if not os.path.exists(name):
         path = Path(cached_file(name, STATE_FILE, _raise_exceptions_for_missing_entries=False) or path)
     if not path.exists():
@@ -148,12 +131,10 @@ def _stored_settings(name: str) -> dict:
 
 
 def add_latent_tokens(lm, tokenizer) -> None:
-    """Make START, LATENT, END single tokens; new rows start as the row of "<<", as in Coconut."""
+    """Make START, LATENT, END single tokens; new rows start as that of "<<", as in Coconut's code."""
     before, rows = len(tokenizer), lm.get_input_embeddings().weight.shape[0]
     if before > rows:
-        raise ValueError(
-            f"tokenizer: got {before} tokens for {rows} embedding rows, expected the tokenizer of these weights"
-        )
+        raise ValueError(f"tokenizer: got {before} tokens for {rows} embedding rows, expected that of these weights")
     marker = tokenizer("<<", add_special_tokens=False)["input_ids"]
     if not marker or tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: got none for '<<' or no eos token, expected a causal LM's with both; use another")
@@ -189,23 +170,12 @@ def save_model(model: LatentReasoner, folder: str | Path) -> None:
 
 
 def shipped_checkpoint(preset: str) -> Path:
-    """The folder of the shipped checkpoint for `preset` (smoke uses tiny's).
-
-    Raises FileNotFoundError for a preset without one.
-    """
+    """The folder of a preset's shipped checkpoint (smoke: tiny's); FileNotFoundError if it has none."""
     folder = CHECKPOINTS / {"smoke": "tiny"}.get(preset, preset)
     if not folder.exists():
-        raise FileNotFoundError(
-            f"checkpoint: got no {folder}, expected a trained model for preset {preset}; train one with "
-            f"`latentlab curriculum --preset {preset}` and name its run folder (--init-from FOLDER, evaluate FOLDER)"
-        )
+        remedy = f"train one with `latentlab curriculum --preset {preset}` and pass its run folder"
+        raise FileNotFoundError(f"checkpoint: got no {folder}, expected a model for preset {preset}; {remedy}")
     return folder
-
-
-def _kind(folder: Path) -> str:
-    if (folder / PROVENANCE).is_file():
-        return read_json(folder / PROVENANCE, "the source of these weights").get("kind", "folder")
-    return "folder" if folder.is_dir() else "hub"
 
 
 def weights_hash(name: str | Path) -> dict[str, str]:

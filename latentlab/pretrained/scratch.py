@@ -23,18 +23,12 @@ def word_tokenizer(words: tuple[str, ...]) -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    words: tuple[str, ...],
-    *,
-    n_layer: int,
-    n_embd: int,
-    n_head: int,
-    n_positions: int,
-    num_thoughts: int,
-    max_new_tokens: int,
-    seed: int,
-    feedback: str = "thought",
+    words: tuple[str, ...], *, n_layer: int, n_embd: int, n_head: int, n_positions: int, seed: int, **settings: Any
 ) -> LatentReasoner:
-    """A GPT-2 of the given shape with a word tokenizer; weights depend on `seed` alone."""
+    """A GPT-2 of the given shape with a word tokenizer; weights depend on `seed` alone.
+
+    settings: `num_thoughts`, `max_new_tokens` and `feedback` of `LatentReasoner`.
+    """
     tokenizer = word_tokenizer(words)
     shape: dict[str, Any] = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_positions": n_positions}
     shape |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
@@ -43,6 +37,6 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = GPT2LMHeadModel(config)
-    model = LatentReasoner(lm, tokenizer, num_thoughts=num_thoughts, max_new_tokens=max_new_tokens, feedback=feedback)
+    model = LatentReasoner(lm, tokenizer, **settings)
     model.provenance = {"kind": "from scratch", "seed": seed}
     return model

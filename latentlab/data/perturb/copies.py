@@ -5,6 +5,7 @@ The copies teach arithmetic and number binding, not new wording: they are not GS
 The measured quality of the copies of GSM8K: scripts/measure_copies.py.
 """
 
+import math
 import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from latentlab.data.perturb.equations import Number, decimals, is_padded, simple
 from latentlab.data.perturb.template import Template, trace
 from latentlab.problems import Problem
 
+_Grid = tuple[int, Sequence[int]]
 _MISSES = 200  # draws in a row without a new variant, after which a problem is taken to have no more
 _ROUND = ((1000, 8000), (500, 4000), (100, 800), (50, 400), (10, 80), (5, 20))  # (step, smallest value that takes it)
 
@@ -23,10 +25,9 @@ def perturb(problem: Problem, n: int, seed: int) -> list[Problem]:
     """Up to `n` copies of `problem` with other numbers.
 
     Fewer where the numbers leave no room, none where the origin of a number is in doubt. Variant k
-    depends on (problem, seed, k) alone, not on n. Its id is "<id>~<k>", its source
-    "<source>/perturbed". All variants differ from one another and from the original, every equation
-    holds exactly, whole numbers stay positive whole numbers, decimals keep their places, and any
-    two numbers of the question keep their order.
+    depends on (problem, seed, k) alone; its id is "<id>~<k>", its source "<source>/perturbed". All
+    variants differ from one another and from the original, every equation holds exactly, whole
+    numbers stay positive and whole, decimals keep their places, numbers of the question their order.
     Raises ValueError for n < 0.
     """
     if n < 0:
@@ -37,19 +38,16 @@ def perturb(problem: Problem, n: int, seed: int) -> list[Problem]:
     rng = random.Random(f"perturb, seed {seed}, {problem.id}, {problem.question}")  # seeded through SHA-512 of the text
     grids = {i: _grid(template, i) for i in sorted(template.free)}
     variants: list[Problem] = []
-    source = f"{problem.source}/perturbed"
     seen, misses = {template.values}, 0
     while len(variants) < n and misses < _MISSES:
         values = _draw(rng, template, grids)
-        numbers = None if values is None or values in seen else template.recompute(values)
-        if values is None or numbers is None:
+        if values is None or values in seen or (numbers := template.recompute(values)) is None:
             misses += 1
             continue
         misses = 0
         seen.add(values)
-        question, steps = template.write(numbers)
-        answer = write_like(numbers[-1], "0")
-        variants.append(Problem(f"{problem.id}~{len(variants)}", question, steps, answer, source))
+        id, answer = f"{problem.id}~{len(variants)}", write_like(numbers[-1], "0")
+        variants.append(Problem(id, *template.write(numbers), answer, f"{problem.source}/perturbed"))
     return variants
 
 
@@ -58,32 +56,30 @@ def perturbed(problems: Iterable[Problem], n: int, seed: int) -> list[Problem]:
     return [variant for problem in problems for variant in perturb(problem, n, seed)]
 
 
-def _grid(template: Template, i: int) -> tuple[int, Sequence[int]]:
+def _grid(template: Template, i: int) -> _Grid:
     """(scale, ticks): variable i may become any tick / scale.
 
-    Values near the old one, as round, with as many decimals, below the ceiling of their unit, and
-    consistent with an "a" or "an" before them.
+    Near the old value, as round, with as many decimals, below its unit's ceiling, fit for its a(n).
     """
     old = template.values[i]
     scale = 10 ** decimals(old)
     ticks = int(old * scale)
     step = next((step for step, least in _ROUND if ticks % step == 0 and ticks >= least), 1)
     low, high = max(ticks * 3 // 5, 2 if scale == 1 else 1), max(ticks * 9 // 5, ticks + 3)
-    contexts = template.contexts(i)
-    ceilings = [wording.ceiling(old, after) for _, _, after in contexts]
+    question = template.problem.question
+    spans = [(start, end) for start, end, variable in template.spans if variable == i]
+    ceilings = [wording.ceiling(old, question[end:]) for _, end in spans]
     high = min([high, *[limit * scale for limit in ceilings if limit is not None]])
     grid: Sequence[int] = range(-(-low // step) * step, high + 1, step)
-    for before, text, _ in contexts:
-        if article := wording.ARTICLE.search(before):
+    for start, end in spans:
+        if article := wording.ARTICLE.search(question[:start]):
             grid = [tick for tick in grid if wording.takes_an(tick // scale) == (article[1].lower() == "an")]
-        if scale > 1 and not is_padded(text):
+        if scale > 1 and not is_padded(question[start:end]):
             grid = [tick for tick in grid if tick % 10]
     return scale, grid
 
 
-def _draw(
-    rng: random.Random, template: Template, grids: dict[int, tuple[int, Sequence[int]]]
-) -> tuple[Number, ...] | None:
+def _draw(rng: random.Random, template: Template, grids: dict[int, _Grid]) -> tuple[Number, ...] | None:
     """New values in the order of the old, each uniform between its neighbours, or None."""
     known = {i: value for i, value in enumerate(template.values) if i not in grids}
     left = list(grids)
@@ -91,9 +87,8 @@ def _draw(
         i = left.pop(int(rng.random() * len(left)))
         scale, ticks = grids[i]
         below = max([value for j, value in known.items() if j < i], default=0)
-        above = min([value for j, value in known.items() if j > i], default=None)
-        low = bisect_right(ticks, below * scale)
-        high = len(ticks) if above is None else bisect_left(ticks, above * scale)
+        above = min([value for j, value in known.items() if j > i], default=math.inf)
+        low, high = bisect_right(ticks, below * scale), bisect_left(ticks, above * scale)
         if low >= high:
             return None
         tick = ticks[low + int(rng.random() * (high - low))]

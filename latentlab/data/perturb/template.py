@@ -24,11 +24,9 @@ class Origin(NamedTuple):
 
     source: int
     a: Number = 0
-    b: Number = 1  # 0: the constant a
+    b: Number = 1  # 0: the constant a, from no source
 
     def value(self, numbers: Sequence[Number]) -> Number:
-        if not self.b:
-            return self.a
         source = numbers[self.source]
         return source if self.b == 1 and not self.a else simplest(self.a + self.b * source)
 
@@ -101,12 +99,10 @@ class Template:
         return True
 
     def _possible_origins(self, value: Number) -> list[Origin]:
-        n = len(self.values)
-        possible = [Origin(n + j) for j, old in enumerate(self.numbers[n:]) if old == value]
+        possible = [Origin(j) for j in range(len(self.values), len(self.numbers)) if self.numbers[j] == value]
         for i, old in enumerate(self.values):
             forms: list[tuple[Number, Number]] = [(0, 1)]
-            if i in self.hundredths:
-                forms.append((0, Fraction(1, 100)))
+            forms += [(0, Fraction(1, 100))] if i in self.hundredths else []
             if i in self.percent and old < 100:  # what is left of, or comes to, a whole: 80 or .8 for "20% off"
                 forms += [(100, -1), (100, 1), (1, Fraction(-1, 100)), (1, Fraction(1, 100))]
             possible += [Origin(i, a, b) for a, b in forms if a + b * old == value]
@@ -114,11 +110,10 @@ class Template:
 
     def _in_disguise(self, constant: Number) -> set[int]:
         """Variables a constant may stand for: 2 for 50 %, 30 minutes, 6 months; 3 for 90/30."""
-        values = self.values
-        units = {i for i, whole in self.wholes if whole in (constant * values[i], constant * (whole - values[i]))}
-        units |= {i for i, whole in self.wholes if whole * constant == values[i]}
+        values, c = self.values, constant
+        parts = {i for i, of in self.wholes if of in (c * values[i], c * (of - values[i])) or of * c == values[i]}
         pairs = itertools.combinations(range(len(values)), 2) if constant > 2 else ()
-        return units.union(*[{i, j} for i, j in pairs if values[i] > 1 and values[i] * constant == values[j]])
+        return parts.union(*[{i, j} for i, j in pairs if values[i] > 1 and values[i] * c == values[j]])
 
     def freeze_redundant(self) -> None:
         """Freeze redundant givens: 10 boys, 15 girls, 25 children; 3 and 4 days of a week."""
@@ -136,11 +131,11 @@ class Template:
             total = sum([values[i] for i in parts])
             if total in totals:
                 involved = totals[total].union(parts)
-                doubtful = not totals[total] or idle & involved
-                self.frozen |= involved if total >= (7 if doubtful else _CHANCE) * (len(parts) - 1) else set()
+                least = 7 if not totals[total] or idle & involved else _CHANCE
+                self.frozen |= involved if total >= least * (len(parts) - 1) else set()
         for parts in _pairs_and_triples(sorted(set(self.percent))):  # 40 may be the 40 % or what 20 % and 40 % leave
-            rest = 100 - sum([values[i] for i in parts])
-            self.frozen |= {values.index(rest), *parts} if rest in values else set()
+            if (rest := 100 - sum([values[i] for i in parts])) in values:
+                self.frozen |= {values.index(rest), *parts}
 
     def recompute(self, values: tuple[Number, ...]) -> list[Number] | None:
         """`numbers` under new values; None if one of these does not hold.
@@ -171,19 +166,13 @@ class Template:
             steps.append(f"<<{_fill(equation.left, literals)}={write_like(result, equation.right)}>>")
         return question, tuple(steps)
 
-    def contexts(self, i: int) -> list[tuple[str, str, str]]:
-        """(text before, number, text after) of each place of variable i."""
-        q = self.problem.question
-        return [(q[:start], q[start:end], q[end:]) for start, end, k in self.spans if k == i]
-
 
 def _pairs_and_triples(items: Sequence[int]):
     return itertools.chain(itertools.combinations(items, 2), itertools.combinations(items, 3))
 
 
 def _ranks(numbers: Sequence[Number]) -> list[int]:
-    order = sorted(set(numbers))
-    return [order.index(value) for value in numbers]
+    return [sorted(set(numbers)).index(value) for value in numbers]
 
 
 def _fill(text: str, holes: list[tuple[int, int, Number]]) -> str:

@@ -1,8 +1,7 @@
 """What the words of a question say about its numbers: licensed constants, names, units, decisions.
 
-The tables err on the side of caution: a licensed constant that equals a number of the question
-makes `perturb` freeze that number, so a superfluous word costs a few variants and never gives a
-wrong one.
+The tables are cautious: a number that equals a licensed constant is frozen, so a superfluous word
+costs a few variants and never gives a wrong one.
 """
 
 import itertools
@@ -60,7 +59,8 @@ _TABLE = rf"""
 3               | yards? | feet|foot|ft
 5280            | miles? | feet|foot
 16              | pounds?|lbs? | ounces?|oz
-4               | gallons?|half-gallons? | quarts?
+2000            | tons? | pounds?
+4               | gallons? | quarts?
 8               | gallons? | pints?
 16              | gallons? | cups?
 128             | gallons? | ounces?
@@ -69,7 +69,6 @@ _TABLE = rf"""
 4               | quarts? | cups?
 2               | pints? | cups?
 8               | cups? | ounces?
-2000            | tons? | pounds?
 1000            | kilo\w*|km|kg|met(?:er|re)s?|lit(?:er|re)s?|grams?|mg|ml|milli\w*
 100             | cm|centi\w* | met(?:er|re)s?
 100 .01         | cents?|penny|pennies
@@ -101,7 +100,7 @@ _LICENCES = [
     for constants, *patterns in (re.split(r"\s\|\s", line) for line in [*_TABLE.strip().splitlines(), *_FRACTIONS])
 ]
 _TEENS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-_ONES = {word: i + 1 for i, word in enumerate(f"{_TEENS} eighteen nineteen".split())}
+_ONES = {word: i for i, word in enumerate(f"{_TEENS} eighteen nineteen".split(), start=1)}
 _TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10), strict=True))
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 1_000_000}
 _WORD = re.compile(rf"\b(?:{'|'.join([*_TENS, *sorted(_ONES, key=len, reverse=True)])})", re.I)
@@ -163,10 +162,7 @@ DECISION = _pattern(
 
 
 def constants(question: str) -> tuple[set[Fraction], set[Fraction]]:
-    """(constants that the words of a question license, these and weaker ones that freeze a number).
-
-    Licensed are number words and fractions, half, twice, unit facts, percent, cents.
-    """
+    """(constants that the words of a question license, these and weaker ones that freeze a number)."""
     matched = [row for row in _LICENCES if all(pattern.search(question) for pattern in row[0])]
     found = {value for _, values, strong in matched if strong for value in values}
     found |= {Fraction(x) for x in ("100", "1", ".01") if "%" in question or "¢" in question}
@@ -194,9 +190,8 @@ def _share(top: int, bottom: int) -> set[Fraction]:
 
 def is_name(before: str, number: str, after: str) -> bool:
     """Whether a number is a name (date, time, ordinal, fraction, year) or a fact of anatomy."""
-    if re.fullmatch(r"1[5-9]\d\d|20\d\d", number) and re.search(r"(?:^|[a-z,(]\s|\()$", before):
-        return True
-    return bool(_NAME_BEFORE.search(before) or _NAME_AFTER.match(after))
+    year = re.fullmatch(r"1[5-9]\d\d|20\d\d", number) and re.search(r"(?:^|[a-z,(]\s|\()$", before)
+    return bool(year or _NAME_BEFORE.search(before) or _NAME_AFTER.match(after))
 
 
 def ceiling(value: int | Fraction, after: str) -> int | None:
@@ -212,8 +207,7 @@ def whole(after: str) -> int | None:
 
 def takes_an(whole: int) -> bool:
     """Whether a number is read with a vowel first: 8, 11, 18, 80, 11,000."""
-    digits = str(whole)
-    return digits[0] == "8" or (digits[:2] in ("11", "18") and len(digits) % 3 == 2)
+    return re.match(r"8|1[18](\d{3})*$", str(whole)) is not None
 
 
 def skeleton(question: str) -> str:
