@@ -13,7 +13,7 @@ from pydantic import Field
 
 from latentlab.config import Config, Count, Positive, Section, load_preset
 from latentlab.data import datasets, jsonl
-from latentlab.runtime import devices, distributed, environment, files
+from latentlab.runtime import distributed, environment, files
 
 Minutes = Annotated[float, Field(ge=0, le=10_000_000)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
@@ -55,7 +55,7 @@ class Training(Shared):
 
         config, out = self.config, self.out or f"runs/{self.config.preset}/{name}-s{self.config.seed}"
         files.expect_writable(Path(out))
-        model = load_model().place(devices.select_device(self.device), config.precision)
+        model = load_model().place(distributed.select_device(self.device), config.precision)
         train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))
         preflight.expect_together(model, [*train, *validation], config, curriculum=curriculum)
         limits = {"max_minutes": self.max_minutes, "checkpoint_minutes": self.checkpoint_minutes}
@@ -107,7 +107,7 @@ class Evaluate(Shared):
         checkpoint = self.checkpoint or shipped_checkpoint(config.preset)
         problems = datasets.benchmark(self.benchmark) if self.benchmark else datasets.load(config.data, "test")
         problems = problems[: self.limit or None]
-        model = load_model(checkpoint).place(devices.select_device(self.device), config.precision)
+        model = load_model(checkpoint).place(distributed.select_device(self.device), config.precision)
         preflight.expect_together(model, problems, config)
         return accuracy.summary(model, problems, config, mask=config.grpo.mask, temperature=config.grpo.temperature)
 
@@ -186,7 +186,7 @@ class Verify(Verb):
     def __call__(self) -> int:
         from latentlab.verify import table
 
-        device = str(devices.select_device(self.device))
+        device = str(distributed.select_device(self.device))
         return table.main(device, self.dtype, files.expect_file(self.json))
 
 
@@ -204,7 +204,7 @@ class Bench(Verb):
 
         copy, folder = files.expect_file(self.json), results.reports_folder()
         files.expect_writable(folder / "bench")
-        result = engine.run_bench(self.shape, str(devices.select_device(self.device)))
+        result = engine.run_bench(self.shape, str(distributed.select_device(self.device)))
         path = results.write_result(**result)
         figures.draw_bench(result, folder)
         if copy:

@@ -36,7 +36,7 @@ def test_each_stage_replaces_one_more_step():
 
 
 def test_answers_are_padded_on_the_right_and_end_in_eos(gpt2):
-    tokens, mask = encode_answers(gpt2.tokenizer, ["### 9", "<<2+3=5>>\n### 9"], "cpu")
+    tokens, mask = encode_answers(gpt2.tokenizer, ["### 9", "<<2+3=5>>\n### 9"])
     assert mask.sum(1).tolist() == [3, 11]
     for row, text in zip(range(2), ("### 9", "<<2+3=5>>\n### 9"), strict=True):
         real = tokens[row, mask[row]]
@@ -46,7 +46,7 @@ def test_answers_are_padded_on_the_right_and_end_in_eos(gpt2):
 
 def test_the_last_thought_of_a_step_is_decoded_to_its_result(gpt2):
     short = Problem("q", "?", ("<<1+1=2>>",), "2", "test")
-    targets = result_tokens(gpt2.tokenizer, [PROBLEM, short], thoughts=4, c_thought=2, device="cpu")
+    targets = result_tokens(gpt2.tokenizer, [PROBLEM, short], thoughts=4, c_thought=2)
     five, ten, two = gpt2.tokenizer.convert_tokens_to_ids(["5", "10", "2"])
     assert targets.tolist() == [[IGNORE, five, IGNORE, ten], [IGNORE, two, IGNORE, IGNORE]]
 
