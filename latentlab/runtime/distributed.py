@@ -148,13 +148,12 @@ def on_main(work: Callable[[], None]) -> None:
 
 def check_same(**values) -> None:
     """Raise ValueError, on all processes, for a value that is not the same on every one."""
-    if size() == 1:
-        return
-    for name, held in zip(values, zip(*gather(lambda: tuple(values.values())), strict=True), strict=True):
-        odd = next((i for i, value in enumerate(held) if value != held[0]), None)
-        if odd is not None:
+    everyone = gather(lambda: values)
+    for name, value in everyone[0].items():
+        odd = [i for i, other in enumerate(everyone) if other[name] != value]
+        if odd:
             raise ValueError(
-                f"processes: got another {name} on process {odd} than on process 0, expected the same on all; give "
+                f"processes: got another {name} on process {odd[0]} than on process 0, expected the same on all; give "
                 "every machine the same files and library"
             )
 

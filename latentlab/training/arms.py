@@ -52,8 +52,8 @@ def fit_grpo(
 ) -> dict:
     """Train one arm, in place; the model ends with its best weights on the validation set.
 
-    out: the run folder. options: resume, max_minutes and checkpoint_minutes of Run. Raises what Run
-    does, Stopped if the run was asked to stop, and FloatingPointError for a NaN.
+    out: the run folder (str or Path). options: resume, max_minutes and checkpoint_minutes of Run.
+    Raises what Run does, Stopped if asked to stop, and FloatingPointError for a NaN.
     """
     g = config.grpo
     run = Run(Path(out), config, model, train, validation, loop="grpo", **options)
@@ -155,8 +155,7 @@ def _iteration(model, reference, optimizer, train, config: Config, step: int, re
     for iteration in range(g.num_iterations):
         stats = merge_stats([share for shares in distributed.gather(backward) for share in shares])
         stats = update(model, optimizer, stats, step=step, max_grad_norm=g.max_grad_norm)
-        if iteration == 0:
-            record |= stats
+        record |= {} if iteration else stats  # of the first update
     return record
 
 

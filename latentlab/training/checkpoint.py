@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,6 +24,17 @@ REMEDIES = {
     "init_from": "name the checkpoint that the run began with, or ",
     "problems": "restore the data that the run began with, or ",
 }
+
+
+@dataclass
+class Progress:
+    """How far a run is, apart from weights and optimizer."""
+
+    step: int = 0  # the next one
+    stages: dict[str, float] = field(default_factory=dict)  # curriculum: best accuracies
+    best: float = -1.0  # validation accuracy of best/
+    best_step: int | None = None
+    rollouts: int = 0  # grpo: rollouts made so far, whether an update used them or not
 
 
 @contextmanager
@@ -63,13 +75,14 @@ def made_with() -> dict:
 
 
 def read_state(path: Path, asked: dict) -> dict:
-    """state.pt of a run whose `identity` is `asked`. Raises ValueError with one line."""
+    """state.pt of a run whose `identity` is `asked`, with its Progress. Raises ValueError, one line."""
     try:
         if damaged := zipfile.ZipFile(path).testzip():  # torch does not verify its own checksums
             raise ValueError(f"{damaged} is damaged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about foreign files, which are refused in one line
             state = dict(torch.load(path, weights_only=True, map_location="cpu"))
+        state |= {"progress": Progress(**state["progress"]), "metrics_offset": int(state["metrics_offset"])}
         stored, before, now = dict(state["identity"]), state["made_with"], made_with()
         changed = [f"{key} {before[key]} (now {now[key]})" for key in now if before[key] != now[key]]
     except Exception as error:  # truncated, foreign, or a pickle that weights_only refuses

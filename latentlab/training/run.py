@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from latentlab.problems import Problem
 from latentlab.runtime import distributed, files
 from latentlab.runtime.environment import on_signals
 from latentlab.training import checkpoint
-from latentlab.training.checkpoint import expect_finite, writing
+from latentlab.training.checkpoint import Progress, expect_finite, writing
 
 SLACK = 16 * 2**20  # bytes of a run folder beside weights: tokenizer, metrics
 Problems = Sequence[Problem]
@@ -47,18 +47,7 @@ class Stopped(RuntimeError):
     exit_code = 75  # EX_TEMPFAIL: try again
 
 
-@dataclass
-class Progress:
-    """How far a run is, apart from weights and optimizer."""
-
-    step: int = 0  # the next one
-    stages: dict[str, float] = field(default_factory=dict)  # curriculum: best accuracies
-    best: float = -1.0  # validation accuracy of best/
-    best_step: int | None = None
-    rollouts: int = 0  # grpo: rollouts made so far, whether an update used them or not
-
-
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Run:
     """The folder of one training run of `model`.
 
@@ -105,10 +94,7 @@ class Run:
         if not state.exists():
             return
         self.state = checkpoint.read_state(state, self.identity)
-        try:
-            self.progress, counted = Progress(**self.state["progress"]), int(self.state["metrics_offset"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(checkpoint.unusable(state, error)) from error
+        self.progress, counted = self.state["progress"], self.state["metrics_offset"]
         size = self.metrics.stat().st_size if self.metrics.exists() else 0
         if size < counted:
             got = f"{size} bytes of {self.metrics}, expected the {counted} that the checkpoint counted"

@@ -65,15 +65,12 @@ def test_only_text_after_end_carries_loss(config, word_sets):
             for _ in range(stage):
                 z = model.lm.transformer(inputs_embeds=inputs).last_hidden_state[:, -1:]
                 inputs = torch.cat([inputs, z], 1)
-            target = model.tokenizer("\n".join([*problem.steps[stage:], f"### {problem.answer}"]))["input_ids"] + [
-                model.eos_id
-            ]
+            text = "\n".join([*problem.steps[stage:], f"### {problem.answer}"])
+            target = model.tokenizer(text)["input_ids"] + [model.eos_id]
             inputs = torch.cat([inputs, model.embed(torch.tensor([[model.end_id, *target[:-1]]]))], 1)
             logits = model.lm(inputs_embeds=inputs).logits[0, -len(target) :]
-            total, count = (
-                total + cross_entropy(logits, torch.tensor(target), reduction="sum").item(),
-                count + len(target),
-            )
+            total += cross_entropy(logits, torch.tensor(target), reduction="sum").item()
+            count += len(target)
         assert stats["loss"] == pytest.approx(total / count, abs=1e-5) == stats["loss/answer"]
 
 
