@@ -19,7 +19,7 @@ from latentlab.data.jsonl import plain_text, read_jsonl
 from latentlab.data.perturb import perturb, perturbed, skeleton
 from latentlab.data.word_problems import SPLITS, word_problems
 from latentlab.problems import Problem, canonical_answer, extract_answer, step_result
-from latentlab.runtime.hub import TIMEOUT, hub_answers
+from latentlab.runtime.environment import TIMEOUT, hub_answers
 
 BENCHMARKS = ("gsm8k", "gsm8k_perturbable", "gsm8k_perturbed", "svamp", "multiarith", "gsm_hard", "asdiv_a", "gsm_plus")
 

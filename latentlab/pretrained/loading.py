@@ -28,9 +28,8 @@ from latentlab.data.word_problems import WORDS
 from latentlab.model import END, LATENT, START, LatentReasoner
 from latentlab.pretrained import coconut
 from latentlab.pretrained.scratch import build_model
-from latentlab.runtime.environment import repository_root
+from latentlab.runtime.environment import TIMEOUT, hub_answers, repository_root
 from latentlab.runtime.files import read_json
-from latentlab.runtime.hub import TIMEOUT, hub_answers
 
 PACKAGED = Path(__file__).parent.parent / "checkpoints"  # in an installed wheel
 CHECKPOINTS = PACKAGED if PACKAGED.is_dir() else repository_root() / "data" / "checkpoints"

@@ -1,4 +1,4 @@
-"""Data parallelism: rank and world size, gradient all-reduce, object gathers; no-ops for one.
+"""Devices and data parallelism: joined processes, object gathers, gradient all-reduce.
 
 A launcher (`torchrun`, or `accelerate launch`, which sets the same variables) starts N processes of
 one command on one or several machines, and `joined` connects them: gloo on CPUs, nccl on GPUs.
@@ -31,12 +31,26 @@ class LostProcess(RuntimeError):
     """Another process has ended, so that nothing can be gathered any more."""
 
 
+def select_device(name: str) -> torch.device:
+    """The device "auto" (CUDA if available), "cpu", "cuda" (the current one) or "cuda:1" (made current).
+
+    Raises ValueError if it does not exist.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or index and not index.isdigit():
+        raise ValueError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:1")
+    if kind == "cuda" and (count := torch.cuda.device_count()) <= int(index or 0):
+        raise ValueError(f"device: got {name}, but torch sees {count} CUDA devices; use --device cpu")
+    if index:
+        torch.cuda.set_device(int(index))  # memory statistics and synchronization use the current device
+    return torch.device(name)
+
+
 @contextmanager
 def joined(device: str = "auto") -> Iterator[None]:
-    """Join the processes that a launcher started; an error inside on one of them is raised on all.
-
-    Raises ValueError for a launch that cannot work.
-    """
+    """Join the processes of a launcher; an error inside is raised on all. ValueError: a bad launch."""
     _start(device)
     try:
         yield
@@ -52,10 +66,7 @@ def _start(device: str) -> None:
     env = os.environ
     if int(env.get("WORLD_SIZE", 1)) == 1:
         if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env and "RANK" not in env:
-            raise ValueError(
-                "accelerate launch: got --cpu (or MULTI_CPU) for several processes, which starts a single one, "
-                "expected --multi_gpu, which starts them on CPUs as well"
-            )
+            raise ValueError("accelerate launch: got --cpu, which starts one process; --multi_gpu starts all on CPUs")
         return
     if ":" in device:
         raise ValueError(f"--device: got {device} for {env['WORLD_SIZE']} processes, expected auto, cpu or cuda")
@@ -124,8 +135,7 @@ def _exchange(mine: tuple, error: Exception | None = None) -> list[tuple]:
     _collective(dist.all_gather_object, answers, mine)
     failure = next((failure for _, failure in answers if failure), None)
     if failure:
-        kind, text = failure
-        error = error or kind(text)
+        error = error or failure[0](failure[1])
         error.add_note(EVERYWHERE)
         raise error
     return answers
@@ -138,14 +148,13 @@ def on_main(work: Callable[[], None]) -> None:
 
 def check_same(**values) -> None:
     """Raise ValueError, on all processes, for a value that is not the same on every one."""
-    if size() == 1:
-        return
-    for name, held in zip(values, zip(*gather(lambda: tuple(values.values())), strict=True), strict=True):
-        odd = next((i for i, value in enumerate(held) if value != held[0]), None)
-        if odd is not None:
+    everyone = gather(lambda: values)
+    for name, value in everyone[0].items():
+        odd = [i for i, other in enumerate(everyone) if other[name] != value]
+        if odd:
             raise ValueError(
-                f"processes: got another {name} on process {odd} than on process 0, expected the same on all; "
-                "give every machine the same files and the same library"
+                f"processes: got another {name} on process {odd[0]} than on process 0, expected the same on all; give "
+                "every machine the same files and library"
             )
 
 

@@ -1,10 +1,16 @@
-"""What a number was measured with: repository, commit, versions, device and peak memory."""
+"""The machine and this process: repository, versions, peak memory, signal handlers, the Hub."""
 
 import platform
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+
+TIMEOUT = 5.0  # seconds until a Hub that does not answer counts as unreachable
 
 
 def repository_root() -> Path:
@@ -52,10 +58,38 @@ def commit() -> str:
         done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
+    written = [f":(exclude){path}" for path in ("reports", "README.md", "notebooks/*.ipynb")]  # by a study itself
     try:
-        # A study writes these itself; they are not the library.
-        written = [f":(exclude){path}" for path in ("reports", "README.md", "notebooks/*.ipynb")]
-        changed = git("status", "--porcelain", "--", ".", *written)
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".", *written) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def hub_answers() -> bool:
+    """True if the Hub answers within TIMEOUT (its libraries retry for long), or HF_HUB_OFFLINE is set."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
+        return True
+    except Exception:  # no DNS, no route, refused, proxy, timeout: the type depends on the HTTP library
+        return False
+
+
+@contextmanager
+def on_signals(handler: Callable, names: Sequence[str] = ("SIGINT", "SIGTERM")) -> Iterator[None]:
+    """Call `handler(number, frame)` on these signals; the former handlers come back at the end.
+
+    Signals that the system lacks are left out; outside the main thread, where Python allows no
+    handlers, nothing is changed.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in names if main and hasattr(signal, name)]
+    former = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in former.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)

@@ -28,7 +28,7 @@ from latentlab.evaluation.thoughts import swap_thoughts
 from latentlab.model import LatentReasoner
 from latentlab.pretrained.loading import load_model
 from latentlab.problems import Problem, answers_match, extract_answer
-from latentlab.runtime.devices import select_device
+from latentlab.runtime.distributed import select_device
 from latentlab.runtime.files import read_json, write_atomically
 from latentlab.study.budget import Budget, answer_seconds
 from latentlab.training.preflight import expect_together

@@ -24,7 +24,7 @@ from latentlab.evaluation import statistics
 from latentlab.evaluation.thoughts import decoded_thoughts
 from latentlab.pretrained.loading import load_model
 from latentlab.problems import Problem
-from latentlab.runtime.devices import select_device
+from latentlab.runtime.distributed import select_device
 from latentlab.runtime.environment import environment
 from latentlab.runtime.files import write_atomically
 from latentlab.study import results

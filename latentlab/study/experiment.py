@@ -33,7 +33,7 @@ from latentlab.evaluation.accuracy import evaluate
 from latentlab.model import LatentReasoner
 from latentlab.pretrained.loading import load_model, model_from_config, save_model
 from latentlab.problems import Problem
-from latentlab.runtime.devices import select_device
+from latentlab.runtime.distributed import select_device
 from latentlab.runtime.environment import commit, peak_memory_gib
 from latentlab.study.answers import TrainedModels, answers_path, with_settings
 from latentlab.study.arms_report import write_report

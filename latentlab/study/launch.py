@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from latentlab.config import Config, changed_words, to_dict
-from latentlab.runtime.environment import commit
+from latentlab.runtime.environment import commit, on_signals
 from latentlab.runtime.files import expect_writable, read_json, write_atomically
-from latentlab.runtime.signals import on_signals
 from latentlab.study.tables import cell, table
 from latentlab.training.run import Stopped, seconds_spent
 

@@ -24,7 +24,7 @@ import yaml
 from jupyter_client import AsyncKernelManager
 
 from latentlab.runtime import environment, files
-from latentlab.runtime.hub import hub_answers
+from latentlab.runtime.environment import hub_answers
 from latentlab.study import results, tables
 
 PACKAGE = Path(__file__).parents[1]

@@ -5,6 +5,7 @@ The comment behind a field is its help text. What only one verb needs is importe
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,8 @@ from pydantic import Field
 
 from latentlab.config import Config, Count, Positive, Section, load_preset
 from latentlab.data import datasets, jsonl
-from latentlab.runtime import devices, distributed, environment, files
+from latentlab.runtime import distributed, environment, files
+from latentlab.study import results
 
 Minutes = Annotated[float, Field(ge=0, le=10_000_000)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
@@ -23,11 +25,13 @@ class Verb(Section):
     config: Annotated[Config, tyro.conf.arg(name="")]
 
 
-class Shared(Verb):
-    """A verb whose work several processes may share: `torchrun ... -m latentlab VERB`."""
-
+class Computing(Verb):
     device: str = "auto"  # auto (CUDA if there is one) | cpu | cuda | cuda:1
     threads: Threads = 0  # torch threads; 0 leaves torch's default
+
+
+class Shared(Computing):
+    """A verb whose work several processes may share: `torchrun ... -m latentlab VERB`."""
 
     def __call__(self) -> None:
         with distributed.joined(self.device):
@@ -55,7 +59,7 @@ class Training(Shared):
 
         config, out = self.config, self.out or f"runs/{self.config.preset}/{name}-s{self.config.seed}"
         files.expect_writable(Path(out))
-        model = load_model().place(devices.select_device(self.device), config.precision)
+        model = load_model().place(distributed.select_device(self.device), config.precision)
         train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))
         preflight.expect_together(model, [*train, *validation], config, curriculum=curriculum)
         limits = {"max_minutes": self.max_minutes, "checkpoint_minutes": self.checkpoint_minutes}
@@ -70,9 +74,7 @@ class Curriculum(Training):
         from latentlab.pretrained.loading import model_from_config
         from latentlab.training.curriculum import fit_curriculum
 
-        def load():
-            return model_from_config(self.config, init_from=self.init_from)
-
+        load = partial(model_from_config, self.config, init_from=self.init_from)
         return self.fit(fit_curriculum, f"curriculum-{self.config.curriculum.control}", load, curriculum=True)
 
 
@@ -83,9 +85,7 @@ class Grpo(Training):
         from latentlab.pretrained.loading import load_model, shipped_checkpoint
         from latentlab.training.arms import fit_grpo
 
-        def load():
-            return load_model(self.init_from or shipped_checkpoint(self.config.preset))
-
+        load = partial(load_model, self.init_from or shipped_checkpoint(self.config.preset))
         return self.fit(fit_grpo, f"grpo-{self.config.grpo.arm}", load, curriculum=False)
 
 
@@ -107,7 +107,7 @@ class Evaluate(Shared):
         checkpoint = self.checkpoint or shipped_checkpoint(config.preset)
         problems = datasets.benchmark(self.benchmark) if self.benchmark else datasets.load(config.data, "test")
         problems = problems[: self.limit or None]
-        model = load_model(checkpoint).place(devices.select_device(self.device), config.precision)
+        model = load_model(checkpoint).place(distributed.select_device(self.device), config.precision)
         preflight.expect_together(model, problems, config)
         return accuracy.summary(model, problems, config, mask=config.grpo.mask, temperature=config.grpo.temperature)
 
@@ -143,36 +143,30 @@ class Sweep(Verb):
         from latentlab.study.experiment import run_experiment
         from latentlab.study.launch import Launcher
 
-        out = _study_folder(self.out, self.config, "sweep")
-        launcher = Launcher(self.executor, self.slurm, self.retries)
+        out, launcher = _study_folder(self, "sweep"), Launcher(self.executor, self.slurm, self.retries)
         print("wrote", run_experiment(self.config, out=out, launcher=launcher))
 
 
-class Reproduce(Verb):
+class Reproduce(Computing):
     """The GSM8K study: curriculum, arms and their answers in one process, inside a time budget."""
 
     out: str = ""  # folder of the run; default runs/<preset>/reproduce
     budget_minutes: Minutes = 24.0  # the parts are sized to fit; 0 takes the preset's own steps
     backbone: str = ""  # folder or Hub id instead of the preset's backbone
     init_from: str = ""  # a trained Coconut checkpoint, straight into the arms
-    device: str = "auto"  # auto | cpu | cuda | cuda:1
-    threads: Threads = 0  # torch threads; 0 leaves torch's default
 
     def __call__(self) -> None:
         from latentlab.study.experiment import run_experiment
 
-        options: dict[str, Any] = {"device": self.device, "backbone": self.backbone, "init_from": self.init_from}
-        out = _study_folder(self.out, self.config, "reproduce")
-        print("wrote", run_experiment(self.config, out=out, budget_minutes=self.budget_minutes, **options))
+        asked = {name: getattr(self, name) for name in ("budget_minutes", "backbone", "init_from", "device")}
+        print("wrote", run_experiment(self.config, out=_study_folder(self, "reproduce"), **asked))
 
 
-def _study_folder(out: str, config: Config, name: str) -> str:
+def _study_folder(verb: Sweep | Reproduce, name: str) -> str:
     """The folder of a study's runs, checked to be writable, as is the folder of its report."""
-    from latentlab.study import results
-
-    out = out or f"runs/{config.preset}/{name}"
+    out = verb.out or f"runs/{verb.config.preset}/{name}"
     files.expect_writable(Path(out))
-    files.expect_writable(results.reports_folder() / config.preset)
+    files.expect_writable(results.reports_folder() / verb.config.preset)
     return out
 
 
@@ -186,31 +180,29 @@ class Verify(Verb):
     def __call__(self) -> int:
         from latentlab.verify import table
 
-        device = str(devices.select_device(self.device))
+        device = str(distributed.select_device(self.device))
         return table.main(device, self.dtype, files.expect_file(self.json))
 
 
-class Bench(Verb):
+class Bench(Computing):
     """Time the engine against baselines and its lower bound; gpt2 takes twenty minutes."""
 
     shape: Literal["tiny", "gpt2", "smollm2"] = "gpt2"
     json: str = ""  # write the result to this file as well
     device: str = "cpu"  # cpu | cuda
-    threads: Threads = 0  # torch threads; 0 leaves torch's default
 
-    def __call__(self) -> int:
+    def __call__(self) -> None:
         from latentlab.bench import engine
-        from latentlab.study import figures, results
+        from latentlab.study import figures
 
         copy, folder = files.expect_file(self.json), results.reports_folder()
         files.expect_writable(folder / "bench")
-        result = engine.run_bench(self.shape, str(devices.select_device(self.device)))
+        result = engine.run_bench(self.shape, str(distributed.select_device(self.device)))
         path = results.write_result(**result)
         figures.draw_bench(result, folder)
         if copy:
             files.write_atomically(copy, path.read_bytes())
         print("wrote", path)
-        return 0
 
 
 class Data(Verb):
@@ -236,7 +228,7 @@ class Report(Verb):
     publish: bool = False  # for maintainers: copy the results over into reports/published
 
     def __call__(self) -> None:
-        from latentlab.study import results, tables
+        from latentlab.study import tables
 
         files.expect_writable(results.reports_folder())
         print(tables.publish() if self.publish else tables.build_report())

@@ -26,9 +26,9 @@ with dynamic sampling (`max_candidates`, see sample_groups) takes more, so there
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,34 +38,25 @@ from latentlab.grpo import merge_stats, policy_gradient
 from latentlab.loss import loss_denominator
 from latentlab.masks import rollout_seeds
 from latentlab.model import LatentReasoner
-from latentlab.problems import Problem
 from latentlab.reward import exact_answer
 from latentlab.rollouts import Rollouts, rollout
 from latentlab.runtime import distributed
 from latentlab.training.checkpoint import expect_finite
 from latentlab.training.curriculum import curriculum_gradient
-from latentlab.training.run import Run
+from latentlab.training.run import Problems, Run
 from latentlab.training.steps import batch_indices, progress_bar, set_learning_rate, update
 
 
 def fit_grpo(
-    model: LatentReasoner,
-    train: Sequence[Problem],
-    validation: Sequence[Problem],
-    config: Config,
-    *,
-    out: str,
-    reward=exact_answer,
-    **options,
+    model: LatentReasoner, train: Problems, validation: Problems, config: Config, *, out, reward=exact_answer, **options
 ) -> dict:
     """Train one arm, in place; the model ends with its best weights on the validation set.
 
-    The run folder `out` gets metrics.jsonl, state.pt and best/. options: resume, max_minutes and
-    checkpoint_minutes of Run. Raises what Run does, Stopped if the run was asked to stop, and
-    FloatingPointError for a NaN (the last good checkpoint is kept).
+    out: the run folder (str or Path). options: resume, max_minutes and checkpoint_minutes of Run.
+    Raises what Run does, Stopped if asked to stop, and FloatingPointError for a NaN.
     """
     g = config.grpo
-    run = Run(out, config, model, train, validation, loop="grpo", **options)
+    run = Run(Path(out), config, model, train, validation, loop="grpo", **options)
     reference = copy.deepcopy(model).requires_grad_(False) if g.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=g.learning_rate, weight_decay=g.weight_decay)
     run.restore(optimizer)
@@ -91,16 +82,12 @@ def fit_grpo(
 
 @dataclass(frozen=True)
 class Sampled:
-    """The groups that one iteration learns from, and the candidates that were tried to find them.
+    """The groups that one iteration learns from, and the candidates that were tried to find them."""
 
-    rewards, lengths: [C, K] of all C candidates in data order, the same on every process. kept:
-    the candidates that the update uses. parts: those of this process, with their places.
-    """
-
-    rewards: torch.Tensor
-    lengths: torch.Tensor
-    kept: list[int]
-    parts: list[tuple[Rollouts, list[int]]]
+    rewards: torch.Tensor  # [C, K] of all C candidates in data order, the same on every process
+    lengths: torch.Tensor  # [C, K], tokens
+    kept: list[int]  # the candidates that the update uses
+    parts: list[tuple[Rollouts, list[int]]]  # those of this process, with their places among the candidates
 
 
 def sample_groups(model, train, config: Config, step: int, reward, *, limit: int | None = None) -> Sampled:
@@ -116,20 +103,19 @@ def sample_groups(model, train, config: Config, step: int, reward, *, limit: int
     candidates = [train[i] for i in batch_indices(len(train), size, seed=config.seed, step=step)][:limit]
     seeds = rollout_seeds(config.seed, step, [p.id for p in candidates], k).view(-1, k)
     mask, temperature = arm_settings(g, g.arm)
-    roll_out = partial(
-        rollout, model, num_generations=k, masks=mask, temperature=temperature, run_seed=config.seed, step=step
-    )
+    sampling: dict[str, Any] = {"masks": mask, "temperature": temperature, "run_seed": config.seed, "step": step}
     parts: list[tuple[Rollouts, list[int]]] = []
 
     def roll() -> list[tuple[list[float], list[int]]]:
         mine = list(distributed.shard(range(len(found), min(len(found) + g.num_problems, len(candidates)))))
         if not mine:  # fewer problems than processes
             return []
-        out = roll_out(problems=[candidates[i] for i in mine], seeds=seeds[mine].flatten())
+        problems = [candidates[i] for i in mine]
+        out = rollout(model, problems, num_generations=k, seeds=seeds[mine].flatten(), **sampling)
         parts.append((out, mine))
         rewards = out.rewards(reward)  # [B, K]
-        sums = zip(out.problems, rewards.sum(1).tolist(), strict=True)
-        expect_finite({f"reward of {p.id}": total for p, total in sums}, step, "correct the reward function")
+        named = {f"reward of {p.id}": row.sum().item() for p, row in zip(problems, rewards, strict=True)}
+        expect_finite(named, step, "correct the reward function")
         return list(zip(rewards.tolist(), out.token_mask.sum(1).view(-1, k).tolist(), strict=True))
 
     found: list[tuple[list[float], list[int]]] = []
@@ -145,7 +131,6 @@ def sample_groups(model, train, config: Config, step: int, reward, *, limit: int
 
 
 def _iteration(model, reference, optimizer, train, config: Config, step: int, reward, limit: int) -> dict[str, float]:
-    """One batch of rollouts and its updates; returns the metrics of this iteration."""
     g = config.grpo
     if g.arm == "supervised":
         return _supervised_step(model, optimizer, train, config, step)
@@ -170,13 +155,11 @@ def _iteration(model, reference, optimizer, train, config: Config, step: int, re
     for iteration in range(g.num_iterations):
         stats = merge_stats([share for shares in distributed.gather(backward) for share in shares])
         stats = update(model, optimizer, stats, step=step, max_grad_norm=g.max_grad_norm)
-        if iteration == 0:
-            record |= stats
+        record |= {} if iteration else stats  # of the first update
     return record
 
 
 def _supervised_step(model, optimizer, train, config: Config, step: int) -> dict[str, float]:
-    """The reference arm: cross-entropy of right answers, on as many sequences as other arms."""
     g = config.grpo
     size = g.num_problems * g.num_generations
     problems = [train[i] for i in batch_indices(len(train), size, seed=config.seed, step=step)]

@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,10 +20,21 @@ from latentlab.runtime.environment import commit, environment
 from latentlab.runtime.files import read_json
 
 REMEDIES = {
-    "threads": "pass --threads {}: another number of threads sums in another order",
-    "init_from": "name the checkpoint that the run began with",
-    "problems": "restore the data that the run began with",
+    "threads": "pass --threads {} (another number of threads sums in another order), or ",
+    "init_from": "name the checkpoint that the run began with, or ",
+    "problems": "restore the data that the run began with, or ",
 }
+
+
+@dataclass
+class Progress:
+    """How far a run is, apart from weights and optimizer."""
+
+    step: int = 0  # the next one
+    stages: dict[str, float] = field(default_factory=dict)  # curriculum: best accuracies
+    best: float = -1.0  # validation accuracy of best/
+    best_step: int | None = None
+    rollouts: int = 0  # grpo: rollouts made so far, whether an update used them or not
 
 
 @contextmanager
@@ -32,10 +44,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # a full disk: OSError, RuntimeError or SafetensorError
         text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        raise OSError(
-            f"run: could not write {path} ({text.splitlines()[0][:200]}); the last checkpoint is kept: free some disk "
-            "space, then run the same command with --resume"
-        ) from error
+        kept = "the last checkpoint is kept: free some disk space, then run the same command with --resume"
+        raise OSError(f"run: could not write {path} ({text.splitlines()[0][:200]}); {kept}") from error
 
 
 def settle_best(folder: Path, step: int | None) -> None:
@@ -52,30 +62,27 @@ def settle_best(folder: Path, step: int | None) -> None:
 
 def identity(loop: str, config: dict, model, problems: Iterable) -> dict:
     """What must be the same when a run resumes, by the names that error messages use."""
-    digest = hashlib.sha256()
-    for problem in problems:
-        digest.update(repr(problem).encode())
+    digest = hashlib.sha256("".join(map(repr, problems)).encode()).hexdigest()[:16]
     weights = {key: value for key, value in model.provenance.items() if key != "name"}
     threads = torch.get_num_threads()
-    return {**config, "loop": loop, "threads": threads, "init_from": weights, "problems": digest.hexdigest()[:16]}
+    return {**config, "loop": loop, "threads": threads, "init_from": weights, "problems": digest}
 
 
 def made_with() -> dict:
     """What may differ when a run resumes, with a message: the code and its libraries."""
-    found = environment()
-    versions = {key: found[key] for key in ("python", "torch", "transformers")}
+    versions = {key: value for key, value in environment().items() if key in ("python", "torch", "transformers")}
     return {"commit": commit(), **versions, "processes": distributed.size()}
 
 
 def read_state(path: Path, asked: dict) -> dict:
-    """state.pt of a run whose `identity` is `asked`. Raises ValueError with one line."""
+    """state.pt of a run whose `identity` is `asked`, with its Progress. Raises ValueError, one line."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # torch does not verify its own checksums
-        if damaged:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch does not verify its own checksums
             raise ValueError(f"{damaged} is damaged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about foreign files, which are refused in one line
             state = dict(torch.load(path, weights_only=True, map_location="cpu"))
+        state |= {"progress": Progress(**state["progress"]), "metrics_offset": int(state["metrics_offset"])}
         stored, before, now = dict(state["identity"]), state["made_with"], made_with()
         changed = [f"{key} {before[key]} (now {now[key]})" for key in now if before[key] != now[key]]
     except Exception as error:  # truncated, foreign, or a pickle that weights_only refuses
@@ -94,31 +101,23 @@ def expect_same(stored: dict, asked: dict, source: str, where: str = "") -> None
             expect_same(a, b, source, f"{where}{key}.")
         elif a != b:
             name = f"{where}{key}"
-            remedy = REMEDIES.get(name.split(".")[0], "").format(a)
-            remedy = f"{remedy}; or use another --out" if remedy else "use another --out"
+            remedy = REMEDIES.get(name.split(".")[0], "").format(a) + "use another --out"
             raise ValueError(f"resume: got {name}={b!r}, expected {a!r} as in {source}; {remedy}")
 
 
 def unusable(path: Path, error: Exception) -> str:
     """The message for a checkpoint that a run cannot resume from."""
-    return (
-        f"resume: could not read {path} ({type(error).__name__}), expected it as this run wrote it; restore it, or "
-        "start again with another --out"
-    )
+    expected = "expected it as this run wrote it; restore it, or start again with another --out"
+    return f"resume: could not read {path} ({type(error).__name__}), {expected}"
 
 
 def expect_finite(values: dict, step: int, remedy: str = "lower the learning rate, with another --out") -> None:
-    """Raise FloatingPointError if a float or tensor in `values`, nested dicts, is not finite.
-
-    The error names the place, such as "weights.transformer.wte.weight".
-    """
+    """Raise FloatingPointError, with its place, if a float or tensor in nested dicts is not finite."""
     for name, value in values.items():
         if isinstance(value, dict):
             expect_finite({f"{name}.{key}": inner for key, inner in value.items()}, step, remedy)
         elif isinstance(value, torch.Tensor):
             value = 0.0 if torch.isfinite(value).all() else math.nan
         if isinstance(value, float) and not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name}: got {value} at step {step}, expected a finite number; the last good checkpoint is kept; "
-                f"{remedy}"
-            )
+            kept = f"the last good checkpoint is kept; {remedy}"
+            raise FloatingPointError(f"{name}: got {value} at step {step}, expected a finite number; {kept}")

@@ -17,9 +17,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from latentlab.config import CONTROLS, Config
 from latentlab.masks import draw_masks, rollout_seeds
@@ -27,7 +29,7 @@ from latentlab.model import LatentReasoner
 from latentlab.problems import Problem, step_result
 from latentlab.rollouts import encode_prompts
 from latentlab.runtime import distributed
-from latentlab.training.run import Run
+from latentlab.training.run import Problems, Run
 from latentlab.training.steps import batch_indices, progress_bar, set_learning_rate, update, warmup_cosine
 
 IGNORE = -100  # a target without loss
@@ -39,27 +41,26 @@ def stage_text(problem: Problem, stage: int, latent_stages: int) -> str:
     return "\n".join([*steps, f"### {problem.answer}"])
 
 
-def encode_answers(tokenizer, texts: Sequence[str], device) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_answers(tokenizer, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Texts plus eos, right-padded with eos: tokens [R, A] and which of them are real [R, A]."""
     rows = [row + [tokenizer.eos_token_id] for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-    width = max(map(len, rows))
-    tokens = torch.tensor([row + [tokenizer.eos_token_id] * (width - len(row)) for row in rows], device=device)
-    token_mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=device)
-    return tokens, token_mask
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=tokenizer.eos_token_id)
+    return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
 
 
-def result_tokens(tokenizer, problems: Sequence[Problem], thoughts: int, c_thought: int, device) -> torch.Tensor:
+def result_tokens(tokenizer, problems: Problems, thoughts: int, c_thought: int) -> torch.Tensor:
     """[R, L]: per thought, the first token of the result of the step it completes, or IGNORE."""
-    targets = torch.full((len(problems), thoughts), IGNORE, dtype=torch.long)
+    targets = torch.full((len(problems), thoughts), IGNORE)
     for row, problem in enumerate(problems):
         for i, step in enumerate(problem.steps[: thoughts // c_thought]):
             first = tokenizer(step_result(step), add_special_tokens=False)["input_ids"][0]
             targets[row, (i + 1) * c_thought - 1] = first
-    return targets.to(device)
+    return targets
 
 
 def curriculum_gradient(
-    model: LatentReasoner, problems: Sequence[Problem], stage: int, config: Config, *, step: int
+    model: LatentReasoner, problems: Problems, stage: int, config: Config, *, step: int
 ) -> dict[str, float]:
     """Add the gradient of one batch's loss at `stage` to `.grad`; returns the losses, in nats.
 
@@ -69,19 +70,22 @@ def curriculum_gradient(
     """
     c = config.curriculum
     texts = [stage_text(problem, stage, config.latent_stages) for problem in problems]
-    _, token_mask = encode_answers(model.tokenizer, texts, "cpu")
-    targets = result_tokens(model.tokenizer, problems, model.num_thoughts, c.c_thought, "cpu")
+    tokens, token_mask = encode_answers(model.tokenizer, texts)
+    targets = result_tokens(model.tokenizer, problems, model.num_thoughts, c.c_thought)
     counts = {"loss/answer": int(token_mask.sum())}
     if c.decode_weight and (decoded := int((targets != IGNORE).sum())):  # else no mean
         counts["loss/decode"] = decoded
     seeds = rollout_seeds(config.seed, step, [p.id for p in problems], 1)  # before any split
-    lengths = [len(p.question) + len(text) for p, text in zip(problems, texts, strict=True)]
+    order = list(range(len(problems)))
+    if c.micro_batch:
+        order.sort(key=lambda row: len(problems[row].question) + len(texts[row]))
 
     def backward() -> dict[str, float]:
-        total = dict.fromkeys(("loss", *counts), 0.0)
-        for rows in _parts(lengths, c.micro_batch):
-            part, mine = [problems[row] for row in rows], [texts[row] for row in rows]
-            sums = _summed_losses(model, part, mine, seeds[rows] if stage else None, config)
+        total, mine = dict.fromkeys(("loss", *counts), 0.0), distributed.shard(order)
+        size = c.micro_batch or len(order)
+        for rows in (list(mine[at : at + size]) for at in range(0, len(mine), size)):
+            part, mask_seeds = [problems[row] for row in rows], seeds[rows] if stage else None
+            sums = _summed_losses(model, part, tokens[rows], token_mask[rows], targets[rows], mask_seeds, config)
             losses = {name: sums[name] / count for name, count in counts.items()}
             loss = losses["loss/answer"] + c.decode_weight * losses.get("loss/decode", 0.0)
             loss.backward()
@@ -93,67 +97,55 @@ def curriculum_gradient(
     return {name: sum(share[name] for share in shares) for name in shares[0]}
 
 
-def _parts(lengths: list[int], size: int) -> list[list[int]]:
-    """This process's rows in parts of `size`, sorted by length; 0: one part in the given order."""
-    order = range(len(lengths))
-    rows = list(distributed.shard(sorted(order, key=lengths.__getitem__) if size else order))
-    size = size or len(lengths)
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-def _summed_losses(model, problems, texts, seeds, config: Config) -> dict[str, torch.Tensor]:
+def _summed_losses(model, problems, tokens, token_mask, targets, seeds, config: Config) -> dict[str, torch.Tensor]:
     """The two losses of some problems, summed over tokens; no mask without seeds (stage 0)."""
-    c = config.curriculum
-    prompt_ids, prompt_valid = encode_prompts(model.tokenizer, problems, model.device)
-    tokens, token_mask = encode_answers(model.tokenizer, texts, model.device)
+    c, width = config.curriculum, int(token_mask.sum(1).max())
+    tokens, token_mask = tokens[:, :width].to(model.device), token_mask[:, :width].to(model.device)
     masks = None
     if seeds is not None:
-        slots = 1 + model.num_thoughts + (tokens.shape[1] if c.mask.scope == "all" else 0)
+        slots = 1 + model.num_thoughts + (width if c.mask.scope == "all" else 0)
         masks = draw_masks(c.mask, model, seeds, num_slots=slots)
-    hidden, thoughts = model.teacher_forced(prompt_ids, prompt_valid, tokens, masks=masks)
+    hidden, thoughts = model.teacher_forced(
+        *encode_prompts(model.tokenizer, problems, model.device), tokens, masks=masks
+    )
     losses = {"loss/answer": cross_entropy(model.head(hidden[token_mask]), tokens[token_mask], reduction="sum")}
     if c.decode_weight and thoughts.shape[1]:
-        targets = result_tokens(model.tokenizer, problems, thoughts.shape[1], c.c_thought, model.device).flatten()
-        logits = model.head(thoughts).flatten(0, 1)
+        logits, targets = model.head(thoughts).flatten(0, 1), targets.to(model.device).flatten()
         losses["loss/decode"] = cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
     return losses
 
 
 def fit_curriculum(
     model: LatentReasoner,
-    train: Sequence[Problem],
-    validation: Sequence[Problem],
+    train: Problems,
+    validation: Problems,
     config: Config,
     *,
-    out: str,
-    first_stage: int = 0,
+    out: str | Path,
     last_stage: int | None = None,
     **options,
 ) -> dict:
     """Train through the stages, in place; the model ends with its best weights of the last stage.
 
-    Returns the validation accuracy of each stage. The run folder `out` gets metrics.jsonl, state.pt
-    and best/. After a `last_stage` before the final one the model keeps its weights, and a resumed
-    call continues. options, errors: as of `fit_grpo`.
+    Returns the validation accuracy of each stage. After a `last_stage` before the final one the
+    model keeps its weights, and a resumed call continues. out, options, errors: as of `fit_grpo`.
     """
     c = config.curriculum
     model.feedback = CONTROLS[c.control]
-    run = Run(out, config, model, train, validation, loop="curriculum", **options)
-    if run.new:
-        run.progress.step = sum(c.steps[:first_stage])
+    run = Run(Path(out), config, model, train, validation, loop="curriculum", **options)
     reached = bisect_right(list(accumulate(c.steps)), run.progress.step)
     end = config.latent_stages if last_stage is None else last_stage
     with run.stop_on_signals():
         for stage in range(min(reached, end), end + 1):
-            _fit_stage(run, train, stage)
+            _fit_stage(run, stage)
     if end == config.latent_stages:
         run.load_best()
     return {"stages": run.progress.stages, "validation_accuracy": run.progress.best}
 
 
-def _fit_stage(run: Run, train: Sequence[Problem], stage: int) -> None:
+def _fit_stage(run: Run, stage: int) -> None:
     """One stage, or the rest of it, with its own optimizer."""
-    model, config, c = run.model, run.config, run.config.curriculum
+    model, train, config, c = run.model, run.train, run.config, run.config.curriculum
     last, stages = stage == config.latent_stages, run.progress.stages
     set_stage(model, config, stage, run.validation)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay)
@@ -176,10 +168,10 @@ def _fit_stage(run: Run, train: Sequence[Problem], stage: int) -> None:
         run.end_step(optimizer, record, last=last and i + 1 == total, keep_best=last)
 
 
-def set_stage(model: LatentReasoner, config: Config, stage: int, validation: Sequence[Problem]) -> None:
+def set_stage(model: LatentReasoner, config: Config, stage: int, validation: Problems) -> None:
     """Set the number of thoughts and the answer length of `stage`."""
     model.num_thoughts = 0 if model.feedback == "none" else stage * config.curriculum.c_thought
     model.max_new_tokens = config.max_new_tokens
     if stage < config.latent_stages:
         texts = [stage_text(problem, stage, config.latent_stages) for problem in validation]
-        model.max_new_tokens = encode_answers(model.tokenizer, texts, "cpu")[0].shape[1]
+        model.max_new_tokens = encode_answers(model.tokenizer, texts)[0].shape[1]

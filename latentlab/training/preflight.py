@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from latentlab.config import CONTROLS, Config
 from latentlab.model import START, LatentReasoner
-from latentlab.problems import Problem, step_result
+from latentlab.problems import step_result
 from latentlab.training.curriculum import stage_text
+from latentlab.training.run import Problems
 
 LONGEST = 1000  # the problems with the longest text are tokenized: all of 60,000 take seconds
 
 
-def expect_together(
-    model: LatentReasoner, problems: Sequence[Problem], config: Config, *, curriculum: bool = False
-) -> None:
+def expect_together(model: LatentReasoner, problems: Problems, config: Config, *, curriculum: bool = False) -> None:
     """Raise ValueError if problems exceed the context or the vocabulary, or masks lack their sites.
 
     curriculum: check the answers of its stages, and that every step to be decoded has a result.
@@ -26,10 +23,8 @@ def expect_together(
     prompts = model.tokenizer([f"{p.question}\n{START}" for p in longest], add_special_tokens=False)["input_ids"]
     unknown = sum(row.count(model.tokenizer.unk_token_id) for row in prompts) / max(1, sum(map(len, prompts)))
     if unknown > 0.5 and model.tokenizer.unk_token_id != model.eos_id:
-        raise ValueError(
-            f"tokenizer: got {unknown:.0%} unknown words in the questions, expected a model of such text; "
-            "use another checkpoint or data set"
-        )
+        got = f"got {unknown:.0%} unknown words in the questions, expected a model of such text"
+        raise ValueError(f"tokenizer: {got}; use another checkpoint or data set")
     prompt = max(map(len, prompts), default=0)
     if not curriculum:
         return model.check_length(prompt, model.max_new_tokens)
@@ -38,7 +33,6 @@ def expect_together(
         answer = 1 + max(map(len, model.tokenizer(texts, add_special_tokens=False)["input_ids"]))
         thoughts = stage * c.c_thought if CONTROLS[c.control] != "none" else 0
         model.check_length(prompt, answer + thoughts - model.num_thoughts)
-    if c.decode_weight:
-        for problem in problems:
-            for step in problem.steps:
-                step_result(step)
+    for problem in problems if c.decode_weight else ():
+        for step in problem.steps:
+            step_result(step)  # raises ValueError

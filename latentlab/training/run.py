@@ -21,7 +21,8 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -32,11 +33,12 @@ from latentlab.model import LatentReasoner
 from latentlab.pretrained.loading import load_model, save_model
 from latentlab.problems import Problem
 from latentlab.runtime import distributed, files
-from latentlab.runtime.signals import on_signals
+from latentlab.runtime.environment import on_signals
 from latentlab.training import checkpoint
-from latentlab.training.checkpoint import expect_finite, writing
+from latentlab.training.checkpoint import Progress, expect_finite, writing
 
 SLACK = 16 * 2**20  # bytes of a run folder beside weights: tokenizer, metrics
+Problems = Sequence[Problem]
 
 
 class Stopped(RuntimeError):
@@ -45,80 +47,58 @@ class Stopped(RuntimeError):
     exit_code = 75  # EX_TEMPFAIL: try again
 
 
-@dataclass
-class Progress:
-    """How far a run is, apart from weights and optimizer."""
-
-    step: int = 0  # the next one
-    stages: dict[str, float] = field(default_factory=dict)  # curriculum: best accuracies
-    best: float = -1.0  # validation accuracy of best/
-    best_step: int | None = None
-    rollouts: int = 0  # grpo: rollouts made so far, whether an update used them or not
-
-
+@dataclass(eq=False, repr=False)
 class Run:
-    """The folder of one run of `loop` ("curriculum" or "grpo") that trains `model`.
+    """The folder of one training run of `model`.
 
-    resume: continue from state.pt; else a used folder is refused. max_minutes: stop after so many
-    minutes; 0 is no limit. checkpoint_minutes: a kill loses at most so many. Raises ValueError,
-    FileExistsError or OSError before anything is written: no data, a used folder, another run's
-    checkpoint, a small disk. All processes read the folder, on a shared disk; rank 0 writes.
+    All processes read it, on a shared disk; rank 0 writes. Raises ValueError, FileExistsError or
+    OSError before anything is written: no data, a used folder, another run's checkpoint, a small disk.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        config: Config,
-        model: LatentReasoner,
-        train: Sequence[Problem],
-        validation: Sequence[Problem],
-        *,
-        loop: str,
-        resume: bool = False,
-        max_minutes: float = 0.0,
-        checkpoint_minutes: float = 10.0,
-    ):
-        if not train or not validation:
-            raise ValueError(
-                f"data: got {len(train)} training and {len(validation)} validation problems, expected both"
-            )
-        self.folder, self.metrics, self.timing = (Path(folder, n) for n in ("", "metrics.jsonl", "timing.jsonl"))
-        self.config, self.model, self.validation = config, model, validation
-        self.max_minutes, self.checkpoint_minutes = max_minutes, checkpoint_minutes
+    folder: Path
+    config: Config
+    model: LatentReasoner
+    train: Problems
+    validation: Problems
+    _: KW_ONLY
+    loop: str  # curriculum | grpo
+    resume: bool = False  # continue from state.pt; else a used folder is refused
+    max_minutes: float = 0.0  # stop after so many; 0 is no limit
+    checkpoint_minutes: float = 10.0  # a kill loses at most so many
+
+    def __post_init__(self):
+        if not self.train or not self.validation:
+            n, m = len(self.train), len(self.validation)
+            raise ValueError(f"data: got {n} training and {m} validation problems, expected both")
+        self.metrics, self.timing = self.folder / "metrics.jsonl", self.folder / "timing.jsonl"
         self.started = self.saved = time.monotonic()
         self.asked, self.progress = "", Progress()  # asked: the signal that asked the run to stop
-        self.identity = checkpoint.identity(loop, to_dict(config), model, (*train, *validation))
+        self.settings, problems = to_dict(self.config), [*self.train, *self.validation]
+        self.identity = checkpoint.identity(self.loop, self.settings, self.model, problems)
         self.made_with = checkpoint.made_with()
         self.state: dict | None = None
-        distributed.gather(lambda: self._read(resume))  # all have read before rank 0 writes
+        distributed.gather(self._read)  # all have read before rank 0 writes
         distributed.check_same(**self.identity, checkpoint=self.progress.step)
         self.new = self.state is None
         distributed.on_main(self._open)
 
-    def _read(self, resume: bool) -> None:
+    def _read(self) -> None:
         """Read what an earlier process left in the folder; check that it belongs to this run."""
-        stored, state = self.folder / "config.json", self.folder / "state.pt"
+        out, stored, state = self.folder, self.folder / "config.json", self.folder / "state.pt"
         if not stored.exists():
             return
-        if not resume:
-            raise FileExistsError(
-                f"run folder: got {self.folder}, which holds a run already; pass --resume, or another --out"
-            )
+        if not self.resume:
+            raise FileExistsError(f"run folder: got {out}, which holds a run already; pass --resume, or another --out")
         config = files.read_json(stored, "the configuration of this run")
-        checkpoint.expect_same(config, to_dict(self.config), "the run's config.json")
+        checkpoint.expect_same(config, self.settings, "the run's config.json")
         if not state.exists():
             return
         self.state = checkpoint.read_state(state, self.identity)
-        try:
-            self.progress, counted = Progress(**self.state["progress"]), int(self.state["metrics_offset"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(checkpoint.unusable(state, error)) from error
+        self.progress, counted = self.state["progress"], self.state["metrics_offset"]
         size = self.metrics.stat().st_size if self.metrics.exists() else 0
         if size < counted:
-            raise ValueError(
-                f"resume: got {size} bytes of {self.metrics}, expected the {counted} that the checkpoint counted; "
-                "restore it, or use another --out"
-            )
+            got = f"{size} bytes of {self.metrics}, expected the {counted} that the checkpoint counted"
+            raise ValueError(f"resume: got {got}; restore it, or use another --out")
 
     def _open(self) -> None:
         """Make the folder, or repair it: drop lines after the checkpoint and partial files."""
@@ -129,7 +109,7 @@ class Run:
         files.expect_writable(self.folder, need)
         for partial in self.folder.glob("*.partial"):
             files.remove(partial)
-        self._write(self.folder / "config.json", (json.dumps(to_dict(self.config), indent=1) + "\n").encode())
+        self._write(self.folder / "config.json", (json.dumps(self.settings, indent=1) + "\n").encode())
         checkpoint.settle_best(self.folder, self.progress.best_step)
         self.metrics.touch()
         self.timing.touch()
@@ -176,17 +156,14 @@ class Run:
         distributed.on_main(write)
         if stop:
             where = f"after step {record['step']}" if record["step"] >= 0 else "before the first step"
-            raise Stopped(
-                f"stopped by {stop} {where}, everything is saved in {self.folder}; run the same command with --resume "
-                "to continue"
-            )
+            remedy = "run the same command with --resume to continue"
+            raise Stopped(f"stopped by {stop} {where}, everything is saved in {self.folder}; {remedy}")
 
     def log(self, record: dict) -> None:
         """Append `record` to metrics.jsonl, its time to timing.jsonl. Refuses a NaN."""
         expect_finite(record, record["step"])
-        timing = {"step": record["step"], "seconds": round(time.monotonic() - self.started, 3)}
         self._append(self.metrics, record)
-        self._append(self.timing, timing)
+        self._append(self.timing, {"step": record["step"], "seconds": round(time.monotonic() - self.started, 3)})
 
     def _append(self, path: Path, line: dict) -> None:
         with writing(path), open(path, "ab") as lines:
@@ -241,17 +218,14 @@ class Run:
             print(f"{name}: finishing the step, then saving; a second SIGINT aborts at once", file=sys.stderr)
 
 
-def read_metrics(folder: str | Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, without a last one that a kill cut off."""
-    return _read_lines(Path(folder) / "metrics.jsonl")
+def read_metrics(folder: str | Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The lines of a run's file, without a last one that a kill cut off."""
+    return [json.loads(line) for line in Path(folder, name).read_bytes().rpartition(b"\n")[0].splitlines()]
 
 
 def seconds_spent(folder: str | Path) -> float:
     """Seconds that all processes of a run took, as far as they logged; each counts from 0."""
-    timing = Path(folder) / "timing.jsonl"
-    clock = [line["seconds"] for line in _read_lines(timing)] if timing.exists() else []
-    return sum(now for now, after in zip(clock, [*clock[1:], 0.0], strict=False) if after < now)
-
-
-def _read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_bytes().rpartition(b"\n")[0].splitlines()]
+    if not Path(folder, "timing.jsonl").exists():
+        return 0.0
+    clock = [line["seconds"] for line in read_metrics(folder, "timing.jsonl")]
+    return sum(now for now, after in pairwise([*clock, 0.0]) if after < now)

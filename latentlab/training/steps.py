@@ -12,14 +12,12 @@ from latentlab.training.checkpoint import expect_finite
 
 
 def update(model, optimizer: torch.optim.Optimizer, stats: dict, *, step: int, max_grad_norm: float) -> dict:
-    """Clip `.grad`, step the optimizer, clear `.grad`; returns `stats` with the norm before.
+    """Sum `.grad` over processes, clip it, step the optimizer; returns `stats` with the norm before.
 
-    Gradients of several processes are summed first, so that all take the same step. Raises
-    FloatingPointError before any weight moves if the norm or a number of `stats` is not finite.
+    Raises FloatingPointError before any weight moves if the norm or a number of `stats` is not finite.
     """
     distributed.sum_gradients(model.parameters())
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-    stats = {**stats, "grad_norm": norm}
+    stats = {**stats, "grad_norm": torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()}
     expect_finite(stats, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

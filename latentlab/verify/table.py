@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from latentlab.runtime.devices import select_device
+from latentlab.runtime.distributed import select_device
 from latentlab.runtime.environment import environment
 from latentlab.runtime.files import write_atomically
 from latentlab.theory.enumeration import example

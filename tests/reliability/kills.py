@@ -451,10 +451,8 @@ def sizes(scratch):
 
 def write_sections(sections, *, path, started):
     """Put `sections` into the metrics of reliability.json; those of other commands stay, each with its own commit."""
-    stamp = {
-        "commit": environment.commit(),
-        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
-    }
+    begun = datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds")
+    stamp = {"commit": environment.commit(), "started": begun}
     kept = json.loads(path.read_text())["metrics"] if path.exists() else {}
     metrics = kept | {name: section | {"commit": stamp["commit"]} for name, section in sections.items()}
     kills = {name: row for name, row in metrics.get("kills", {}).items() if name in LOOPS}

@@ -37,16 +37,9 @@ SIZES = (1, 2, 3)
 TRAIN, VALIDATION = (word_problems(split, n, seed=0, steps=2) for split, n in (("train", 40), ("validation", 10)))
 CONFIG = small_config(
     curriculum={"steps": [6, 6, 8], "batch_size": 8, "mask": {"rate": 0.2}, "decode_weight": 0.5, "eval_every": 4},
-    grpo={  # 40 candidates a step, so the budget of 25 * 32 groups is spent in 20 steps
-        "steps": 25,
-        "num_problems": 32,
-        "num_generations": 4,
-        "max_candidates": 40,
-        "num_iterations": 1,
-        "learning_rate": 1e-3,
-        "mask": {"rate": 0.3},
-        "eval_every": 10,
-    },
+    # 40 candidates a step, so the budget of 25 * 32 groups is spent in 20 steps
+    grpo={"steps": 25, "num_problems": 32, "num_generations": 4, "max_candidates": 40, "num_iterations": 1}
+    | {"learning_rate": 1e-3, "mask": {"rate": 0.3}, "eval_every": 10},
 )
 
 
@@ -91,14 +84,12 @@ def rollouts(max_candidates):
 
     def mine():
         k = config.grpo.num_generations
-        return {
-            place: [
-                (out.seeds[row].item(), out.tokens[row][out.token_mask[row]].tolist(), out.text[row])
-                for row in range(b * k, (b + 1) * k)
-            ]
-            for out, places in batch.parts
-            for b, place in enumerate(places)
-        }
+        found = {}
+        for out, places in batch.parts:
+            tokens = [row[mask].tolist() for row, mask in zip(out.tokens, out.token_mask, strict=True)]
+            rows = list(zip(out.seeds.tolist(), tokens, out.text, strict=True))
+            found |= {place: rows[b * k : (b + 1) * k] for b, place in enumerate(places)}
+        return found
 
     shares = distributed.gather(mine)
     groups = {place: group for share in shares for place, group in share.items()}
@@ -164,9 +155,7 @@ def measure_rollouts(folder):
         figures[name] = {
             "candidates": len(one["rewards"]),
             "accepted": len(one["kept"]),
-            "differing": sum(
-                run["groups"].get(place) != group for run in others for place, group in one["groups"].items()
-            ),
+            "differing": sum(run["groups"].get(p) != group for run in others for p, group in one["groups"].items()),
             "same_choice": all(run[key] == one[key] for run in others for key in ("kept", "rewards", "lengths")),
             "groups_per_process": [ranks[0]["shares"] for ranks in runs],
         }
@@ -177,16 +166,10 @@ def measure_gradients(folder):
     """Largest distance of a one-step float32 gradient from that of one process and one batch, relative to its norm."""
     figures = {}
     for loop in ("grpo", "curriculum"):
-        (whole, _), *_ = together(1, gradient, folder / loop, loop=loop, dtype=torch.float32)
+        settings = {"loop": loop, "dtype": torch.float32}
+        (whole, _), *_ = together(1, gradient, folder / loop, **settings)
         for n, micro_batch in ((2, 0), (3, 0), (1, 5), (2, 5)):
-            ranks = together(
-                n,
-                gradient,
-                folder / f"{loop}-{n}-{micro_batch}",
-                loop=loop,
-                dtype=torch.float32,
-                micro_batch=micro_batch,
-            )
+            ranks = together(n, gradient, folder / f"{loop}-{n}-{micro_batch}", micro_batch=micro_batch, **settings)
             distance = max(float(((g - whole) ** 2).sum() ** 0.5 / (whole**2).sum() ** 0.5) for g, _ in ranks)
             figures[f"{loop}, processes {n}, micro_batch {micro_batch or 'whole'}"] = distance
     return figures
@@ -196,9 +179,7 @@ def measure_training(folder):
     """Largest difference of a weight after 20 float64 steps, to one process and between processes, and of a metric."""
     figures = {}
     for loop in ("grpo", "curriculum"):
-        runs = [
-            together(n, train, folder / f"{loop}-{n}", loop=loop, out=str(folder / f"{loop}-run-{n}")) for n in SIZES
-        ]
+        runs = [together(n, train, folder / f"{loop}-{n}", loop=loop, out=folder / f"{loop}-run-{n}") for n in SIZES]
         one, lines = runs[0][0]
         others = [ranks for run in runs[1:] for ranks in run]
         figures[loop] = {

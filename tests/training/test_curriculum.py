@@ -36,7 +36,7 @@ def test_each_stage_replaces_one_more_step():
 
 
 def test_answers_are_padded_on_the_right_and_end_in_eos(gpt2):
-    tokens, mask = encode_answers(gpt2.tokenizer, ["### 9", "<<2+3=5>>\n### 9"], "cpu")
+    tokens, mask = encode_answers(gpt2.tokenizer, ["### 9", "<<2+3=5>>\n### 9"])
     assert mask.sum(1).tolist() == [3, 11]
     for row, text in zip(range(2), ("### 9", "<<2+3=5>>\n### 9"), strict=True):
         real = tokens[row, mask[row]]
@@ -46,7 +46,7 @@ def test_answers_are_padded_on_the_right_and_end_in_eos(gpt2):
 
 def test_the_last_thought_of_a_step_is_decoded_to_its_result(gpt2):
     short = Problem("q", "?", ("<<1+1=2>>",), "2", "test")
-    targets = result_tokens(gpt2.tokenizer, [PROBLEM, short], thoughts=4, c_thought=2, device="cpu")
+    targets = result_tokens(gpt2.tokenizer, [PROBLEM, short], thoughts=4, c_thought=2)
     five, ten, two = gpt2.tokenizer.convert_tokens_to_ids(["5", "10", "2"])
     assert targets.tolist() == [[IGNORE, five, IGNORE, ten], [IGNORE, two, IGNORE, IGNORE]]
 
@@ -65,15 +65,12 @@ def test_only_text_after_end_carries_loss(config, word_sets):
             for _ in range(stage):
                 z = model.lm.transformer(inputs_embeds=inputs).last_hidden_state[:, -1:]
                 inputs = torch.cat([inputs, z], 1)
-            target = model.tokenizer("\n".join([*problem.steps[stage:], f"### {problem.answer}"]))["input_ids"] + [
-                model.eos_id
-            ]
+            text = "\n".join([*problem.steps[stage:], f"### {problem.answer}"])
+            target = model.tokenizer(text)["input_ids"] + [model.eos_id]
             inputs = torch.cat([inputs, model.embed(torch.tensor([[model.end_id, *target[:-1]]]))], 1)
             logits = model.lm(inputs_embeds=inputs).logits[0, -len(target) :]
-            total, count = (
-                total + cross_entropy(logits, torch.tensor(target), reduction="sum").item(),
-                count + len(target),
-            )
+            total += cross_entropy(logits, torch.tensor(target), reduction="sum").item()
+            count += len(target)
         assert stats["loss"] == pytest.approx(total / count, abs=1e-5) == stats["loss/answer"]
 
 

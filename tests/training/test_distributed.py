@@ -219,28 +219,16 @@ sys.exit(code or next(("left at the end: " + name for name in threads if "gloo" 
 
 
 LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "accelerate": [
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-    ],
+    "torchrun": "torch.distributed.run --standalone --nproc_per_node 2",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launched_processes_make_the_run_of_one_and_end_their_threads(tmp_path, capsys, launcher):
-    module, *options = LAUNCHERS[launcher]
+    module, *options = LAUNCHERS[launcher].split()
     pytest.importorskip(module.partition(".")[0])  # accelerate is no dependency
     (tmp_path / "ending.py").write_text(ENDING)
     words = ["grpo", "--preset", "smoke", "--grpo.steps", "2", "--grpo.max-candidates", "8", "--device", "cpu"]

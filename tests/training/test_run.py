@@ -21,7 +21,7 @@ from latentlab.training.curriculum import fit_curriculum
 from latentlab.training.run import SLACK, Run, Stopped, read_metrics, seconds_spent
 from latentlab.training.steps import batch_indices, set_learning_rate, warmup_cosine
 from tests.conftest import tiny_gpt2
-from tests.reliability.kills import distinct_words, same
+from tests.reliability.kills import FILES, distinct_words, same
 
 
 @pytest.fixture
@@ -285,13 +285,7 @@ def test_a_kill_in_the_midst_of_replacing_best_loses_none(tmp_path, start, folde
     run = start(resume=True)
     assert content(best) == before
     end(run, 1, validation_accuracy=0.75)
-    assert run.progress.best == 0.75 and sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "best",
-        "config.json",
-        "metrics.jsonl",
-        "state.pt",
-        "timing.jsonl",
-    ]
+    assert run.progress.best == 0.75 and sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
 
 
 def test_a_nan_among_weights_or_moments_is_never_saved(tmp_path, start):
@@ -498,10 +492,7 @@ def test_the_learning_rate_rises_then_falls_to_its_share():
 
 
 def test_the_learning_rate_reaches_every_group():
-    groups = [
-        {"params": [torch.nn.Parameter(torch.zeros(1))]},
-        {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 3.0},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=1.0)
+    first, second = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second], "lr": 3.0}], lr=1.0)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
