@@ -19,6 +19,7 @@ from operator import truediv
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from latentlab.config import Config, GRPOConfig, arm_settings
 from latentlab.data import datasets
@@ -28,7 +29,6 @@ from latentlab.evaluation.thoughts import swap_thoughts
 from latentlab.model import LatentReasoner
 from latentlab.pretrained.loading import load_model
 from latentlab.problems import Problem, answers_match, extract_answer
-from latentlab.runtime.distributed import select_device
 from latentlab.runtime.files import read_json, write_atomically
 from latentlab.study.budget import Budget, answer_seconds
 from latentlab.training.preflight import expect_together
@@ -53,8 +53,7 @@ def graded_answers(model: LatentReasoner, problems: list[Problem], *, mask=None,
     """K answers to each of n problems, by `evaluate`: texts, grades by both rules, seconds."""
     start = time.monotonic()
     found = evaluate(model, problems, mask=mask, **options)
-    asked = [problem for problem in problems for _ in found.correct[0]]
-    exact = [answers_match(extract_answer(t), p.answer, "string") for t, p in zip(found.text, asked, strict=True)]
+    exact = [answers_match(extract_answer(t), p.answer, "string") for p, texts in found.groups() for t in texts]
     return {
         "ids": [problem.id for problem in problems],
         "correct": found.correct.astype(int).tolist(),  # [n, K]
@@ -74,15 +73,17 @@ class TrainedModels:
     config: Config
     folder: Path
     data: dict[str, list[Problem]]
-    device: str
+    device: torch.device
     budget: Budget
 
-    def store(self, name: str, benchmark: str, problems: list[Problem], model=None, by=None, **options) -> None:
+    def store(self, name: str, benchmark: str, problems: list[Problem], model=None, **options) -> None:
         """Store the answers of run `name` once: by default greedy ones of its best weights."""
         path = answers_path(self.folder, name, benchmark)
         if not path.exists():
+            model = model or self.trained(name)
             options = {"batch_size": self.config.evaluate.batch_size, **options}
-            found = (by or graded_answers)(model or self.trained(name), problems, **options)
+            swapped = benchmark == "swapped"
+            found = swap_thoughts(model, problems) if swapped else graded_answers(model, problems, **options)
             write_atomically(path, json.dumps(found, ensure_ascii=False).encode())
             self.budget.save()
 
@@ -96,12 +97,12 @@ class TrainedModels:
             mask, temperature = arm_settings(with_settings(self.config.grpo, chosen.get(arm, {})), arm)
             return {"batch_size": size, "num_generations": k, "mask": mask, "temperature": temperature}
 
-        def seconds() -> float:
-            return answer_seconds(self.trained(names[0]), self.data["validation"], **noise(names[0]))
+        def affordable() -> int:
+            model = self.trained(names[0])
+            seconds = partial(answer_seconds, model, self.data["validation"], **noise(names[0]))
+            return self.budget.affordable(0.4 / len(names), seconds, len(test))
 
-        afford, limit = partial(self.budget.affordable, 0.4 / len(names), seconds, len(test)), SAMPLED_PROBLEMS
-        if self.budget.planned:
-            limit = self.budget.once("sampled_problems", afford)
+        limit = self.budget.once("sampled_problems", affordable) if self.budget.planned else SAMPLED_PROBLEMS
         for name in names if limit else ():
             self.store(name, "sampled", test[:limit], run_seed=self.config.seed, **noise(name))
 
@@ -126,12 +127,11 @@ class TrainedModels:
         """What swapped thoughts do to the answers of each baseline."""
         for name in names:
             if name.startswith("coconut"):
-                test = self.data["test"][:SAMPLED_PROBLEMS]
-                self.store(name, "swapped", test, by=lambda model, problems, **_: swap_thoughts(model, problems))
+                self.store(name, "swapped", self.data["test"][:SAMPLED_PROBLEMS])
 
     def trained(self, name: str) -> LatentReasoner:
         """The best weights of a finished run."""
-        return load_model(self.folder / name / "best").place(select_device(self.device), self.config.precision)
+        return load_model(self.folder / name / "best").place(self.device, self.config.precision)
 
     def _shown(self, names: list[str]) -> list[str]:
         """The SAMPLED models: of all seeds, or of the first seed under a budget."""
@@ -168,16 +168,19 @@ def deployments(greedy: dict, sampled: dict) -> dict:
     """
     counts = np.array(sampled["correct"])  # [n, K]
     n, k = counts.shape
-    found = {
-        "K": k,
-        "mask_rate": sampled["mask_rate"],
-        "mean": float(counts.mean()),
-        "pass@k": {str(j): float(pass_at_k(counts.sum(1), k, j).mean()) for j in range(1, k + 1)},
-        "majority": float(np.mean(sampled["majority"])),
-        "seconds": sampled["seconds"],
-    }
     clean = _right(greedy, n)
-    return {"n": n, "greedy": {**clean, "pass@1": clean["correct"] / n}, "sampled": found}
+    return {
+        "n": n,
+        "greedy": {**clean, "pass@1": clean["correct"] / n},
+        "sampled": {
+            "K": k,
+            "mask_rate": sampled["mask_rate"],
+            "mean": float(counts.mean()),
+            "pass@k": {str(j): float(pass_at_k(counts.sum(1), k, j).mean()) for j in range(1, k + 1)},
+            "majority": float(np.mean(sampled["majority"])),
+            "seconds": sampled["seconds"],
+        },
+    }
 
 
 def _right(answers: dict, n: int) -> dict:

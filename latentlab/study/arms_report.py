@@ -24,7 +24,6 @@ from latentlab.evaluation import statistics
 from latentlab.evaluation.thoughts import decoded_thoughts
 from latentlab.pretrained.loading import load_model
 from latentlab.problems import Problem
-from latentlab.runtime.distributed import select_device
 from latentlab.runtime.environment import environment
 from latentlab.runtime.files import write_atomically
 from latentlab.study import results
@@ -60,8 +59,14 @@ def write_report(
         row = {"name": name.rpartition("-s")[0], "seed": _seed(name), **greedy_score(answers[name]), "rollouts": 0}
         row |= {key: done[name][key] for key in RECORDED if key in done[name]}
         arms.append(row | _replay_gaps(lines.get(name, [])) | _difference(outcomes, name, _base(name, names)))
+    seeds = [_seed(name) for name in names if name.startswith("shared-s")]
+    gain = contrast(outcomes, "shared", "coconut", seeds)
     metrics = {
-        **_verdicts(outcomes, names, device, config.data.name),
+        "data": config.data.name,
+        "published": PUBLISHED,
+        "gain": gain,
+        "main_contrast": contrast(outcomes, "shared", "temperature", seeds),
+        "verdict": verdict_of(gain, device, config.data.name),
         "curriculum": {n: {k: done[n][k] for k in ("stages", "seconds")} for n in names if "stages" in done[n]},
         **tuning,
         "curves": {name: _curves(found) for name, found in lines.items()},
@@ -99,13 +104,12 @@ def write_report(
 # ---------------------------------------------------------------- reading a report
 def read_arms(*presets: str) -> dict | None:
     """The first of these presets' results that exists, with `outcomes` and `samples`; or None."""
-    for preset in presets:
-        found = results.find_result("arms", preset)
-        if found:
-            samples = found["folder"] / "arms_samples.json"
-            found["samples"] = json.loads(samples.read_text()) if samples.exists() else []
-            return {**found, "outcomes": results.read_outcomes(found["folder"] / "arms_outcomes.npz")}
-    return None
+    found = next(filter(None, (results.find_result("arms", preset) for preset in presets)), None)
+    if found:
+        samples = found["folder"] / "arms_samples.json"
+        found["samples"] = json.loads(samples.read_text()) if samples.exists() else []
+        found["outcomes"] = results.read_outcomes(found["folder"] / "arms_outcomes.npz")
+    return found
 
 
 def contrast(outcomes: dict, arm: str, other: str, seeds: Sequence[int]) -> dict:
@@ -131,10 +135,8 @@ def contrast(outcomes: dict, arm: str, other: str, seeds: Sequence[int]) -> dict
 
 def in_words(found: dict) -> str:
     """One line of a `contrast`."""
-    return (
-        f"{found['arms']}: {found['difference']:+.2f} points "
-        f"[{found['wide_low']:+.2f}, {found['wide_high']:+.2f}] over {found['seeds']} seed{'s' * (found['seeds'] > 1)}"
-    )
+    seeds = f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}"
+    return f"{found['arms']}: {found['difference']:+.2f} points {_interval(found, 'wide_')} over {seeds}"
 
 
 def overview(found: dict) -> str:
@@ -163,7 +165,7 @@ def overview(found: dict) -> str:
         kept = checks["step"][int(np.argmax(checks["value"]))] if change and checks else ""
         accuracy, low, high = (f"{100 * share:.2f}" for share in (row["correct"] / row["n"], *row["interval"]))
         most = f"{row['commonest_answer'] or 'nothing'}: {row['commonest_share']:.0%}"
-        gain = f"{change['points']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]" if change else ""
+        gain = f"{change['points']:+.2f} {_interval(change)}" if change else ""
         cells = (row["correct"], f"{accuracy} %", f"[{low}, {high}]", row.get("rollouts", 0), most)
         rows.append([f"{row['name']} {row['seed']}", *map(str, cells), "start" if kept == -1 else str(kept), gain])
     return "\n".join([*lines, table(head, rows), "", f"verdict on the published gain: {metrics['verdict']}"])
@@ -191,31 +193,27 @@ def _seed(name: str) -> int:
     return int(name.rpartition("-s")[2])
 
 
+def _interval(found: dict, kind: str = "") -> str:
+    return f"[{found[f'{kind}low']:+.2f}, {found[f'{kind}high']:+.2f}]"
+
+
 def _base(name: str, names: list[str]) -> str:
     """The baseline that a run is compared with: that of its seed, or the only one."""
     own = f"coconut-s{_seed(name)}"
     return own if own in names else names[0]
 
 
-def _verdicts(outcomes: dict, names: list[str], device: str, data: str) -> dict:
-    seeds = [_seed(name) for name in names if name.startswith("shared-s")]
-    gain, main = (contrast(outcomes, "shared", other, seeds) for other in ("coconut", "temperature"))
-    found = {"gain": gain, "main_contrast": main, "verdict": verdict_of(gain, device, data)}
-    return {"data": data, "published": PUBLISHED, **found}
-
-
 def _difference(outcomes: dict, name: str, base: str) -> dict:
     if name == base:
         return {}
-    pair = statistics.paired_comparison(outcomes[name], outcomes[base], seed=0)
-    kept = ("low", "high", "only_a", "only_b", "discordance", "p_value")
-    return {"difference": {"points": pair["difference"], **{key: pair[key] for key in kept}}}
+    pair: dict = statistics.paired_comparison(outcomes[name], outcomes[base], seed=0)
+    pair.pop("n")  # in the row already
+    return {"difference": {"points": pair.pop("difference"), **pair}}
 
 
 def _replay_gaps(lines: list[dict]) -> dict:
-    gaps = [line["replay_gap"] for line in lines if "replay_gap" in line]
-    share = {"replay_gap_over_1e-5": float(np.mean([gap > 1e-5 for gap in gaps]))} if gaps else {}
-    return {"replay_gap": max(gaps), **share} if gaps else {}
+    gaps = np.array([line["replay_gap"] for line in lines if "replay_gap" in line])
+    return {"replay_gap": gaps.max(), "replay_gap_over_1e-5": np.mean(gaps > 1e-5)} if gaps.size else {}
 
 
 def _curves(lines: list[dict]) -> dict[str, dict]:
@@ -273,7 +271,7 @@ def _samples(config, folder: Path, names: list[str], answers: dict, test: list[P
     chosen = [test[i] for i in change]
     samples: list[dict] = [{"id": p.id, "question": p.question, "answer": p.answer} for p in chosen]
     for name in pair if chosen else ():
-        model = load_model(folder / name / "best").place(select_device(device), config.precision)
+        model = load_model(folder / name / "best").place(device, config.precision)
         for sample, i, thoughts in zip(samples, change, decoded_thoughts(model, chosen), strict=True):
             sample |= {"change": change[i], name: {"text": answers[name]["text"][i], "thoughts": thoughts}}
     return samples
@@ -288,6 +286,5 @@ def _headline(baseline: dict, metrics: dict) -> str:
     if baseline["commonest_share"] > 0.2:
         text += f" (says {baseline['commonest_answer'] or 'no number'} to {baseline['commonest_share']:.0%})"
     if "skipped" not in gain:
-        interval = f"[{gain['wide_low']:+.2f}, {gain['wide_high']:+.2f}]"
-        text += f" → {100 * gain['after']:.2f} %, {gain['difference']:+.2f} {interval}"
+        text += f" → {100 * gain['after']:.2f} %, {gain['difference']:+.2f} {_interval(gain, 'wide_')}"
     return text if synthetic else f"{text}; {metrics['verdict']}"

@@ -138,10 +138,9 @@ def plan_grpo(model, data, config: Config, budget: Budget) -> tuple[int, int]:
         return len(sweep.seeds), g.steps
     if budget.left() <= 0:
         return 1, 0
-    iteration = _iteration_seconds(model, data["train"][: g.num_problems], config)
     answer = answer_seconds(model, data["validation"], config.evaluate.batch_size)
     validation = answer * len(data["validation"])
-    seconds = iteration + validation / g.eval_every
+    seconds = _iteration_seconds(model, data["train"][: g.num_problems], config) + validation / g.eval_every
     for seeds in range(len(sweep.seeds), 0, -1):
         runs = len(sweep.arms) * seeds
         reserve = 1.1 * runs * (answer * len(data["test"]) + 2 * validation)
@@ -156,19 +155,18 @@ def _iteration_seconds(model: LatentReasoner, problems: list[Problem], config: C
     """Seconds of a GRPO iteration; updates are priced by the share of mixed groups."""
     g, share = config.grpo, 1.0
     mask, temperature = arm_settings(g, "shared")
+    sampling: Any = {"num_generations": g.num_generations, "masks": mask, "temperature": temperature}
     rolled: list[Rollouts] = []
 
     def roll() -> None:
-        k = g.num_generations
-        out = rollout(model, problems, num_generations=k, masks=mask, temperature=temperature, run_seed=0, step=0)
-        rolled[:] = [out]
+        rolled.append(rollout(model, problems, run_seed=0, step=0, **sampling))
 
     def update() -> None:
         policy_gradient(model, out, torch.ones_like(out.logp[:, 0]), config, reference=model if g.beta else None)
         model.zero_grad(set_to_none=True)
 
     rolling = _seconds(model, roll)
-    (out,) = rolled
+    out = rolled[-1]
     if g.max_candidates:  # only mixed groups are updated on; training yields more of them, hence the upper bound
         mixed = int((~is_collapsed(out.rewards(exact_answer))).sum())
         share = wilson_interval(mixed, len(problems))[1]

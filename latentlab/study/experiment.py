@@ -16,6 +16,7 @@ command resumes an interrupted experiment.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,7 +33,6 @@ from latentlab.data.jsonl import read_jsonl, write_jsonl
 from latentlab.evaluation.accuracy import evaluate
 from latentlab.model import LatentReasoner
 from latentlab.pretrained.loading import load_model, model_from_config, save_model
-from latentlab.problems import Problem
 from latentlab.runtime.distributed import select_device
 from latentlab.runtime.environment import commit, peak_memory_gib
 from latentlab.study.answers import TrainedModels, answers_path, with_settings
@@ -64,23 +64,29 @@ def run_experiment(
     budget_minutes: None for no budget; 0 for the preset's own steps, no limit; needs IN_PROCESS.
     backbone: a folder or Hub id, instead of the preset's. init_from: a trained Coconut checkpoint
     that replaces the curriculum, for all seeds. device: of runs in this process and of answers.
-    Raises ValueError or OSError, one line, before any compute (missing data, a folder of another
-    experiment, too little memory); RuntimeError that lists failed runs; Stopped after a signal.
+    Raises ValueError or OSError, one line, before any compute (wrong arguments, missing data, a
+    folder of another experiment, too little memory); RuntimeError that lists failed runs; Stopped
+    after a signal.
     """
-    start, folder = time.monotonic(), Path(out)
+    start, folder, in_process = time.monotonic(), Path(out), launcher.executor == "in_process"
     if backbone and init_from:
         raise ValueError("--backbone and --init-from: got both, expected an untrained or a trained model; drop one")
+    if budget_minutes is not None and not (in_process and 0 <= budget_minutes < math.inf):
+        got = f"{budget_minutes} minutes with executor {launcher.executor}"
+        raise ValueError(f"budget: got {got}, expected at least 0 and finite, with in_process; correct or drop it")
     check_arms(config.sweep)
     if backbone:
         config = replace(config, backbone=replace(config.backbone, name_or_path=backbone))
-    data = _load_data(config, folder, with_train=launcher.executor == "in_process")
-    weights = _checked_weights(config, data, device if data["train"] else "cpu", init_from)
-    kind = select_device(device).type
-    budget = Budget(folder, _made_for(config, weights, budget_minutes, kind), budget_minutes, kind, start)
-    if data["train"] and not (folder / "train.jsonl").exists():
-        write_jsonl(data["train"], folder / "train.jsonl")
+    data = {split: datasets.load(config.data, split) for split in ("validation", "test")}
+    kept, place = folder / "train.jsonl", select_device(device)
+    data["train"] = [] if not in_process else read_jsonl(kept) if kept.exists() else datasets.load(config.data, "train")
+    weights = _checked_weights(config, data, place if in_process else "cpu", init_from)
+    made_for = _made_for(config, weights, budget_minutes, place.type)
+    budget = Budget(folder, made_for, budget_minutes, place.type, start)
+    if data["train"] and not kept.exists():  # read back by the next process: filtering it is slow
+        write_jsonl(data["train"], kept)
 
-    e = Experiment(config, folder, data, device, budget, launcher)
+    e = Experiment(config, folder, data, place, budget, launcher)
     names = e.make_baselines(init_from)
     tuning = {} if budget.planned else e.tune()
     chosen = tuning.get("chosen_on_validation", {})
@@ -94,17 +100,9 @@ def run_experiment(
 
 
 # ---------------------------------------------------------------- before any compute
-def _load_data(config: Config, folder: Path, *, with_train: bool) -> dict[str, list[Problem]]:
-    """Problems by split; the training set is kept in train.jsonl: its copies take half a minute."""
-    data = {split: datasets.load(config.data, split) for split in ("validation", "test")}
-    kept = folder / "train.jsonl"
-    data["train"] = [] if not with_train else read_jsonl(kept) if kept.exists() else datasets.load(config.data, "train")
-    return data
-
-
-def _checked_weights(config: Config, data: dict, device: str, init_from: str) -> dict:
+def _checked_weights(config: Config, data: dict, device: torch.device | str, init_from: str) -> dict:
     """Provenance of the model to start from; it must fit the problems, and the GPU must fit it."""
-    model = model_from_config(config, init_from=init_from).place(select_device(device), config.precision)
+    model = model_from_config(config, init_from=init_from).place(device, config.precision)
     learned = [*data["train"], *data["validation"]]
     expect_together(model, [*learned, *data["test"]], config)
     if not init_from:
@@ -120,10 +118,8 @@ def _expect_memory(model: LatentReasoner) -> None:
     need = 16 * sum(p.numel() for p in model.parameters()) + 2 * 2**30
     free, _ = torch.cuda.mem_get_info(model.device)
     if free + torch.cuda.memory_allocated(model.device) < need:
-        raise OSError(
-            f"GPU: got {free / 2**30:.1f} GiB free, expected {need / 2**30:.1f} for weights, gradients, optimizer "
-            "and a micro-batch; free some, or use a larger GPU"
-        )
+        got, expected = f"{free / 2**30:.1f} GiB free", f"{need / 2**30:.1f} for weights, gradients, optimizer, batch"
+        raise OSError(f"GPU: got {got}, expected {expected}; free some, or use a larger GPU")
 
 
 def _made_for(config: Config, weights: dict, minutes: float | None, device: str) -> dict:
@@ -166,15 +162,17 @@ class Experiment(TrainedModels):
             "shared": [{"learning_rate": lr, "mask.rate": p} for lr in s.learning_rates for p in s.rates],
             "supervised": [{"learning_rate": lr} for lr in s.learning_rates],
         }
-        points = [(arm, i, settings) for arm, grid in grids.items() for i, settings in enumerate(grid) if len(grid) > 1]
-        jobs = [self._arm_job(arm, s.seeds[0], found, s.tune_steps, f"tune-{arm}-{i}") for arm, i, found in points]
-        self._run(jobs)
-        scores = [read_done(self.folder, job.name)["validation_accuracy"] for job in jobs]
-        trials = list(zip(points, scores, strict=True))
-        best = {arm: grid[0] for arm, grid in grids.items()}
-        best |= {arm: found for (arm, _, found), _ in sorted(reversed(trials), key=lambda trial: trial[1])}
-        table = [{"arm": arm, **found, "validation_accuracy": score} for (arm, _, found), score in trials]
-        return {"chosen_on_validation": best, "tuning": table}
+        jobs = {
+            (arm, i): self._arm_job(arm, s.seeds[0], settings, s.tune_steps, f"tune-{arm}-{i}")
+            for arm, grid in grids.items()
+            for i, settings in enumerate(grid)
+            if len(grid) > 1
+        }
+        self._run(list(jobs.values()))
+        scores = {key: read_done(self.folder, job.name)["validation_accuracy"] for key, job in jobs.items()}
+        best = {arm: max(range(len(grid)), key=lambda i: scores.get((arm, i), 0.0)) for arm, grid in grids.items()}
+        table = [{"arm": arm, **grids[arm][i], "validation_accuracy": score} for (arm, i), score in scores.items()]
+        return {"chosen_on_validation": {arm: grids[arm][i] for arm, i in best.items()}, "tuning": table}
 
     def run_arms(self, chosen: dict[str, dict]) -> list[str]:
         """Controls and arms of every seed, at equal iterations; returns their names."""
@@ -195,7 +193,7 @@ class Experiment(TrainedModels):
     def _fitted(self, job: Job) -> Job:
         """The job of a baseline, its stages sized to the budget."""
         config, c = job.config, job.config.curriculum
-        model = model_from_config(config).place(select_device(self.device), config.precision)
+        model = model_from_config(config).place(self.device, config.precision)
         plan = partial(plan_curriculum, model, self.data, config, self.budget)
         steps = tuple(self.budget.once("curriculum_steps", plan))
         warmup = min(c.warmup_steps, max(1, min(steps) // 4))  # short stages are not all warm-up
@@ -212,19 +210,15 @@ class Experiment(TrainedModels):
         for job in jobs:
             target, config, made_by = folder / job.name, job.config, commit()
             begun = time.time() - seconds_spent(target)
-            model = model_from_config(config, init_from=job.init_from).place(
-                select_device(self.device), config.precision
-            )
+            model = model_from_config(config, init_from=job.init_from).place(self.device, config.precision)
             options: dict[str, Any] = {"out": str(target), "resume": True, "checkpoint_minutes": CHECKPOINT_MINUTES}
-            if job.verb == "grpo":
-                summary = fit_grpo(model, train, validation, config, **options)
-            else:
-                cot = f"cot-s{config.seed}"
-                if self.budget.planned and not answers_path(folder, cot, "test").exists():  # after stage 0 alone
-                    fit_curriculum(model, train, validation, config, last_stage=0, **options)
-                    set_stage(model, config, 0, validation)
-                    self.store(cot, "test", self.data["test"], model)
-                summary = fit_curriculum(model, train, validation, config, **options)
+            fit: Any = partial(fit_grpo if job.verb == "grpo" else fit_curriculum, model, train, validation, config)
+            cot = f"cot-s{config.seed}"
+            if self.budget.planned and job.verb == "curriculum" and not answers_path(folder, cot, "test").exists():
+                fit(last_stage=0, **options)  # chain of thought alone
+                set_stage(model, config, 0, validation)
+                self.store(cot, "test", self.data["test"], model)
+            summary = fit(**options)
             summary |= {"out": str(target), "peak_memory_gib": peak_memory_gib()}
             write_done(target, summary, job.words(folder), begun, made_by)
             yield job.name, 0
@@ -242,7 +236,7 @@ class Experiment(TrainedModels):
     def _store_baseline(self, run: Path, init_from: str) -> None:
         """Store a model that was trained elsewhere where the curriculum would have left its own."""
         if not (run / "done.json").exists():
-            begun, model = time.time(), load_model(init_from).place(select_device(self.device), self.config.precision)
+            begun, model = time.time(), load_model(init_from).place(self.device, self.config.precision)
             save_model(model, run / "best")
             found = evaluate(model, self.data["validation"], batch_size=self.config.evaluate.batch_size)
             summary = {"stages": {}, "validation_accuracy": found.accuracy}

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +100,14 @@ class Process:
             self.child.terminate()
         said, _ = self.child.communicate()
         log.write(said)
-        if self.child.returncode:
-            return self.child.returncode
-        try:
-            summary = dict(json.loads(said.strip().splitlines()[-1]))
-        except (ValueError, TypeError, IndexError):
-            log.write("latentlab: got no summary in the last line of the run's output, expected JSON\n")
-            return 1
-        write_done(self.target, summary, self.words, begun, made_by)
-        return 0
+        if self.child.returncode == 0:
+            try:
+                summary = dict(json.loads(said.strip().splitlines()[-1]))
+            except (ValueError, TypeError, IndexError):
+                log.write("latentlab: got no summary in the last line of the run's output, expected JSON\n")
+                return 1
+            write_done(self.target, summary, self.words, begun, made_by)
+        return self.child.returncode
 
     def stop(self) -> None:
         """Ask the run to save its state and exit."""
@@ -162,23 +162,22 @@ def run_jobs(jobs: list[Job], folder: Path, execute: Callable[[list[Job], Path],
     expect_writable(folder, 2**20 + len(waiting) * max(sizes))  # estimate: as large as the largest run so far
     for name, code in execute(waiting, folder):
         states[name] = {0: "finished", STOPPED: "stopped"}.get(code, f"failed, exit code {code}")
-        print(*_row(folder, name, states[name]), sep="  ", flush=True)
-        _write_table(folder, states)
-    failed = [job.name for job in waiting if states[job.name].startswith("failed")]
-    if failed:
-        logs = ", ".join(str(folder / f"{name}.log") for name in failed)
-        raise RuntimeError(f"sweep: {len(failed)} runs failed, see {logs}; the same command tries them again")
+        rows = _write_table(folder, states)
+        print(*rows[name], sep="  ", flush=True)
+    logs = [str(folder / f"{job.name}.log") for job in waiting if states[job.name].startswith("failed")]
+    if logs:
+        raise RuntimeError(f"sweep: {len(logs)} runs failed, see {', '.join(logs)}; the same command tries them again")
 
 
-def _row(folder: Path, name: str, state: str) -> list[str]:
-    done = read_done(folder, name) if state == "finished" else {}
-    return [cell(value) for value in (name, state, done.get("validation_accuracy"), done.get("seconds"))]
-
-
-def _write_table(folder: Path, states: dict[str, str]) -> None:
-    rows = [_row(folder, name, state) for name, state in states.items()]
-    text = table(["Run", "State", "Validation accuracy", "Seconds"], rows)
-    write_atomically(folder / "table.md", (text + "\n").encode())
+def _write_table(folder: Path, states: dict[str, str]) -> dict[str, list]:
+    """Write table.md, and return its rows by run."""
+    rows = {}
+    for name, state in states.items():
+        done = read_done(folder, name) if state == "finished" else {}
+        rows[name] = [cell(value) for value in (name, state, done.get("validation_accuracy"), done.get("seconds"))]
+    text = table(["Run", "State", "Validation accuracy", "Seconds"], list(rows.values()))
+    write_atomically(folder / "table.md", f"{text}\n".encode())
+    return rows
 
 
 # ---------------------------------------------------------------- processes
@@ -187,13 +186,11 @@ def run_processes(jobs: list[Job], folder: Path, launcher: Launcher, workers: in
 
     SIGTERM and SIGINT stop all of them with their state saved; Stopped is raised at the end.
     """
-    local = launcher.executor == "local"
-    width = workers if local else len(jobs)
-    start = Process.__call__ if local else _slurm(launcher, folder)
+    slurm = launcher.executor == "slurm"
+    start, width, visible = (_slurm(launcher, folder), len(jobs), []) if slurm else (Process.__call__, workers, _gpus())
     gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
-    visible = _gpus() if local else []
-    for i in range(width):
-        gpus.put(visible[i % len(visible)] if visible else "")
+    for gpu in islice(cycle(visible or [""]), width):
+        gpus.put(gpu)
     told, processes = threading.Event(), []
 
     def run(job: Job) -> int:
@@ -280,8 +277,6 @@ def _locked(log) -> bool:
 
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)  # other errors: a file system without locks
     return True

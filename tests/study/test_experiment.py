@@ -1,5 +1,6 @@
 """experiment.py: which runs are started, in which order, with which settings. No process is started here."""
 
+import math
 from itertools import product
 
 import pytest
@@ -10,7 +11,7 @@ from latentlab.config import ARMS, changed_words, from_dict, load_preset, to_dic
 from latentlab.study import experiment
 from latentlab.study.answers import TrainedModels
 from latentlab.study.experiment import FAMILY, run_experiment
-from latentlab.study.launch import Launcher
+from latentlab.study.launch import IN_PROCESS, Launcher
 
 
 def small(**fields):
@@ -185,3 +186,12 @@ def test_a_plan_whose_table_could_not_be_written_starts_nothing(plan, processes,
     with pytest.raises(ValueError, match=message):
         plan(small(**fields))
     assert not processes.commands
+
+
+@pytest.mark.parametrize(
+    ("launcher", "minutes"), [(IN_PROCESS, -1), (IN_PROCESS, math.nan), (IN_PROCESS, math.inf), (Launcher(), 0)]
+)
+def test_a_budget_that_cannot_be_kept_is_refused_before_anything_is_written(processes, tmp_path, launcher, minutes):
+    with pytest.raises(ValueError, match=f"^budget: got {minutes} minutes .*, expected at least 0") as error:
+        run_experiment(small(), out=str(tmp_path / "run"), launcher=launcher, budget_minutes=minutes)
+    assert "\n" not in str(error.value) and not processes.commands and not (tmp_path / "run").exists()
