@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,10 @@ def write_report(
     tuning: chosen settings and trials. weights: provenance of the model that baselines start from.
     """
     device = budget.device
-    names = sorted(names, key=_seed)  # of each seed: baseline, controls, arms
+    order = config.sweep.seeds.index
+    names = sorted(names, key=lambda name: order(_seed(name)))  # of each seed: baseline, controls, arms
+    own = {name: f"coconut-s{_seed(name)}" for name in names}
+    bases = {name: base if base in names else names[0] for name, base in own.items()}  # else: the only baseline
     cot = f"cot-s{_seed(names[0])}"
     answers = stored(folder, [cot, *names], "test")
     outcomes = {name: np.array(found["correct"])[:, 0] for name, found in answers.items()}
@@ -58,7 +62,7 @@ def write_report(
     for name in names:
         row = {"name": name.rpartition("-s")[0], "seed": _seed(name), **greedy_score(answers[name]), "rollouts": 0}
         row |= {key: done[name][key] for key in RECORDED if key in done[name]}
-        arms.append(row | _replay_gaps(lines.get(name, [])) | _difference(outcomes, name, _base(name, names)))
+        arms.append(row | _replay_gaps(lines.get(name, [])) | _difference(outcomes, name, bases[name]))
     seeds = [_seed(name) for name in names if name.startswith("shared-s")]
     gain = contrast(outcomes, "shared", "coconut", seeds)
     metrics = {
@@ -72,7 +76,7 @@ def write_report(
         "curves": {name: _curves(found) for name, found in lines.items()},
         "deployments": {n: deployments(answers[n], found) for n, found in stored(folder, names, "sampled").items()},
         "swapped_thoughts": stored(folder, names, "swapped"),
-        "weights_unchanged": {n: _same_weights(folder, _base(n, names), n) for n in names if n.startswith("none-s")},
+        "weights_unchanged": {n: _same_weights(folder, bases[n], n) for n in names if n.startswith("none-s")},
         "cost": _cost(folder, done, budget),
         "plan": budget.data["plan"],
         "transfer": _transfer(folder, names, budget.data["plan"]),
@@ -87,17 +91,11 @@ def write_report(
     results.write_outcomes(results.result_path("arms_outcomes", preset, ".npz"), outcomes)
     samples = json.dumps(_samples(config, folder, names, answers, test, device), indent=1, ensure_ascii=False)
     write_atomically(results.result_path("arms_samples", preset, ".json"), f"{samples}\n".encode())
+    about: dict[str, Any] = {"parameters": to_dict(config), "environment": environment(weights, device=device)}
+    about |= {"question": "Which arm helps, at equal rollouts?", "started": budget.data["started"]}
+    headline = _headline(arms[0], metrics) if budget.planned else in_words(metrics["main_contrast"])
     return results.write_result(
-        "arms",
-        preset=preset,
-        parameters=to_dict(config),
-        metrics=metrics,
-        arms=arms,
-        started=budget.data["started"],
-        seconds=budget.spent(),
-        environment=environment(weights, device=device),
-        question="Which arm helps, at equal rollouts?",
-        headline=_headline(arms[0], metrics) if budget.planned else in_words(metrics["main_contrast"]),
+        "arms", preset=preset, metrics=metrics, arms=arms, headline=headline, seconds=budget.spent(), **about
     )
 
 
@@ -197,12 +195,6 @@ def _interval(found: dict, kind: str = "") -> str:
     return f"[{found[f'{kind}low']:+.2f}, {found[f'{kind}high']:+.2f}]"
 
 
-def _base(name: str, names: list[str]) -> str:
-    """The baseline that a run is compared with: that of its seed, or the only one."""
-    own = f"coconut-s{_seed(name)}"
-    return own if own in names else names[0]
-
-
 def _difference(outcomes: dict, name: str, base: str) -> dict:
     if name == base:
         return {}
@@ -217,14 +209,13 @@ def _replay_gaps(lines: list[dict]) -> dict:
 
 
 def _curves(lines: list[dict]) -> dict[str, dict]:
-    """Each metric against its step, at most 200 points."""
-    curves = {}
-    for name in CURVES:
-        kept = [line for line in lines if name in line]
-        kept = kept[:: max(1, len(kept) // 200)]
-        if kept:
-            curves[name] = {"step": [line["step"] for line in kept], "value": [line[name] for line in kept]}
-    return curves
+    """Each metric against its step, thinned to fewer than 400 points."""
+    found = {name: [line for line in lines if name in line] for name in CURVES}
+    kept = {name: rows[:: max(1, len(rows) // 200)] for name, rows in found.items() if rows}
+    return {
+        name: {"step": [row["step"] for row in rows], "value": [row[name] for row in rows]}
+        for name, rows in kept.items()
+    }
 
 
 def _cost(folder: Path, done: dict, budget: Budget) -> dict:

@@ -115,8 +115,8 @@ def plan_curriculum(model, data, config: Config, budget: Budget) -> list[int]:
     c, last, cost = config.curriculum, config.latent_stages, 0.0
     if not budget.minutes:
         return list(c.steps)
-    batch, share = data["train"][: c.batch_size], CURRICULUM_SHARE * 60 * budget.minutes
-    left = share
+    batch = data["train"][: c.batch_size]
+    share = left = CURRICULUM_SHARE * 60 * budget.minutes
     for stage, steps in enumerate(c.steps):
         set_stage(model, config, stage, data["validation"])
         step = partial(curriculum_gradient, model, batch, stage, config, step=0)

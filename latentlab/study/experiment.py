@@ -211,15 +211,14 @@ class Experiment(TrainedModels):
             target, config, made_by = folder / job.name, job.config, commit()
             begun = time.time() - seconds_spent(target)
             model = model_from_config(config, init_from=job.init_from).place(self.device, config.precision)
-            options: dict[str, Any] = {"out": str(target), "resume": True, "checkpoint_minutes": CHECKPOINT_MINUTES}
             fit: Any = partial(fit_grpo if job.verb == "grpo" else fit_curriculum, model, train, validation, config)
+            fit = partial(fit, out=str(target), resume=True, checkpoint_minutes=CHECKPOINT_MINUTES)
             cot = f"cot-s{config.seed}"
             if self.budget.planned and job.verb == "curriculum" and not answers_path(folder, cot, "test").exists():
-                fit(last_stage=0, **options)  # chain of thought alone
+                fit(last_stage=0)  # chain of thought alone
                 set_stage(model, config, 0, validation)
                 self.store(cot, "test", self.data["test"], model)
-            summary = fit(**options)
-            summary |= {"out": str(target), "peak_memory_gib": peak_memory_gib()}
+            summary = {**fit(), "out": str(target), "peak_memory_gib": peak_memory_gib()}
             write_done(target, summary, job.words(folder), begun, made_by)
             yield job.name, 0
 

@@ -186,10 +186,12 @@ def run_processes(jobs: list[Job], folder: Path, launcher: Launcher, workers: in
 
     SIGTERM and SIGINT stop all of them with their state saved; Stopped is raised at the end.
     """
-    slurm = launcher.executor == "slurm"
-    start, width, visible = (_slurm(launcher, folder), len(jobs), []) if slurm else (Process.__call__, workers, _gpus())
+    local = launcher.executor == "local"
+    width = workers if local else len(jobs)
+    start = Process.__call__ if local else _slurm(launcher, folder)
+    visible = (_gpus() if local else []) or [""]
     gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for gpu in islice(cycle(visible or [""]), width):
+    for gpu in islice(cycle(visible), width):
         gpus.put(gpu)
     told, processes = threading.Event(), []
 
@@ -226,10 +228,6 @@ def run_processes(jobs: list[Job], folder: Path, launcher: Launcher, workers: in
 
 def _slurm(launcher: Launcher, folder: Path) -> Callable[[Process], int]:
     """start(process) -> exit code, as a SLURM job. ValueError without submitit or SLURM."""
-    try:
-        import submitit
-    except ImportError:
-        raise ValueError("--executor slurm: got no package submitit; pip install submitit, or use local") from None
     options: dict[str, Any] = dict(SLURM_DEFAULTS)
     for text in launcher.slurm:
         key, _, value = text.partition("=")
@@ -239,8 +237,12 @@ def _slurm(launcher: Launcher, folder: Path) -> Callable[[Process], int]:
         with suppress(ValueError):
             options[key] = json.loads(value)  # numbers, true and false
     try:
+        import submitit
+
         executor = submitit.SlurmExecutor(folder / "slurm", max_num_timeout=1000)
         executor.update_parameters(**options)
+    except ImportError:
+        raise ValueError("--executor slurm: got no package submitit; pip install submitit, or use local") from None
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"--executor slurm: {str(error).splitlines()[0]}; use local, or correct --slurm") from None
 

@@ -104,6 +104,17 @@ def test_the_rehearsal_runs_from_inputs_to_report_and_resumes(toy, tmp_path, mon
     assert json.loads(again.read_text())["arms"] == result["arms"]
 
 
+def test_seeds_in_any_order_share_the_baseline_of_the_first(toy, tmp_path):
+    toy = replace(toy, sweep=replace(toy.sweep, seeds=(1, 0)))
+    path = run_experiment(toy, out=str(tmp_path / "run"), budget_minutes=0.01, device="cpu")
+    rows = json.loads(path.read_text())["arms"]
+    assert [(row["name"], row["seed"]) for row in rows] == [
+        ("coconut", 1),
+        *[(a, s) for s in (1, 0) for a in ARMS["arms"]],
+    ]
+    assert "difference" not in rows[0] and all("difference" in row for row in rows[1:])
+
+
 def test_a_spent_budget_still_ends_in_a_report(toy, tmp_path):
     path = run_experiment(toy, out=str(tmp_path / "run"), budget_minutes=1e-4, device="cpu")
     metrics = json.loads(path.read_text())["metrics"]
