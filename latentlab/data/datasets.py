@@ -171,7 +171,7 @@ def _from_hub(name: str, split: str) -> list[Problem]:
 def _load_from_hub(address: tuple[str, ...], split: str):
     import datasets
 
-    remedy = "connect to it, set LATENTLAB_DATA to a data folder (GSM8K only), or HF_HUB_OFFLINE=1 to use its cache"
+    remedy = "connect to it, set LATENTLAB_DATA to a folder that holds the data, or HF_HUB_OFFLINE=1 to use its cache"
     if not hub_answers():
         raise FileNotFoundError(f"got no answer from the Hub for {address[0]} within {TIMEOUT:g} s: {remedy}")
     datasets.disable_progress_bars()

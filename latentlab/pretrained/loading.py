@@ -94,8 +94,10 @@ def _load_pair(name: str) -> tuple[Any, Any]:
     """(lm, tokenizer) from a folder or a Hub id."""
     if os.path.isdir(name):
         if not any(Path(name).glob("*.safetensors")) or not Path(name, "config.json").exists():
-            got = f"the folder {name} without config.json and *.safetensors"
-            raise FileNotFoundError(f"checkpoint: got {got}, expected a saved model; name one of `latentlab grpo`")
+            raise FileNotFoundError(
+                f"checkpoint: got the folder {name} without config.json and *.safetensors, expected a saved model; "
+                "name a folder written by `latentlab curriculum` or `latentlab grpo`"
+            )
     elif os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"checkpoint: got {name}, which is no folder, expected a checkpoint folder or a Hub id")
     elif not hub_answers():
@@ -133,7 +135,8 @@ def add_latent_tokens(lm, tokenizer) -> None:
     """Make START, LATENT, END single tokens; new rows start as that of "<<", as in Coconut's code."""
     before, rows = len(tokenizer), lm.get_input_embeddings().weight.shape[0]
     if before > rows:
-        raise ValueError(f"tokenizer: got {before} tokens for {rows} embedding rows, expected that of these weights")
+        got = f"{before} tokens for {rows} embedding rows"
+        raise ValueError(f"tokenizer: got {got}, expected the tokenizer of these weights; restore its files")
     marker = tokenizer("<<", add_special_tokens=False)["input_ids"]
     if not marker or tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: got none for '<<' or no eos token, expected a causal LM's with both; use another")
