@@ -5,7 +5,6 @@ The comment behind a field is its help text. What only one verb needs is importe
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,13 +52,16 @@ class Training(Shared):
     max_minutes: Minutes = 0.0  # stop after this many minutes, saved and ready for --resume; 0 is no limit
     checkpoint_minutes: Minutes = 10.0  # minutes between checkpoints: the most work that a kill can lose
 
-    def fit(self, fit, name: str, load_model, *, curriculum: bool) -> dict:
+    def fit(self, fit, name: str, init_from: str, *, curriculum: bool) -> dict:
         """Pre-flight checks, then `fit` in its run folder."""
+        from latentlab.pretrained.loading import model_from_config
         from latentlab.training import preflight
 
         config, out = self.config, self.out or f"runs/{self.config.preset}/{name}-s{self.config.seed}"
         files.expect_writable(Path(out))
-        model = load_model().place(distributed.select_device(self.device), config.precision)
+        model = model_from_config(config, init_from=init_from).place(
+            distributed.select_device(self.device), config.precision
+        )
         train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))
         preflight.expect_together(model, [*train, *validation], config, curriculum=curriculum)
         limits = {"max_minutes": self.max_minutes, "checkpoint_minutes": self.checkpoint_minutes}
@@ -71,22 +73,20 @@ class Curriculum(Training):
     """Train the curriculum: stage 0 with explicit steps, then one latent stage after another."""
 
     def run(self) -> dict:
-        from latentlab.pretrained.loading import model_from_config
         from latentlab.training.curriculum import fit_curriculum
 
-        load = partial(model_from_config, self.config, init_from=self.init_from)
-        return self.fit(fit_curriculum, f"curriculum-{self.config.curriculum.control}", load, curriculum=True)
+        return self.fit(fit_curriculum, f"curriculum-{self.config.curriculum.control}", self.init_from, curriculum=True)
 
 
 class Grpo(Training):
     """Train one GRPO arm from a checkpoint, by default the one shipped for the preset."""
 
     def run(self) -> dict:
-        from latentlab.pretrained.loading import load_model, shipped_checkpoint
+        from latentlab.pretrained.loading import shipped_checkpoint
         from latentlab.training.arms import fit_grpo
 
-        load = partial(load_model, self.init_from or shipped_checkpoint(self.config.preset))
-        return self.fit(fit_grpo, f"grpo-{self.config.grpo.arm}", load, curriculum=False)
+        start = self.init_from or str(shipped_checkpoint(self.config.preset))
+        return self.fit(fit_grpo, f"grpo-{self.config.grpo.arm}", start, curriculum=False)
 
 
 class Evaluate(Shared):
