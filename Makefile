@@ -51,6 +51,6 @@ reliability: $(READY)
 # The stamp is written last: an interrupted installation starts again.
 $(READY): pyproject.toml constraints.txt
 	@echo "making .venv: PyTorch is large, this takes some minutes the first time"
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@

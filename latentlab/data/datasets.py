@@ -169,13 +169,13 @@ def _from_hub(name: str, split: str) -> list[Problem]:
 
 
 def _load_from_hub(address: tuple[str, ...], split: str):
-    import datasets
-
     remedy = "connect to it, set LATENTLAB_DATA to a folder that holds the data, or HF_HUB_OFFLINE=1 to use its cache"
     if not hub_answers():
         raise FileNotFoundError(f"got no answer from the Hub for {address[0]} within {TIMEOUT:g} s: {remedy}")
-    datasets.disable_progress_bars()
     try:
+        import datasets
+
+        datasets.disable_progress_bars()
         return datasets.load_dataset(*address, split=split)
     except Exception as error:  # many types: connection, permission, cache, format
         reason = " ".join(str(error).split())[:160]

@@ -44,7 +44,7 @@ def write_jsonl(problems: Iterable[Problem], path: str | os.PathLike) -> None:
     path = Path(path)
     if path.suffix == ".gz":
         raise ValueError(f"got path {path}, expected a name ending in .jsonl: write it plain, then gzip it")
-    texts = [json.dumps(dataclasses.asdict(problem), ensure_ascii=False) + "\n" for problem in problems]
+    texts = [json.dumps(dataclasses.asdict(problem), ensure_ascii=False, default=repr) + "\n" for problem in problems]
     lines = [text.encode("utf-8", "surrogatepass") for text in texts]  # half a surrogate pair: refused by _parse
     _parse(lines, path, "correct this problem, nothing was written")
     write_atomically(path, b"".join(lines))

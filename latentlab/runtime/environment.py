@@ -58,7 +58,7 @@ def commit() -> str:
         done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
-    written = [f":(exclude){path}" for path in ("reports", "README.md", "notebooks/*.ipynb")]  # by a study itself
+    written = [f":(exclude){path}" for path in ("reports", "README.md", "docs", "notebooks/*.ipynb")]  # results, texts
     try:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".", *written) else "")
     except (OSError, subprocess.CalledProcessError):

@@ -67,7 +67,8 @@ def expect_writable(folder: Path, need: int = 2**20) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(there)) from error
     if free < need:
-        raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB free, expected {need / 2**20:.0f}", str(there))
+        free_mib, need_mib = free // 2**20, -(-need // 2**20)
+        raise OSError(errno.ENOSPC, f"{free_mib} MiB free, expected {need_mib} for what will be written", str(there))
 
 
 def expect_file(name: str) -> Path | None:

@@ -34,7 +34,7 @@ from latentlab.study.budget import Budget, answer_seconds
 from latentlab.training.preflight import expect_together
 
 TRANSFER = ("gsm8k_perturbable", "gsm8k_perturbed", "svamp", "multiarith", "gsm_hard")
-SAMPLED = ("coconut-s", "temperature-s", "shared-s")  # models that also answer by sampling
+SAMPLED = ("coconut-s", "temperature-s", "shared-s")  # models of a sweep that also answer by sampling
 SAMPLED_PROBLEMS = 1000  # test problems for sampled answers and swapped thoughts, where no budget decides
 
 
@@ -79,12 +79,13 @@ class TrainedModels:
     def store(self, name: str, benchmark: str, problems: list[Problem], model=None, **options) -> None:
         """Store the answers of run `name` once: by default greedy ones of its best weights."""
         path = answers_path(self.folder, name, benchmark)
-        if not path.exists():
+        asked = [[p.id for p in problems], options.get("num_generations", 1)]
+        if not path.exists() or read_json(path, "stored answers", "asked")["asked"] != asked:
             model = model or self.trained(name)
             options = {"batch_size": self.config.evaluate.batch_size, **options}
             swapped = benchmark == "swapped"
             found = swap_thoughts(model, problems) if swapped else graded_answers(model, problems, **options)
-            write_atomically(path, json.dumps(found, ensure_ascii=False).encode())
+            write_atomically(path, json.dumps({"asked": asked, **found}, ensure_ascii=False).encode())
             self.budget.save()
 
     def store_sampled(self, names: list[str], chosen: dict[str, dict]) -> None:
@@ -93,8 +94,10 @@ class TrainedModels:
         size = max(1, 4 * self.config.evaluate.batch_size // k)  # rows are cheap beside the question that they share
 
         def noise(name: str) -> dict:
-            arm = "temperature" if name.startswith("temperature") else "shared"  # the baseline's: that of `shared`
-            mask, temperature = arm_settings(with_settings(self.config.grpo, chosen.get(arm, {})), arm)
+            arm = name.rpartition("-s")[0]
+            arm = arm if arm in ("temperature", "per_step") else "shared"  # the baseline's: that of `shared`
+            family = chosen.get("temperature" if arm == "temperature" else "shared", {})
+            mask, temperature = arm_settings(with_settings(self.config.grpo, family), arm)
             return {"batch_size": size, "num_generations": k, "mask": mask, "temperature": temperature}
 
         def affordable() -> int:
@@ -134,9 +137,11 @@ class TrainedModels:
         return load_model(self.folder / name / "best").place(self.device, self.config.precision)
 
     def _shown(self, names: list[str]) -> list[str]:
-        """The SAMPLED models: of all seeds, or of the first seed under a budget."""
-        names = [name for name in names if name.startswith(SAMPLED)]
-        return [name for name in names if name.endswith(names[0][7:])] if self.budget.planned else names
+        """Under a budget all models of the first seed, else the SAMPLED ones of all seeds."""
+        first = names[0].rpartition("-")[2]
+        return [
+            name for name in names if (name.endswith(f"-{first}") if self.budget.planned else name.startswith(SAMPLED))
+        ]
 
 
 def with_settings(grpo: GRPOConfig, settings: dict) -> GRPOConfig:

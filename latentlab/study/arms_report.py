@@ -4,7 +4,7 @@
     <reports>/<preset>/arms_outcomes.npz    right or wrong for every test problem and model
     <reports>/<preset>/arms_samples.json    changed and unchanged answers, with decoded thoughts
 
-<preset> is smol-cpu instead of smol where a budgeted run was made on a CPU. Models are loaded only
+<preset> is smol-cpu or smol-cuda for a budgeted run. Models are loaded only
 to decode thoughts, and nothing is chosen here.
 """
 
@@ -83,11 +83,12 @@ def write_report(
         "commits": budget.data["commits"],  # of all processes that took part; the result's own wrote it
         "weights": weights,
     }
-    metrics = {key: section for key, section in metrics.items() if section != {}}
+    optional = ("curriculum", "swapped_thoughts", "weights_unchanged")
+    metrics = {key: section for key, section in metrics.items() if section != {} or key not in optional}
     if budget.planned:
         elsewhere = {"skipped": "the baseline was trained elsewhere"}
         metrics["cot"] = greedy_score(answers[cot]) if cot in answers else elsewhere
-    preset = f"{config.preset}-cpu" if budget.planned and device != "cuda" else config.preset
+    preset = f"{config.preset}-{device}" if budget.planned else config.preset  # beside a sweep's result
     results.write_outcomes(results.result_path("arms_outcomes", preset, ".npz"), outcomes)
     samples = json.dumps(_samples(config, folder, names, answers, test, device), indent=1, ensure_ascii=False)
     write_atomically(results.result_path("arms_samples", preset, ".json"), f"{samples}\n".encode())

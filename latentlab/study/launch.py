@@ -144,13 +144,21 @@ def _finished(job: Job, folder: Path) -> bool:
     if not (folder / job.name / "done.json").exists():
         return False
     made, asked = read_done(folder, job.name)["command"], " ".join(job.words(folder))
-    if made != asked:
+    if _without_places(made) != _without_places(asked):
         raise ValueError(f"sweep: {job.name} was made by `{made}`, expected `{asked}`; delete it, or use another --out")
     return True
 
 
+def _without_places(command: str) -> str:
+    """A command without the folders that hold its runs: an experiment may be moved as a whole."""
+    return re.sub(r"(--out|--init-from) \S*?([^/\s]+(/best)?)(?=\s|$)", r"\1 \2", command)
+
+
 def run_jobs(jobs: list[Job], folder: Path, execute: Callable[[list[Job], Path], Iterator[tuple[str, int]]]) -> None:
-    """Run what is unfinished; `execute` yields (name, exit code). RuntimeError: failed runs."""
+    """Run what is unfinished; `execute` yields (name, exit code).
+
+    Raises RuntimeError that lists failed runs, else Stopped if runs were told to stop.
+    """
     waiting = [job for job in jobs if not _finished(job, folder)]
     states = {path.parent.name: "finished" for path in sorted(folder.glob("*/done.json"))}
     states |= {job.name: "waiting" for job in waiting}
@@ -160,6 +168,9 @@ def run_jobs(jobs: list[Job], folder: Path, execute: Callable[[list[Job], Path],
         return
     sizes = [sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file()) for name in states]
     expect_writable(folder, 2**20 + len(waiting) * max(sizes))  # estimate: as large as the largest run so far
+    for job in waiting:  # answers of an earlier run, whose folder was deleted
+        for path in () if (folder / job.name).exists() else (folder / "answers").glob(f"{job.name}.*"):
+            path.unlink()
     for name, code in execute(waiting, folder):
         states[name] = {0: "finished", STOPPED: "stopped"}.get(code, f"failed, exit code {code}")
         rows = _write_table(folder, states)
@@ -167,6 +178,8 @@ def run_jobs(jobs: list[Job], folder: Path, execute: Callable[[list[Job], Path],
     logs = [str(folder / f"{job.name}.log") for job in waiting if states[job.name].startswith("failed")]
     if logs:
         raise RuntimeError(f"sweep: {len(logs)} runs failed, see {', '.join(logs)}; the same command tries them again")
+    if "stopped" in states.values():
+        raise Stopped("sweep: told to stop, its runs have saved their state; the same command resumes them")
 
 
 def _write_table(folder: Path, states: dict[str, str]) -> dict[str, list]:
@@ -184,7 +197,7 @@ def _write_table(folder: Path, states: dict[str, str]) -> dict[str, list]:
 def run_processes(jobs: list[Job], folder: Path, launcher: Launcher, workers: int) -> Iterator[tuple[str, int]]:
     """Run jobs as local processes or SLURM jobs; yields (name, exit code) as they end.
 
-    SIGTERM and SIGINT stop all of them with their state saved; Stopped is raised at the end.
+    SIGTERM and SIGINT stop all of them with their state saved.
     """
     local = launcher.executor == "local"
     width = workers if local else len(jobs)
@@ -222,8 +235,6 @@ def run_processes(jobs: list[Job], folder: Path, launcher: Launcher, workers: in
         futures = {pool.submit(run, job): job.name for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
-    if told.is_set():
-        raise Stopped("sweep: told to stop, its runs have saved their state; the same command resumes them")
 
 
 def _slurm(launcher: Launcher, folder: Path) -> Callable[[Process], int]:
@@ -233,9 +244,8 @@ def _slurm(launcher: Launcher, folder: Path) -> Callable[[Process], int]:
         key, _, value = text.partition("=")
         if not re.fullmatch(r"[a-z_]+=[\w.,:/@%+-]+", text, re.ASCII) or key in ("setup", "teardown", "srun_args"):
             raise ValueError(f"--slurm: got {text!r}, expected sbatch options such as partition=gpu time=600")
-        options[key] = value
-        with suppress(ValueError):
-            options[key] = json.loads(value)  # numbers, true and false
+        words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+        options[key] = int(value) if value.isdigit() else words.get(value.lower(), value)
     try:
         import submitit
 

@@ -133,7 +133,9 @@ def _notebook_hash(notebook: Path, parameters: dict, reports: Path) -> str:
     depends = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".toml")]
     depends += [path for path in (root / "data" / "checkpoints").rglob("*") if path.is_file()]
     found = [path for folder in (reports, results.published_folder()) for path in folder.glob("*/*.json")]
-    depends += [path for path in found if path.stem != notebook.stem and re.search(rf'("|read_){path.stem}', code)]
+    depends += [
+        path for path in found if path.stem != notebook.stem and re.search(rf'("|read_){re.escape(path.stem)}', code)
+    ]
     for path in sorted([*depends, *root.glob("constraints.txt")]):
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

@@ -17,7 +17,7 @@ from latentlab.runtime.files import write_atomically
 from latentlab.study.figures import draw_arms, estimate
 from latentlab.study.results import leaves, load_result, published_folder, reports_folder
 
-PRESET_ORDER = ("tiny", "smol-cpu", "smol", "paper")
+PRESET_ORDER = ("tiny", "smol-cpu", "smol-cuda", "paper-cuda")
 BLOCKS = re.compile(r"(<!-- (notebooks|results|cost|bench):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 
 
@@ -165,7 +165,7 @@ def command(result: dict) -> str:
         return "latentlab bench " + " ".join(f"--{key} {parameters[key]}" for key in ("shape", "device", "threads"))
     notebook = re.match(r"(\d\d)_", name)
     verb = f"study --only {notebook[1]}" if notebook else "reproduce" if is_budgeted(result) else "sweep"
-    words = [f"latentlab {verb} --preset {preset.removesuffix('-cpu')}"]
+    words = [f"latentlab {verb} --preset {preset.removesuffix('-cpu').removesuffix('-cuda')}"]
     if is_budgeted(result):
         words.append(f"--budget-minutes {result['metrics']['cost']['budget_minutes']:g}")
     if preset.endswith("-cpu"):

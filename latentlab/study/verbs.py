@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import Field
 
-from latentlab.config import Config, Count, Positive, Section, load_preset
+from latentlab.config import Config, Count, Section, load_preset
 from latentlab.data import datasets, jsonl
 from latentlab.runtime import distributed, environment, files
 from latentlab.study import results
@@ -192,6 +192,8 @@ class Bench(Computing):
     device: str = "cpu"  # cpu | cuda
 
     def __call__(self) -> None:
+        import matplotlib  # noqa: F401  # for the figure: a missing package is reported before the timing
+
         from latentlab.bench import engine
         from latentlab.study import figures
 
@@ -199,9 +201,9 @@ class Bench(Computing):
         files.expect_writable(folder / "bench")
         result = engine.run_bench(self.shape, str(distributed.select_device(self.device)))
         path = results.write_result(**result)
-        figures.draw_bench(result, folder)
         if copy:
             files.write_atomically(copy, path.read_bytes())
+        figures.draw_bench(result, folder)
         print("wrote", path)
 
 
@@ -209,7 +211,7 @@ class Data(Verb):
     """Print problems as JSON lines, or write them to a file."""
 
     split: Literal["train", "validation", "test"] = "test"
-    n: Positive = 5  # problems
+    n: Count = 5  # problems; 0 takes all for the split train
     out: str = ""  # file to write; default stdout
 
     def __call__(self) -> None:

@@ -85,11 +85,14 @@ class Run:
     def _read(self) -> None:
         """Read what an earlier process left in the folder; check that it belongs to this run."""
         out, stored, state = self.folder, self.folder / "config.json", self.folder / "state.pt"
-        if not stored.exists():
+        if not stored.exists() and not state.exists():
             return
         if not self.resume:
             raise FileExistsError(f"run folder: got {out}, which holds a run already; pass --resume, or another --out")
-        config = files.read_json(stored, "the configuration of this run")
+        try:
+            config = files.read_json(stored, "the configuration of this run")
+        except (OSError, ValueError) as error:  # missing beside state.pt, or damaged: never started over
+            raise ValueError(checkpoint.unusable(stored, error)) from error
         checkpoint.expect_same(config, self.settings, "the run's config.json")
         if not state.exists():
             return

@@ -11,6 +11,11 @@ import latentlab
 
 ROOT = Path(latentlab.__file__).parents[1]
 LINES = """
+import sys
+
+for extra in ("datasets", "matplotlib", "papermill", "nbformat", "jinja2", "yaml", "submitit", "accelerate", "gguf"):
+    sys.modules[extra] = None  # as where only the core is installed
+
 import latentlab
 from latentlab import (
     LatentReasoner, MaskSpec, Problem, draw_masks, evaluate, exact_answer, group_advantages, grpo_loss, load_model,

@@ -196,14 +196,23 @@ def test_a_state_of_another_shape_is_one_line(tmp_path, start, kind):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
-def test_a_damaged_config_is_one_line(tmp_path, start, content):
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"\xff\xfe"])
+def test_a_damaged_config_is_one_line(tmp_path, start, damage):
     start()
-    (tmp_path / "run" / "config.json").write_bytes(content)
-    with pytest.raises(
-        ValueError, match="config.json: expected the configuration of this run, .*delete or restore it$"
-    ):
+    (tmp_path / "run" / "config.json").write_bytes(damage)
+    with pytest.raises(ValueError, match="^resume: could not read .*config.json .*; restore it, or start again"):
         start(resume=True)
+
+
+def test_a_checkpoint_without_its_config_is_never_started_over(tmp_path, start):
+    end(start(options={"checkpoint_minutes": 0}), 0)
+    (tmp_path / "run" / "config.json").unlink()
+    before = content(tmp_path)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        start()
+    with pytest.raises(ValueError, match="^resume: could not read .*config.json .*; restore it, or start again"):
+        start(resume=True)
+    assert content(tmp_path) == before
 
 
 def test_metrics_shorter_than_the_checkpoint_counted_are_one_line(tmp_path, start):
