@@ -101,7 +101,9 @@ def _load_pair(name: str) -> tuple[Any, Any]:
     elif os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"checkpoint: got {name}, which is no folder, expected a checkpoint folder or a Hub id")
     elif not hub_answers():
-        raise FileNotFoundError(f"Hub: got no answer for {name} within {TIMEOUT:g} s, and no folder has that name; {REMEDY}")
+        raise FileNotFoundError(
+            f"Hub: got no answer for {name} within {TIMEOUT:g} s, and no folder has that name; {REMEDY}"
+        )
     options = {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # None would ask the user

@@ -83,8 +83,8 @@ def write_report(
         "commits": budget.data["commits"],  # of all processes that took part; the result's own wrote it
         "weights": weights,
     }
-    optional = ("curriculum", "swapped_thoughts", "weights_unchanged")
-    metrics = {key: section for key, section in metrics.items() if section != {} or key not in optional}
+    always = ("curves", "deployments", "transfer") if budget.planned else ("curves",)  # what notebook 04 reads
+    metrics = {key: section for key, section in metrics.items() if section != {} or key in always}
     if budget.planned:
         elsewhere = {"skipped": "the baseline was trained elsewhere"}
         metrics["cot"] = greedy_score(answers[cot]) if cot in answers else elsewhere

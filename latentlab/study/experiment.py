@@ -47,7 +47,7 @@ from latentlab.training.run import seconds_spent
 CHECKPOINT_MINUTES = 3.0  # work that a kill may cost: the whole budget may be half an hour
 FAMILY = {arm: "shared" for arm in ("shared", "per_step", "shared_greedy")} | {"supervised": "supervised"}  # by trials
 # Fields that change no run, or only add some.
-ADDABLE = ("sweep.workers", "sweep.seeds", "sweep.arms", "sweep.controls", "data.test_size", "evaluate.")
+ADDABLE = {"sweep.workers", "sweep.seeds", "sweep.arms", "sweep.controls", "data.test_size", "evaluate.num_generations"}
 
 
 def run_experiment(
@@ -128,7 +128,7 @@ def _made_for(config: Config, weights: dict, minutes: float | None, device: str)
     settings = {**flat(to_dict(config)), "budget_minutes": minutes, "weights": weights.get("sha256", "")}
     if minutes is not None:  # planned for all seeds and arms, on one device
         return {**settings, "device": device}
-    kept = {key: value for key, value in settings.items() if not key.startswith(ADDABLE)}
+    kept = {key: value for key, value in settings.items() if key not in ADDABLE}
     return {**kept, "sweep.seeds, the first": config.sweep.seeds[0]}  # trials start from its baseline
 
 

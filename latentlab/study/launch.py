@@ -50,7 +50,7 @@ class Job:
 
     def words(self, folder: Path) -> tuple[str, ...]:
         """The command line of `latentlab` that makes this run, without --resume."""
-        changed = changed_words(to_dict(self.config), but=("sweep.",))
+        changed = changed_words(to_dict(self.config), but=("sweep.", "data.test_size", "evaluate.num_generations"))
         start = ("--init-from", self.init_from) if self.init_from else ()
         return (self.verb, "--preset", self.config.preset, *changed, *start, "--out", str(folder / self.name))
 

@@ -75,7 +75,7 @@ def refused(capfd):
         ("sweep compare", "sweep: Unrecognized options: compare"),
         ("sweep --sweep.arms shared", "sweep.arms: got no temperature, expected"),
         ("data --split dev", "invalid choice 'dev' for argument '--split'"),
-        ("data --n -1", "n: got -1, expected at least 1"),
+        ("data --n -1", "n: got -1, expected at least 0"),
         ("report now", "Unrecognized options: now"),
         ("curriculum --threads -1", "threads: got -1, expected at least 0"),
         ("evaluate --limit -5", "limit: got -5, expected at least 0"),

@@ -13,7 +13,7 @@ ROOT = Path(latentlab.__file__).parents[1]
 LINES = """
 import sys
 
-for extra in ("datasets", "matplotlib", "papermill", "nbformat", "jinja2", "yaml", "submitit", "accelerate", "gguf"):
+for extra in ("datasets", "matplotlib", "papermill", "nbformat", "submitit", "accelerate", "gguf"):
     sys.modules[extra] = None  # as where only the core is installed
 
 import latentlab

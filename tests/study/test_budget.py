@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import sys
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -113,6 +115,40 @@ def test_seeds_in_any_order_share_the_baseline_of_the_first(toy, tmp_path):
         *[(a, s) for s in (1, 0) for a in ARMS["arms"]],
     ]
     assert "difference" not in rows[0] and all("difference" in row for row in rows[1:])
+
+
+def test_answers_follow_their_run_and_a_moved_experiment_resumes(toy, tmp_path):
+    """A deleted run is trained and answered again; nothing else is, wherever the folder lies."""
+    out, moved = tmp_path / "run", tmp_path / "elsewhere" / "run"
+    run_experiment(toy, out=str(out), budget_minutes=0.01, device="cpu")
+    stale = out / "answers" / "shared-s0.test.json"
+    found = json.loads(stale.read_text())
+    stale.write_text(json.dumps({**found, "correct": [[1] for _ in found["correct"]]}))
+    shutil.rmtree(out / "shared-s0")
+    kept = {path.name: path.read_bytes() for path in (out / "answers").iterdir() if "shared-s0" not in path.name}
+    moved.parent.mkdir()
+    out.rename(moved)
+    path = run_experiment(toy, out=str(moved), budget_minutes=0.01, device="cpu")
+    assert json.loads((moved / "answers" / stale.name).read_text())["correct"] == found["correct"]
+    assert {name: (moved / "answers" / name).read_bytes() for name in kept} == kept
+    (row,) = [arm for arm in json.loads(path.read_text())["arms"] if (arm["name"], arm["seed"]) == ("shared", 0)]
+    assert row["correct"] == sum(c[0] for c in found["correct"])
+
+
+def test_under_a_budget_every_arm_of_the_first_seed_is_sampled(toy, tmp_path):
+    config = replace(toy, sweep=replace(toy.sweep, seeds=(0,), arms=("temperature", "shared", "per_step")))
+    path = run_experiment(config, out=str(tmp_path / "run"), budget_minutes=0.01, device="cpu")
+    runs = {"coconut-s0", "temperature-s0", "shared-s0", "per_step-s0"}
+    assert set(json.loads(path.read_text())["metrics"]["deployments"]) == runs
+
+
+def test_data_sets_without_their_package_are_skipped_benchmarks(toy, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.delenv("LATENTLAB_DATA", raising=False)
+    monkeypatch.setattr(datasets, "hub_answers", lambda: True)
+    with pytest.raises(FileNotFoundError, match="ModuleNotFoundError from the Hub for .*set LATENTLAB_DATA"):
+        datasets.benchmark("gsm8k")
 
 
 def test_a_spent_budget_still_ends_in_a_report(toy, tmp_path):

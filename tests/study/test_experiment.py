@@ -195,3 +195,14 @@ def test_a_budget_that_cannot_be_kept_is_refused_before_anything_is_written(proc
     with pytest.raises(ValueError, match=f"^budget: got {minutes} minutes .*, expected at least 0") as error:
         run_experiment(small(), out=str(tmp_path / "run"), launcher=launcher, budget_minutes=minutes)
     assert "\n" not in str(error.value) and not processes.commands and not (tmp_path / "run").exists()
+
+
+def test_more_test_problems_need_no_other_folder(plan, processes):
+    """Answers know what was asked: a larger test set asks again, and trains nothing."""
+    plan(small(learning_rates=[0.1]))
+    started = len(processes.commands)
+    values = to_dict(small(learning_rates=[0.1]))
+    values["data"]["test_size"] += 1
+    values["evaluate"]["num_generations"] += 1
+    plan(from_dict(values))
+    assert len(processes.commands) == started

@@ -120,6 +120,16 @@ def test_a_run_that_was_told_to_stop_is_resumed_as_often_as_it_takes(processes, 
     assert processes.names == ["a"] * 6 and all(words[-1] == "--resume" for _, words in processes.commands)
 
 
+def test_a_failed_run_is_named_even_where_another_was_told_to_stop(folder):
+    jobs = JOBS[:2]
+    ends = {jobs[0].name: 1, jobs[1].name: STOPPED}
+    with pytest.raises(RuntimeError, match="1 runs failed, see .*/a.log") as error:
+        launch.run_jobs(jobs, folder, lambda waiting, _: iter(ends.items()))
+    assert not isinstance(error.value, Stopped)
+    with pytest.raises(Stopped, match="told to stop"):
+        launch.run_jobs(jobs, folder, lambda waiting, _: iter({job.name: STOPPED for job in waiting}.items()))
+
+
 def test_a_run_that_cannot_be_started_has_failed_and_the_others_go_on(processes, folder, capsys):
     (folder / "a.log").mkdir()
     with pytest.raises(RuntimeError, match="1 runs failed"):
@@ -314,7 +324,7 @@ def slurm(tmp_path_factory, monkeypatch):
     return root
 
 
-OPTIONS = ("partition=gpu", "time=600", "gpus_per_node=1", "account=lab-7")
+OPTIONS = ("partition=gpu", "time=600", "gpus_per_node=1", "account=lab-7", "exclusive=True")
 
 
 def test_a_run_is_a_slurm_job_of_the_same_command(slurm, folder):
@@ -329,6 +339,7 @@ def test_a_run_is_a_slurm_job_of_the_same_command(slurm, folder):
         "time=600",
         "gpus-per-node=1",
         "account=lab-7",
+        "exclusive",
         "job-name=latentlab",
         "cpus-per-task=2",
         "signal=USR2@90",

@@ -321,7 +321,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
     if enough:
         start()
     else:
-        with pytest.raises(OSError, match="17 MiB free, expected 17: "):
+        with pytest.raises(OSError, match="17 MiB free, expected 18 for what will be written: "):
             start()
     assert (tmp_path / "run").exists() is enough
 
