@@ -45,17 +45,22 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    verb = None
+    verb, code = None, 0
     try:
-        verb, _ = parse(argv)
-        if getattr(verb, "threads", 0):
-            import torch
+        if not argv or argv[0] in ("-h", "--help"):
+            print(__doc__)
+        else:
+            verb, _ = parse(argv)
+            if getattr(verb, "threads", 0):
+                import torch
 
-            torch.set_num_threads(verb.threads)
-        return verb() or 0
+                torch.set_num_threads(verb.threads)
+            code = verb() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of a pipe has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
+        return 0
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError, ImportError) as error:
         code = getattr(error, "exit_code", 2 if isinstance(error, (ValueError, OSError)) else 1)
         if debug and code != 75:

@@ -207,6 +207,16 @@ def test_the_checkpoint_to_evaluate_is_a_word_without_a_flag():
     assert parse(["evaluate", "--preset", "smoke", "folder"]) == parse(["evaluate", "folder", "--preset", "smoke"])
 
 
+@pytest.mark.parametrize("words", ["--help", "data --n 2000"])
+def test_a_closed_pipe_is_no_error(words):
+    """`latentlab ... | head -1`: the reader ends before all is written."""
+    command = [sys.executable, "-m", "latentlab", *words.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 0 and said == b""
+
+
 def test_no_verb_or_help_prints_the_verbs(capsys):
     for words in ([], ["--help"], ["-h"]):
         assert main(words) == 0
