@@ -75,7 +75,10 @@ def write_report(
         **tuning,
         "curves": {name: _curves(found) for name, found in lines.items()},
         "deployments": {n: deployments(answers[n], found) for n, found in stored(folder, names, "sampled").items()},
-        "swapped_thoughts": stored(folder, names, "swapped"),
+        "swapped_thoughts": {
+            name: {key: value for key, value in found.items() if key != "asked"}
+            for name, found in stored(folder, names, "swapped").items()
+        },
         "weights_unchanged": {n: _same_weights(folder, bases[n], n) for n in names if n.startswith("none-s")},
         "cost": _cost(folder, done, budget),
         "plan": budget.data["plan"],

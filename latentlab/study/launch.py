@@ -168,9 +168,11 @@ def run_jobs(jobs: list[Job], folder: Path, execute: Callable[[list[Job], Path],
         return
     sizes = [sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file()) for name in states]
     expect_writable(folder, 2**20 + len(waiting) * max(sizes))  # estimate: as large as the largest run so far
-    for job in waiting:  # answers of an earlier run, whose folder was deleted
-        for path in () if (folder / job.name).exists() else (folder / "answers").glob(f"{job.name}.*"):
-            path.unlink()
+    for job in waiting:
+        if not (folder / job.name).exists():  # what an earlier run answered, whose folder was deleted
+            for name in {job.name, job.name.replace("coconut-", "cot-")}:  # cot: the baseline after stage 0
+                for path in (folder / "answers").glob(f"{name}.*"):
+                    path.unlink()
     for name, code in execute(waiting, folder):
         states[name] = {0: "finished", STOPPED: "stopped"}.get(code, f"failed, exit code {code}")
         rows = _write_table(folder, states)

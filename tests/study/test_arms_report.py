@@ -181,6 +181,10 @@ def test_the_metrics_hold_what_the_notebooks_read(written):
         "coconut-s0": 40,
         "coconut-s1": 40,
     }
+    assert all(
+        set(entry) == {"n", "changed", "follows_donor", "same_by_chance"}
+        for entry in metrics["swapped_thoughts"].values()
+    )
     assert {name.split("-")[0] for name in metrics["deployments"]} == {"coconut", "temperature", "shared"}
     assert len(metrics["deployments"]) == 6
     shown = metrics["deployments"]["shared-s1"]

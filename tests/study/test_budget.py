@@ -135,6 +135,17 @@ def test_answers_follow_their_run_and_a_moved_experiment_resumes(toy, tmp_path):
     assert row["correct"] == sum(c[0] for c in found["correct"])
 
 
+def test_a_baseline_trained_again_answers_by_chain_of_thought_again(toy, tmp_path):
+    out = tmp_path / "run"
+    run_experiment(toy, out=str(out), budget_minutes=0.01, device="cpu")
+    cot = out / "answers" / "cot-s0.test.json"
+    found = json.loads(cot.read_text())
+    cot.write_text(json.dumps({**found, "text": ["stale" for _ in found["text"]]}))
+    shutil.rmtree(out / "coconut-s0")
+    run_experiment(toy, out=str(out), budget_minutes=0.01, device="cpu")
+    assert json.loads(cot.read_text())["text"] == found["text"]
+
+
 def test_under_a_budget_every_arm_of_the_first_seed_is_sampled(toy, tmp_path):
     config = replace(toy, sweep=replace(toy.sweep, seeds=(0,), arms=("temperature", "shared", "per_step")))
     path = run_experiment(config, out=str(tmp_path / "run"), budget_minutes=0.01, device="cpu")

@@ -229,7 +229,7 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launched_processes_make_the_run_of_one_and_end_their_threads(tmp_path, capsys, launcher):
     module, *options = LAUNCHERS[launcher].split()
-    pytest.importorskip(module.partition(".")[0])  # accelerate is no dependency
+    pytest.importorskip(module.partition(".")[0])  # accelerate comes with the extra dev
     (tmp_path / "ending.py").write_text(ENDING)
     words = ["grpo", "--preset", "smoke", "--grpo.steps", "2", "--grpo.max-candidates", "8", "--device", "cpu"]
     launch = [sys.executable, "-m", module, *options, str(tmp_path / "ending.py"), *words]
