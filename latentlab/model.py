@@ -68,6 +68,9 @@ class LatentReasoner(nn.Module):
         super().__init__()
         if feedback not in FEEDBACKS:
             raise ValueError(f"feedback: got {feedback!r}, expected one of {', '.join(FEEDBACKS)}")
+        if not (type(num_thoughts) is type(max_new_tokens) is int and num_thoughts >= 0 < max_new_tokens):
+            got = f"num_thoughts={num_thoughts!r}, max_new_tokens={max_new_tokens!r}"
+            raise ValueError(f"LatentReasoner: got {got}, expected ints >= 0 and >= 1; correct them")
         self.lm, self.tokenizer, self.feedback = lm, tokenizer, feedback
         self.num_thoughts = 0 if feedback == "none" else num_thoughts
         self.max_new_tokens = max_new_tokens

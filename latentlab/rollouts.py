@@ -70,11 +70,33 @@ class Rollouts:
         )
 
 
+def prompt_rows(tokenizer, questions: Sequence[str]) -> list[list[int]]:
+    """Token ids of `question + "\\n"`, with BOS where the tokenizer adds it, then of <start>.
+
+    Source: the official Coconut's data set code, which encodes questions with special tokens.
+    Raises ValueError for a question with a control token: one that the tokenizer calls special.
+    """
+    encoded = tokenizer([question + "\n" for question in questions], return_special_tokens_mask=True)
+    control = control_tokens(tokenizer)
+    for question, ids, added in zip(questions, encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+        if found := [i for i, by_tokenizer in zip(ids, added, strict=True) if i in control and not by_tokenizer]:
+            got = f"got {tokenizer.convert_ids_to_tokens(found[0])} in {question[:80]!r}"
+            raise ValueError(f"question: {got}, which the model reads as a command, expected plain text; drop it")
+    start = tokenizer.convert_tokens_to_ids(START)
+    return [[*ids, start] for ids in encoded["input_ids"]]
+
+
+def control_tokens(tokenizer) -> set[int]:
+    """Ids of the tokenizer's special tokens; without that for unknown words, unless it is eos."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return ({*tokenizer.all_special_ids} | added) - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
+
+
 def encode_prompts(
     tokenizer, problems: Sequence[Problem], device: torch.device | str
 ) -> tuple[Int[Tensor, "B Q"], Bool[Tensor, "B Q"]]:
-    """Token ids of `question + "\\n" + <start>`, left-padded, and which of them are not padding."""
-    rows = tokenizer([problem.question + "\n" + START for problem in problems], add_special_tokens=False)["input_ids"]
+    """The `prompt_rows` of the problems, left-padded, and which of their tokens are not padding."""
+    rows = prompt_rows(tokenizer, [problem.question for problem in problems])
     width = max(map(len, rows))
     ids = torch.tensor([[tokenizer.eos_token_id] * (width - len(row)) + row for row in rows], device=device)
     valid = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)

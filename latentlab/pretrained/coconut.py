@@ -17,7 +17,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
+
+from latentlab.pretrained.weights import expect_equal
 
 TOKENS = ("<|start-latent|>", "<|end-latent|>", "<|latent|>")  # in the order of their rows in a state dict
 CONFIG_IDS = ("latent_start_id", "latent_end_id", "latent_id")  # the config's names for the same three
@@ -45,7 +47,7 @@ def load_state_dict(file: Path, base: str):
 
     Raises ValueError, one line, for a file that is no such state dict or does not fit `base`.
     """
-    weights = _read(file)
+    tensors = _read(file)
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
@@ -54,24 +56,21 @@ def load_state_dict(file: Path, base: str):
         raise FileNotFoundError(f"base model: {got}; pass base=, a folder with both") from error
     tokenizer.add_tokens(list(TOKENS), special_tokens=True)
     config.vocab_size = len(tokenizer)
+    embedding = tensors.pop("embedding.weight", None)
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
     with torch.random.fork_rng(devices=[]):  # leaves the global generator as it was: all weights are overwritten
-        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    fit = f"expected those of {base} with three latent tokens; pass the base model it was trained from as base="
-    try:
-        missing, unexpected = lm.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[1].strip()
-        raise ValueError(f"checkpoint {file.name}: got weights of other shapes ({reason}), {fit}") from error
-    lm.tie_weights()
-    missing = [key for key in missing if key != "lm_head.weight" or not config.tie_word_embeddings]
-    if missing or unexpected:
-        got = f"{len(unexpected)} unknown and {len(missing)} missing weights ({[*unexpected, *missing][0]})"
-        raise ValueError(f"checkpoint {file.name}: got {got}, {fit}")
+        load = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained
+        lm, info = load(None, config=config, state_dict=dict(tensors), ignore_mismatched_sizes=True, **options)
+    remedy = f"{base} with three latent tokens does not fit, pass the base model it was trained from as base="
+    expect_equal(lm, info, tensors.items(), file.name, remedy)
+    if embedding is not None and not torch.equal(embedding.float(), lm.get_input_embeddings().weight):
+        got = f"embedding.weight other than the input embedding {PREFIX}*"
+        raise ValueError(f"checkpoint {file.name}: got {got}, expected a copy of it; use another")
     return lm, tokenizer
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
-    """The language model's weights, without prefix; only tensors are unpickled."""
+    """The state dict, its keys without prefixes; only tensors are unpickled."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about other pickles, which are refused in one line
@@ -80,11 +79,9 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         got = f"could not be read as a state dict ({type(error).__name__})"
         raise ValueError(f"checkpoint {file.name}: {got}; it is damaged or no torch.save of weights") from error
     state = {key.removeprefix("module."): value for key, value in state.items()} if isinstance(state, dict) else {}
-    buffers = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # of older versions: not weights
-    names = [key for key in state if key.startswith(PREFIX) and not key.endswith(buffers)]
-    if not names:
+    if not any(key.startswith(PREFIX) for key in state):
         raise ValueError(f"checkpoint {file.name}: got no key {PREFIX}*, expected a Coconut state dict; use another")
-    return {key.removeprefix(PREFIX): state[key] for key in names}
+    return {key.removeprefix(PREFIX): value for key, value in state.items()}
 
 
 def name_latent_tokens(config, tokenizer) -> bool:

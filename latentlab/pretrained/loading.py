@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from latentlab.config import Config
 from latentlab.data.word_problems import WORDS
 from latentlab.model import END, LATENT, START, LatentReasoner
-from latentlab.pretrained import coconut
+from latentlab.pretrained import coconut, weights
 from latentlab.pretrained.scratch import build_model
 from latentlab.runtime.environment import TIMEOUT, hub_answers, repository_root
 from latentlab.runtime.files import read_json
@@ -39,30 +40,37 @@ NATIVE_DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout"
 REMEDY = "connect to the Hub, or pass a folder that holds the model (python scripts/fetch_smollm2.py makes SmolLM2's)"
 
 
-def model_from_config(config: Config, *, init_from: str | None = None) -> LatentReasoner:
-    """The untrained model of a preset, or the checkpoint `init_from` (a folder or a Hub id)."""
-    if init_from:
-        return load_model(init_from)
+def model_from_config(config: Config, *, init_from: str | None = None, curriculum: bool = False) -> LatentReasoner:
+    """The untrained model of a preset, or the checkpoint `init_from` (a folder or a Hub id).
+
+    curriculum: a plain causal LM will do, with the preset's number of thoughts and answer length.
+    """
     b = config.backbone
     settings: dict[str, Any] = {"num_thoughts": config.num_thoughts, "max_new_tokens": config.max_new_tokens}
+    if init_from:
+        return load_model(init_from, defaults=settings if curriculum else None)
     if b.name_or_path != "scratch":
         return load_model(b.name_or_path, **settings)
     shape = {"n_layer": b.n_layer, "n_embd": b.n_embd, "n_head": b.n_head, "n_positions": b.n_positions}
     return build_model(WORDS, seed=config.seed, **shape, **settings)
 
 
-def load_model(name_or_path: str | Path, *, base: str = coconut.BASE, **settings: Any) -> LatentReasoner:
+def load_model(
+    name_or_path: str | Path, *, base: str = coconut.BASE, defaults: dict | None = None, **settings: Any
+) -> LatentReasoner:
     """Load a model in float32: "tiny" (the shipped checkpoint), a folder or a Hub id.
 
     The run folder of a training run stands for its best/.
     settings: `num_thoughts`, `max_new_tokens` and `feedback` of `LatentReasoner`. A folder written
     by `save_model` has them, a published Coconut checkpoint takes its recipe's, other checkpoints
     need the first two; what is passed overrides what is stored.
+    defaults: settings of a checkpoint that has none.
     base: the base model of a Coconut `checkpoint_N` state dict, a folder or a Hub id.
 
     Returns a model whose `provenance` has kind, name and sha256 of the weights.
     Raises FileNotFoundError (no such checkpoint, Hub not reachable) or ValueError (damaged or
-    incomplete checkpoint, settings missing), one line each.
+    incomplete checkpoint, weights other than the config's or not finite, settings missing), one
+    line each.
     """
     name = str(shipped_checkpoint("tiny") if name_or_path == "tiny" else name_or_path)
     if Path(name, "metrics.jsonl").exists() and Path(name, "best").exists():
@@ -71,10 +79,13 @@ def load_model(name_or_path: str | Path, *, base: str = coconut.BASE, **settings
     state_dict = coconut.state_dict_file(name)
     lm, tokenizer = coconut.load_state_dict(state_dict, base) if state_dict else _load_pair(name)
     published = coconut.name_latent_tokens(lm.config, tokenizer) or state_dict
-    settings = {**(coconut.RECIPE if published else {}), **_stored_settings(name), **settings}
+    settings = {**(coconut.RECIPE if published else defaults or {}), **_stored_settings(name), **settings}
     missing = [key for key in ("num_thoughts", "max_new_tokens") if key not in settings]
     if missing:
-        raise ValueError(f"{name}: got no {STATE_FILE} beside the weights, expected {' and '.join(missing)}; pass them")
+        raise ValueError(
+            f"{name}: got a causal LM without {STATE_FILE}, expected one trained to think in latent steps; train it "
+            f"with `latentlab curriculum --init-from {name}`, or pass {'= and '.join(missing)}= to load_model"
+        )
     add_latent_tokens(lm, tokenizer)
     no_native_dropout(lm)
     model = LatentReasoner(lm, tokenizer, **settings)
@@ -93,25 +104,26 @@ def _silence_transformers() -> None:  # its loading bars and config warnings wou
 def _load_pair(name: str) -> tuple[Any, Any]:
     """(lm, tokenizer) from a folder or a Hub id."""
     if os.path.isdir(name):
-        if not any(Path(name).glob("*.safetensors")) or not Path(name, "config.json").exists():
-            raise FileNotFoundError(
-                f"checkpoint: got the folder {name} without config.json and *.safetensors, expected a saved model; "
-                "name a folder written by `latentlab curriculum` or `latentlab grpo`"
-            )
+        weights.expect_readable(Path(name))
     elif os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"checkpoint: got {name}, which is no folder, expected a checkpoint folder or a Hub id")
     elif not hub_answers():
         raise FileNotFoundError(
             f"Hub: got no answer for {name} within {TIMEOUT:g} s, and no folder has that name; {REMEDY}"
         )
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa", "use_safetensors": True}
     try:
+        raw, _ = PretrainedConfig.get_config_dict(name)
+        weights.expect_causal_lm(name, raw)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # None would ask the user
         load: Any = AutoModelForCausalLM.from_pretrained
-        lm, info = load(name, **options, use_safetensors=True, trust_remote_code=False)
-        if info["missing_keys"]:  # transformers would initialise these weights at random
-            raise ValueError(f"no weights for {min(info['missing_keys'])}, expected all that config.json describes")
+        report = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported, and refused below
+        lm, info = load(name, **options, **report, trust_remote_code=False)
+        folder = name if os.path.isdir(name) else snapshot_download(name, local_files_only=True)
+        weights.expect_equal(lm, info, weights.stored_tensors(Path(folder)), name)
     except Exception as error:  # transformers raises many kinds: missing files, damaged files, no network
+        if str(error).startswith("checkpoint "):
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if os.path.isdir(name):
             damage = f"could not be read ({reason}); it is damaged or incomplete, use another"
@@ -128,26 +140,47 @@ def _stored_settings(name: str) -> dict:
     if not path.exists():
         return {}
     stored = read_json(path, expected := f"{', '.join(SETTINGS)} as `save_model` writes them")
-    if any(type(v).__name__ != SETTINGS.get(k) or (k != "feedback" and v < 0) for k, v in stored.items()):
+    least = {"num_thoughts": 0, "max_new_tokens": 1}
+    if any(type(v).__name__ != SETTINGS.get(k) or (k in least and v < least[k]) for k, v in stored.items()):
         raise ValueError(f"{path}: got {str(stored)[:80]}, expected {expected}; restore the file")
     return stored
 
 
 def add_latent_tokens(lm, tokenizer) -> None:
-    """Make START, LATENT, END single tokens; new rows start as that of "<<", as in Coconut's code."""
-    before, rows = len(tokenizer), lm.get_input_embeddings().weight.shape[0]
-    if before > rows:
-        got = f"{before} tokens for {rows} embedding rows"
+    """Make START, LATENT, END single special tokens, with ids that no other token has.
+
+    Tokens that were there keep their rows. New rows start as that of "<<", as in Coconut's code;
+    where "<<" is several pieces (SentencePiece: "▁", "<", "<"), as that of the first with a "<".
+    """
+    if lm.get_output_embeddings().weight is not lm.get_input_embeddings().weight:
+        lm.config.tie_word_embeddings = False  # a file with a head of its own, whatever its config says
+    used, rows = set(tokenizer.get_vocab().values()), lm.get_input_embeddings().weight.shape[0]
+    if max(used) >= rows:
+        got = f"{max(used) + 1} tokens for {rows} embedding rows"
         raise ValueError(f"tokenizer: got {got}, expected the tokenizer of these weights; restore its files")
-    marker = tokenizer("<<", add_special_tokens=False)["input_ids"]
-    if not marker or tokenizer.eos_token_id is None:
+    pieces = tokenizer("<<", add_special_tokens=False)["input_ids"]
+    if not pieces or tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: got none for '<<' or no eos token, expected a causal LM's with both; use another")
-    tokenizer.add_special_tokens({"additional_special_tokens": [START, LATENT, END]})
-    if len(tokenizer) > rows:
-        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    first = next((i for i in pieces if "<" in tokenizer.convert_ids_to_tokens(i)), pieces[0])
+    if len(used) <= max(used) and tokenizer.is_fast:
+        _number_after_gaps(tokenizer, max(used) + 1)
+    tokens = {"extra_special_tokens": [START, LATENT, END]}
+    tokenizer.add_special_tokens(tokens, replace_extra_special_tokens=False)
+    new = sorted(set(tokenizer.get_vocab().values()) - used)
+    if new and new[-1] >= rows:
+        lm.resize_token_embeddings(new[-1] + 1, mean_resizing=False)
     with torch.no_grad():
         for embedding in (lm.get_input_embeddings(), lm.get_output_embeddings()):  # may be tied
-            embedding.weight[before : len(tokenizer)] = embedding.weight[marker[0]]
+            for parameter in embedding.parameters():  # a head may have a bias
+                parameter[new] = parameter[first].clone()
+
+
+def _number_after_gaps(tokenizer, start: int) -> None:
+    """Give new latent tokens the ids from `start` on: tokenizers counts tokens, over ids in use."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    new = [token for token in (START, LATENT, END) if token not in tokenizer.get_vocab()]
+    state["model"]["vocab"].update({token: start + i for i, token in enumerate(new)})
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
 def no_native_dropout(lm) -> None:

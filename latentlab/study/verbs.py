@@ -59,9 +59,8 @@ class Training(Shared):
 
         config, out = self.config, self.out or f"runs/{self.config.preset}/{name}-s{self.config.seed}"
         files.expect_writable(Path(out))
-        model = model_from_config(config, init_from=init_from).place(
-            distributed.select_device(self.device), config.precision
-        )
+        model = model_from_config(config, init_from=init_from, curriculum=curriculum)
+        model.place(distributed.select_device(self.device), config.precision)
         train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))
         preflight.expect_together(model, [*train, *validation], config, curriculum=curriculum)
         limits = {"max_minutes": self.max_minutes, "checkpoint_minutes": self.checkpoint_minutes}

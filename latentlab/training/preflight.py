@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from latentlab.config import CONTROLS, Config
-from latentlab.model import START, LatentReasoner
+from latentlab.model import LatentReasoner
 from latentlab.problems import step_result
+from latentlab.rollouts import prompt_rows
 from latentlab.training.curriculum import stage_text
 from latentlab.training.run import Problems
 
@@ -20,7 +21,7 @@ def expect_together(model: LatentReasoner, problems: Problems, config: Config, *
     spec = c.mask if curriculum else config.grpo.mask
     model.num_sites(spec.sites)
     longest = sorted(problems, key=lambda p: len(p.question), reverse=True)[:LONGEST]
-    prompts = model.tokenizer([f"{p.question}\n{START}" for p in longest], add_special_tokens=False)["input_ids"]
+    prompts = prompt_rows(model.tokenizer, [p.question for p in longest])
     unknown = sum(row.count(model.tokenizer.unk_token_id) for row in prompts) / max(1, sum(map(len, prompts)))
     if unknown > 0.5 and model.tokenizer.unk_token_id != model.eos_id:
         got = f"got {unknown:.0%} unknown words in the questions, expected a model of such text"

@@ -26,7 +26,7 @@ def naive_rollout(
     of this row, values [1, S, D], or per_step [1, slots, S, D].
     """
     lm, tokenizer = model.lm, model.tokenizer
-    ids = tokenizer(question + "\n<|start-latent|>", add_special_tokens=False)["input_ids"]
+    ids = [*tokenizer.encode(question + "\n", add_special_tokens=True), tokenizer.get_vocab()["<|start-latent|>"]]
     embed, start = lm.get_input_embeddings(), len(ids) - 1
     sequence = list(embed(torch.tensor(ids, device=lm.device)))  # input vectors [D]
 

@@ -130,6 +130,15 @@ def test_a_distributed_prefix_and_old_buffers_do_not_matter(source, tmp_path):
     assert torch.equal(logits(model.lm, ids), logits(source["lm"], ids))
 
 
+def test_a_trained_head_beside_a_tied_config_is_kept_and_saved(source, tmp_path):
+    head = torch.randn(13, 16)
+    path = edited(source, lambda s: {**s, f"{coconut.PREFIX}lm_head.weight": head}, tmp_path / "checkpoint_2")
+    model = load_model(path, base=str(source["folder"] / "base"))
+    save_model(model, tmp_path / "saved")
+    for lm in (model.lm, load_model(tmp_path / "saved").lm):
+        assert torch.equal(lm.lm_head.weight, head) and not torch.equal(lm.transformer.wte.weight, head)
+
+
 def test_loading_a_state_dict_takes_no_random_number(load):
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
@@ -147,14 +156,32 @@ def edited(source, edit, path):
     ("edit", "message"),
     [
         (lambda s: {key.removeprefix(coconut.PREFIX): v for key, v in s.items()}, r"got no key base_causallm"),
-        (lambda s: {k: v for k, v in s.items() if "h.1.mlp.c_proj.bias" not in k}, "1 missing weights"),
-        (lambda s: {**s, "base_causallm.adapter": torch.ones(1)}, "1 unknown"),
+        (
+            lambda s: {k: v for k, v in s.items() if "h.1.mlp.c_proj.bias" not in k},
+            "no weights for .*c_proj.bias .1 missing",
+        ),
+        (lambda s: {**s, "base_causallm.adapter": torch.ones(1)}, "does not describe, adapter .1 in all"),
         (
             lambda s: {k: v[:-3] if "wte" in k else v for k, v in s.items()},
             r"wte.*\[10, 16\].*\[13, 16\].* three latent",
         ),
-        (lambda s: {k: v[:, :8] if "wpe" in k else v for k, v in s.items()}, "other shapes .*wpe.*, expected those of"),
-        (lambda s: {k: v for k, v in s.items() if "wte" not in k}, "1 missing weights .transformer.wte.weight"),
+        (
+            lambda s: {k: v[:, :8] if "wpe" in k else v for k, v in s.items()},
+            "wpe.weight of shape .32, 8., expected .32, 16.",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if "wte" not in k and "lm_head" not in k},
+            "no weights for lm_head.weight .2 missing",
+        ),
+        (
+            lambda s: {**s, "embedding.weight": s["embedding.weight"] + 1},
+            "embedding.weight other than the input embedding",
+        ),
+        (lambda s: {**s, "adapter": torch.ones(1)}, "does not describe, adapter"),
+        (
+            lambda s: {k: v / 0 if "h.1.ln_1.weight" in k else v for k, v in s.items()},
+            "NaN or inf in .*h.1.ln_1.weight",
+        ),
         (lambda s: [1, 2], "got no key base_causallm"),
     ],
 )

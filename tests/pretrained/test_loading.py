@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+)
 
 from latentlab.data.word_problems import WORDS, word_problems
 from latentlab.model import END, LATENT, START
@@ -166,8 +175,13 @@ def test_a_foreign_checkpoint_gets_three_latent_tokens_that_start_as_its_marker(
 
 
 def test_a_foreign_checkpoint_must_be_told_its_thoughts(llama_folder):
-    refused(ValueError, llama_folder, "latentlab.json .*num_thoughts and max_new_tokens; pass them", feedback="thought")
-    refused(ValueError, llama_folder, "expected num_thoughts; pass them", max_new_tokens=3)
+    refused(
+        ValueError,
+        llama_folder,
+        "without latentlab.json, .*curriculum --init-from .*num_thoughts= and",
+        feedback="thought",
+    )
+    refused(ValueError, llama_folder, "or pass num_thoughts= to load_model", max_new_tokens=3)
 
 
 def test_special_tokens_that_were_there_stay_special(llama_folder, tmp_path):
@@ -247,9 +261,234 @@ def test_damaged_weights(saved, keep):
 
 def test_weights_that_do_not_fit_the_config(saved):
     config = json.loads((saved / "config.json").read_text())
-    for change in ({"n_embd": 64}, {"n_layer": 3}):  # another shape; a layer that is not in the file
+    for change, message in (
+        ({"n_embd": 64}, r"model: got transformer.h.0.attn.c_attn.bias of shape \[96\], expected \[192\]; use"),
+        ({"n_layer": 3}, r"model: got no weights for transformer.h.2.attn.c_attn.bias \(12 missing\), expected all"),
+        ({"n_layer": 1}, r"not describe, transformer.h.1.attn.c_attn.weight \(11 in all\), expected no others"),
+        ({"tie_word_embeddings": False}, r"model: got no weights for lm_head.weight \(1 missing\), expected all"),
+    ):
         (saved / "config.json").write_text(json.dumps(config | change))
-        refused(ValueError, saved, "^checkpoint .*model: could not be read")
+        refused(ValueError, saved, message)
+
+
+# -- what the file holds is what the model computes with ------------------------------------------------------------
+
+
+def plain_folder(folder, config, words=WORDS, change=None, tokenizer=None):
+    """A model as others save it, of `config` and random weights that `change` edits: its state dict."""
+    (tokenizer := tokenizer or plain_tokenizer(words)).save_pretrained(folder)
+    config.vocab_size = config.vocab_size if config.vocab_size != 1 else len(tokenizer)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    save_file(state := (change or dict)(state), folder / "model.safetensors", metadata={"format": "pt"})
+    return state
+
+
+def plain_tokenizer(words=WORDS, vocabulary=None, pattern=r"\n|<<|>>|###|\d+|[A-Za-z]+|[^\sA-Za-z\d]", **special):
+    """A word tokenizer without latent tokens."""
+    vocabulary = vocabulary or {text: i for i, text in enumerate(("<eos>", "<unk>", *words))}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+    return PreTrainedTokenizerFast(tokenizer_object=core, **{"eos_token": "<eos>", "unk_token": "<unk>", **special})
+
+
+IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+SMALL_GPT2 = {"vocab_size": 1, "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 64, **IDS}
+SMALL_LLAMA = {"vocab_size": 1, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2} | IDS
+SMALL_LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+TIED = {"tie_word_embeddings": True}
+HEADS = {
+    "gpt2": GPT2Config(**SMALL_GPT2),
+    "gpt2 untied": GPT2Config(**SMALL_GPT2, tie_word_embeddings=False),
+    "gpt2 padded": GPT2Config(**SMALL_GPT2 | {"vocab_size": 128}),
+    "llama": LlamaConfig(**SMALL_LLAMA),
+    "llama tied": LlamaConfig(**SMALL_LLAMA, **TIED),
+    "phi, a head with bias": PhiConfig(**SMALL_LLAMA | {"num_key_value_heads": 2}),
+}
+
+
+def fresh(config):
+    return type(config).from_dict(config.to_dict())
+
+
+def expect_saved_equal(model, folder):
+    """A saved model reloads bit for bit, here and in plain transformers."""
+    save_model(model, folder)
+    again, plain = load_model(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "How many books ? 17 <<\n" + START + LATENT + END + " ### 5"
+    ids = model.tokenizer(text)["input_ids"]
+    assert ids == tokenizer(text)["input_ids"] == again.tokenizer(text)["input_ids"]
+    assert tokenizer.get_vocab() == model.tokenizer.get_vocab() == again.tokenizer.get_vocab()
+    state = model.lm.state_dict()
+    for lm in (again.lm, plain):
+        assert lm.dtype == torch.float32 and lm.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[key]) for key, value in lm.state_dict().items())
+        assert torch.equal(lm(torch.tensor([ids])).logits, model.lm(torch.tensor([ids])).logits)
+        assert lm.config.vocab_size == len(lm.get_input_embeddings().weight) == len(lm.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_foreign_model_is_the_files_tensors_and_three_rows_like_the_markers(name, tmp_path):
+    state = plain_folder(tmp_path / "a", fresh(HEADS[name]))
+    model = load_model(tmp_path / "a", **SIZE)
+    held, marker = model.lm.state_dict(), model.tokenizer.convert_tokens_to_ids("<<")
+    new = [model.start_id, model.latent_id, model.end_id]
+    assert new == [len(WORDS) + 2 + i for i in range(3)]
+    for key, value in state.items():
+        padded = len(value) == 128
+        old = held[key][: len(WORDS) + 2] if padded else held[key][: len(value)]
+        assert torch.equal(old, value[: len(old)])
+    for parameters in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings()):
+        assert all(torch.equal(p[i], p[marker]) for p in parameters.parameters() for i in new)
+    expect_saved_equal(model, tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2 padded", "llama tied"])
+@pytest.mark.parametrize("latent", [False, True])
+def test_a_trained_head_beside_a_tied_config_is_kept(name, latent, tmp_path):
+    """As in plain transformers; also where the latent tokens are there, so that nothing is resized."""
+    key = "lm_head.weight"
+    tokenizer = plain_tokenizer()
+    if latent:
+        tokenizer.add_special_tokens({"additional_special_tokens": [START, LATENT, END]})
+
+    def trained(state):
+        embedding = next(v for k, v in state.items() if "wte" in k or "embed_tokens" in k)
+        return state | {key: torch.randn_like(embedding)}
+
+    head = plain_folder(tmp_path / "a", fresh(HEADS[name]), change=trained, tokenizer=tokenizer)[key]
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "a").lm_head.weight, head)
+    model, kept = load_model(tmp_path / "a", **SIZE), len(WORDS) + (5 if latent else 2)
+    assert torch.equal(model.lm.lm_head.weight[:kept], head[:kept])
+    expect_saved_equal(model, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def biases(state):
+    return state | {
+        f"model.layers.0.self_attn.{x}_proj.bias": torch.ones(16 if x == "q" else 8) for x in ("q", "k", "v")
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (biases, r"does not describe, model.layers.0.self_attn.k_proj.bias \(3 in all\), expected no others"),
+        (lambda s: s | {"score.weight": torch.ones(1)}, r"does not describe, score.weight \(1 in all\)"),
+        (lambda s: {k: v for k, v in s.items() if k != "lm_head.weight"}, "no weights for lm_head.weight .1 missing"),
+        (lambda s: {k: v for k, v in s.items() if "norm" not in k}, "no weights for model.layers.0.input_layernorm"),
+        (
+            lambda s: s | {"model.norm.weight": torch.full((16,), torch.nan)},
+            "NaN or inf in model.norm.weight, expected",
+        ),
+        (lambda s: {k: v / (1 - ("up" in k)) for k, v in s.items()}, "NaN or inf in model.layers.0.mlp.up_proj.weight"),
+        (lambda s: s | {"model.norm.weight": torch.ones(8)}, r"model.norm.weight of shape \[8\], expected \[16\]"),
+    ],
+)
+def test_tensors_other_than_the_configs_or_not_finite_are_refused(change, message, tmp_path):
+    plain_folder(tmp_path, fresh(HEADS["llama"]), change=change)
+    refused(ValueError, tmp_path, f"^checkpoint .*: got .*{message}")
+
+
+def test_buffers_of_older_versions_are_no_weights(tmp_path):
+    def old(state):
+        more = {"attn.bias": torch.ones(1, 1, 8, 8), "attn.masked_bias": torch.tensor(-1e4)}
+        return state | {f"transformer.h.0.{name}": value for name, value in more.items()}
+
+    plain_folder(tmp_path / "gpt2", fresh(HEADS["gpt2"]), change=old)
+    plain_folder(
+        tmp_path / "llama",
+        fresh(HEADS["llama"]),
+        change=lambda s: s | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+    )
+    for name in ("gpt2", "llama"):
+        assert load_model(tmp_path / name, **SIZE).num_thoughts == 2
+
+
+def test_keys_without_the_base_models_prefix_are_compared_too(tmp_path):
+    """As in the published GPT-2."""
+    bare = lambda s: {k.removeprefix("transformer."): v for k, v in s.items()}  # noqa: E731
+    state = plain_folder(tmp_path, fresh(HEADS["gpt2"]), change=bare)
+    model = load_model(tmp_path, **SIZE)
+    assert all(torch.equal(model.lm.transformer.state_dict()[k][: len(v)], v) for k, v in state.items())
+
+
+def test_shards_are_read_and_a_tensor_with_two_values_is_refused(tmp_path):
+    state = plain_folder(tmp_path, fresh(HEADS["gpt2"]))
+    (tmp_path / "model.safetensors").unlink()
+    parts = [dict(list(state.items())[::2]), dict(list(state.items())[1::2])]
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    places = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for name, part in zip(names, parts, strict=True):
+        save_file(part, tmp_path / name, metadata={"format": "pt"})
+    held = load_model(tmp_path, **SIZE).lm.state_dict()
+    assert all(torch.equal(held[key][: len(value)], value) for key, value in state.items())
+    save_file(parts[1] | {"transformer.ln_f.bias": state["transformer.ln_f.bias"] + 1}, tmp_path / names[1])
+    save_file(parts[0] | {"transformer.ln_f.bias": state["transformer.ln_f.bias"]}, tmp_path / names[0])
+    refused(ValueError, tmp_path, "got two values of transformer.ln_f.bias, expected one")
+
+
+def test_bfloat16_files_become_float32_weights_of_the_same_values(tmp_path):
+    config = fresh(HEADS["llama"])
+    config.dtype = torch.bfloat16
+    state = plain_folder(tmp_path / "a", config, change=lambda s: {k: v.bfloat16() for k, v in s.items()})
+    model = load_model(tmp_path / "a", **SIZE)
+    assert torch.equal(model.lm.model.norm.weight, state["model.norm.weight"].float())
+    expect_saved_equal(model, tmp_path / "b")
+    assert {value.dtype for value in load_file(tmp_path / "b" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_generation_config_is_kept(tmp_path):
+    plain_folder(tmp_path / "a", fresh(HEADS["llama"]))
+    written = {"eos_token_id": [0, 7], "max_length": 33, "temperature": 0.25, "do_sample": True}
+    (tmp_path / "a" / "generation_config.json").write_text(json.dumps(written))
+    save_model(load_model(tmp_path / "a", **SIZE), tmp_path / "b")
+    kept = json.loads((tmp_path / "b" / "generation_config.json").read_text())
+    assert {key: kept[key] for key in written} == written
+
+
+# -- free ids for the latent tokens ---------------------------------------------------------------------------------
+
+GAPS = ("<eos>", "<unk>", *WORDS)
+
+
+def before(kind):
+    """A tokenizer of WORDS whose ids have gaps, or that knows some latent tokens already."""
+    if kind == "gaps":  # fewer tokens than the highest id says, as by count
+        return plain_tokenizer(vocabulary={text: i + (4 if i > 9 else 0) for i, text in enumerate(GAPS)})
+    if kind == "a token at the last row":
+        return plain_tokenizer(vocabulary={text: i for i, text in enumerate(GAPS[:-1])} | {GAPS[-1]: 127})
+    tokenizer = plain_tokenizer((LATENT, *WORDS) if kind == "a word" else WORDS, pattern=r"<\|[a-z-]+\||\w+|\n|<<|\S")
+    if kind == "one special":
+        tokenizer.add_special_tokens({"additional_special_tokens": [LATENT]})
+    if kind == "two plain, with another between":
+        tokenizer.add_tokens([END, "<tool>", START])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "kind", ["gaps", "a token at the last row", "a word", "one special", "two plain, with another between"]
+)
+def test_no_row_in_use_is_overwritten(kind, tmp_path):
+    config = GPT2Config(**SMALL_GPT2 | {"vocab_size": 128})
+    tokenizer = before(kind)
+    old = tokenizer.get_vocab()
+    state = plain_folder(tmp_path / "a", config, tokenizer=tokenizer)
+    model = load_model(tmp_path / "a", **SIZE)
+    table, rows = model.lm.transformer.wte.weight, state["transformer.wte.weight"]
+    assert all(torch.equal(table[i], rows[i]) for i in old.values())
+    assert {t: model.tokenizer.convert_tokens_to_ids(t) for t in old} == old
+    for token in (START, LATENT, END):
+        i = model.tokenizer.convert_tokens_to_ids(token)
+        assert model.tokenizer.convert_ids_to_tokens(i) == token and i in model.tokenizer.all_special_ids
+        assert token in old or (i not in old.values() and torch.equal(table[i], table[old["<<"]]))
+        assert model.tokenizer("books" + token)["input_ids"] == [old["books"], i]
+    assert len(table) == max(128, 1 + max(model.tokenizer.get_vocab().values()))
+    expect_saved_equal(model, tmp_path / "b")
 
 
 def test_a_damaged_config(saved):
@@ -281,7 +520,7 @@ def test_no_pickle_is_read(saved, tmp_path):
     (saved / "pytorch_model.bin").write_bytes(payload)
     load_model(saved)
     (saved / "model.safetensors").unlink()
-    refused(FileNotFoundError, saved, "without config.json and .*safetensors")
+    refused(ValueError, saved, "got weights as pickles, which are not read, expected model.safetensors; load them with")
     assert not (tmp_path / "ran").exists()
 
 

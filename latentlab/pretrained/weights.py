@@ -1,0 +1,99 @@
+"""Checks of a checkpoint: can its files be read, and does the model hold what they hold?
+
+Every fault is one line that names the file or tensor. Nothing is repaired.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.core_model_loading import revert_weight_conversion
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+OTHER_FORMATS = {  # pattern of file names: what such a folder holds, and what to do
+    "adapter_config.json": ("an adapter alone", "merge it into its base model (peft: merge_and_unload) and save that"),
+    "*.gguf": ("GGUF weights", "use the original model in safetensors"),
+    "*.bin": ("weights as pickles, which are not read", "load them with transformers and call save_pretrained"),
+}
+RESAVE = "use another checkpoint, or the config.json and tokenizer of these weights"
+
+
+def expect_readable(folder: Path) -> None:
+    """Raise FileNotFoundError or ValueError, one line, unless `folder` holds a config and safetensors."""
+    for file in sorted(folder.glob("*")):
+        if file.suffix in (".json", ".safetensors", ".model") and file.is_file():
+            with file.open("rb") as opened:
+                start = opened.read(200).lstrip().lower()
+            if start.startswith(b"version https://git-lfs"):
+                raise ValueError(f"{file}: got a Git LFS pointer, expected the file itself; run `git lfs pull` there")
+            if start.startswith((b"<!doctype", b"<html")):
+                raise ValueError(f"{file}: got a web page, expected the file itself; download the raw file")
+    weights = (folder / WEIGHTS).exists() or (folder / INDEX).exists()
+    for pattern, (held, remedy) in OTHER_FORMATS.items():
+        if not weights and any(folder.glob(pattern)):
+            raise ValueError(f"checkpoint {folder}: got {held}, expected {WEIGHTS}; {remedy}")
+    if not weights or not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"checkpoint: got the folder {folder} without config.json and *.safetensors, expected a saved model; "
+            "name a folder written by `latentlab curriculum` or `latentlab grpo`"
+        )
+
+
+def expect_causal_lm(name: str, config: dict[str, Any]) -> None:
+    """Raise ValueError, one line, unless `config`, the content of config.json, is of a float causal LM."""
+    family = config.get("model_type")
+    known = family in CONFIG_MAPPING
+    if not known or CONFIG_MAPPING[family] not in MODEL_FOR_CAUSAL_LM_MAPPING or config.get("is_encoder_decoder"):
+        kind = "which is no decoder-only causal LM" if known else f"unknown to transformers {transformers.__version__}"
+        raise ValueError(
+            f"checkpoint {name}: got model_type {family!r}, {kind}; use a causal LM such as GPT-2 or Llama"
+        )
+    if quantised := config.get("quantization_config"):
+        got = f"weights quantised by {dict(quantised).get('quant_method', 'an unnamed method')}"
+        raise ValueError(f"checkpoint {name}: got {got}, expected float weights; use the model that is not quantised")
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the files that transformers reads in `folder`, one tensor in memory at a time."""
+    files = [folder / WEIGHTS]
+    if not files[0].exists():
+        files = [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                yield name, file.get_tensor(name)
+
+
+def expect_equal(
+    lm, info: dict[str, Any], stored: Iterable[tuple[str, Tensor]], name: str, remedy: str = RESAVE
+) -> None:
+    """Raise ValueError, one line, unless `lm` holds the finite tensors `stored`, all of them and no others.
+
+    info: transformers' `output_loading_info`. Keys that transformers itself ignores, and buffers of
+    older versions, do not count. Values are compared bit for bit after the cast to the model's dtype.
+    """
+    buffers = {key for key, _ in lm.named_buffers()}
+    unexpected = [k for k in sorted(info["unexpected_keys"]) if k not in buffers and not k.endswith(".masked_bias")]
+    if shapes := sorted(info["mismatched_keys"]):
+        key, got, expected = shapes[0]
+        raise ValueError(f"checkpoint {name}: got {key} of shape {list(got)}, expected {list(expected)}; {remedy}")
+    if missing := sorted(info["missing_keys"]):  # transformers initialises these at random
+        got = f"no weights for {missing[0]} ({len(missing)} missing)"
+        raise ValueError(f"checkpoint {name}: got {got}, expected all that config.json describes; {remedy}")
+    if unexpected:
+        got = f"weights that config.json does not describe, {unexpected[0]} ({len(unexpected)} in all)"
+        raise ValueError(f"checkpoint {name}: got {got}, expected no others; {remedy}")
+    held = revert_weight_conversion(lm, lm.state_dict())  # under the names of the file
+    for key, tensor in stored:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"checkpoint {name}: got NaN or inf in {key}, expected finite weights; use another")
+        if key in held and not torch.equal(tensor.to(held[key].dtype), held[key]):
+            raise ValueError(f"checkpoint {name}: got two values of {key}, expected one; remove the wrong file")
