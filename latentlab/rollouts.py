@@ -70,26 +70,33 @@ class Rollouts:
         )
 
 
-def prompt_rows(tokenizer, questions: Sequence[str]) -> list[list[int]]:
-    """Token ids of `question + "\\n"`, with BOS where the tokenizer adds it, then of <start>.
-
-    Source: the official Coconut's data set code, which encodes questions with special tokens.
-    Raises ValueError for a question with a control token: one that the tokenizer calls special.
-    """
-    encoded = tokenizer([question + "\n" for question in questions], return_special_tokens_mask=True)
-    control = control_tokens(tokenizer)
-    for question, ids, added in zip(questions, encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
-        if found := [i for i, by_tokenizer in zip(ids, added, strict=True) if i in control and not by_tokenizer]:
-            got = f"got {tokenizer.convert_ids_to_tokens(found[0])} in {question[:80]!r}"
-            raise ValueError(f"question: {got}, which the model reads as a command, expected plain text; drop it")
-    start = tokenizer.convert_tokens_to_ids(START)
-    return [[*ids, start] for ids in encoded["input_ids"]]
-
-
 def control_tokens(tokenizer) -> set[int]:
     """Ids of the tokenizer's special tokens; without that for unknown words, unless it is eos."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return ({*tokenizer.all_special_ids} | added) - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
+
+
+def encode_texts(tokenizer, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+    """Token ids of plain texts, with what the tokenizer adds around them if asked.
+
+    Raises ValueError, one line, for a text with a control token in it, such as "</s>".
+    """
+    options = {"add_special_tokens": add_special_tokens, "return_special_tokens_mask": True}
+    encoded, control = tokenizer(list(texts), **options), control_tokens(tokenizer)
+    for text, ids, added in zip(texts, encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+        if found := [i for i, by_tokenizer in zip(ids, added, strict=True) if i in control and not by_tokenizer]:
+            got = f"got the control token {tokenizer.convert_ids_to_tokens(found[0])} in {text[:80]!r}"
+            raise ValueError(f"text: {got}, which a model reads as a command, expected plain text; drop this problem")
+    return encoded["input_ids"]
+
+
+def prompt_rows(tokenizer, questions: Sequence[str]) -> list[list[int]]:
+    """Token ids of `question + "\\n"`, with BOS where the tokenizer adds it, then of <start>.
+
+    Source: the data set code of the official Coconut, which encodes questions with special tokens.
+    """
+    rows = encode_texts(tokenizer, [question + "\n" for question in questions], add_special_tokens=True)
+    return [[*ids, tokenizer.convert_tokens_to_ids(START)] for ids in rows]
 
 
 def encode_prompts(

@@ -15,7 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from latentlab.config import DataConfig
-from latentlab.data.jsonl import plain_text, read_jsonl
+from latentlab.data.jsonl import read_jsonl
 from latentlab.data.perturb import perturb, perturbed, skeleton
 from latentlab.data.word_problems import SPLITS, word_problems
 from latentlab.problems import Problem, canonical_answer, extract_answer, step_result
@@ -151,8 +151,8 @@ def _from_hub(name: str, split: str) -> list[Problem]:
     for index, row in enumerate(_load_from_hub(address, split)):
         where = f"{address[0]}, {split}, row {index}"
         try:
-            question, raw = plain_text(row["question"].strip()), row[answer_field]
-            steps = tuple(map(plain_text, re.findall(r"<<[^<>]*>>", "".join(row[chain])))) if chain else ()
+            question, raw = row["question"].strip(), row[answer_field]
+            steps = tuple(re.findall(r"<<[^<>]*>>", "".join(row[chain]))) if chain else ()
             answer = canonical_answer((extract_answer(raw) if name == "gsm8k" else raw) or "")
         except (AttributeError, KeyError, TypeError) as error:
             got = f"fields {sorted(row)} ({type(error).__name__})"

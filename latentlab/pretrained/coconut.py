@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
@@ -59,8 +60,10 @@ def load_state_dict(file: Path, base: str):
     embedding = tensors.pop("embedding.weight", None)
     options = {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
     with torch.random.fork_rng(devices=[]):  # leaves the global generator as it was: all weights are overwritten
-        load = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained
-        lm, info = load(None, config=config, state_dict=dict(tensors), ignore_mismatched_sizes=True, **options)
+        load: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        lm, info = load.from_pretrained(
+            None, config=config, state_dict=dict(tensors), ignore_mismatched_sizes=True, **options
+        )
     remedy = f"{base} with three latent tokens does not fit, pass the base model it was trained from as base="
     expect_equal(lm, info, tensors.items(), file.name, remedy)
     if embedding is not None and not torch.equal(embedding.float(), lm.get_input_embeddings().weight):

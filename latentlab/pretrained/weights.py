@@ -49,13 +49,11 @@ def expect_readable(folder: Path) -> None:
 
 def expect_causal_lm(name: str, config: dict[str, Any]) -> None:
     """Raise ValueError, one line, unless `config`, the content of config.json, is of a float causal LM."""
-    family = config.get("model_type")
+    family = str(config.get("model_type"))
     known = family in CONFIG_MAPPING
     if not known or CONFIG_MAPPING[family] not in MODEL_FOR_CAUSAL_LM_MAPPING or config.get("is_encoder_decoder"):
         kind = "which is no decoder-only causal LM" if known else f"unknown to transformers {transformers.__version__}"
-        raise ValueError(
-            f"checkpoint {name}: got model_type {family!r}, {kind}; use a causal LM such as GPT-2 or Llama"
-        )
+        raise ValueError(f"checkpoint {name}: got model_type {family}, {kind}; use a causal LM such as GPT-2 or Llama")
     if quantised := config.get("quantization_config"):
         got = f"weights quantised by {dict(quantised).get('quant_method', 'an unnamed method')}"
         raise ValueError(f"checkpoint {name}: got {got}, expected float weights; use the model that is not quantised")

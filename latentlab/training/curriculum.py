@@ -27,7 +27,7 @@ from latentlab.config import CONTROLS, Config
 from latentlab.masks import draw_masks, rollout_seeds
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem, step_result
-from latentlab.rollouts import encode_prompts
+from latentlab.rollouts import encode_prompts, encode_texts
 from latentlab.runtime import distributed
 from latentlab.training.run import Problems, Run
 from latentlab.training.steps import batch_indices, progress_bar, set_learning_rate, update, warmup_cosine
@@ -43,7 +43,7 @@ def stage_text(problem: Problem, stage: int, latent_stages: int) -> str:
 
 def encode_answers(tokenizer, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Texts plus eos, right-padded with eos: tokens [R, A] and which of them are real [R, A]."""
-    rows = [row + [tokenizer.eos_token_id] for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    rows = [[*row, tokenizer.eos_token_id] for row in encode_texts(tokenizer, texts)]
     lengths = torch.tensor([len(row) for row in rows])
     tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=tokenizer.eos_token_id)
     return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]

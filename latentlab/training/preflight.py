@@ -5,7 +5,7 @@ from __future__ import annotations
 from latentlab.config import CONTROLS, Config
 from latentlab.model import LatentReasoner
 from latentlab.problems import step_result
-from latentlab.rollouts import prompt_rows
+from latentlab.rollouts import control_tokens, encode_texts, prompt_rows
 from latentlab.training.curriculum import stage_text
 from latentlab.training.run import Problems
 
@@ -20,8 +20,13 @@ def expect_together(model: LatentReasoner, problems: Problems, config: Config, *
     c = config.curriculum
     spec = c.mask if curriculum else config.grpo.mask
     model.num_sites(spec.sites)
-    longest = sorted(problems, key=lambda p: len(p.question), reverse=True)[:LONGEST]
-    prompts = prompt_rows(model.tokenizer, [p.question for p in longest])
+    names = model.tokenizer.convert_ids_to_tokens([*control_tokens(model.tokenizer)])
+
+    def checked(texts: list[str]) -> list[str]:  # the longest, and those that may hold a control token
+        texts.sort(key=len, reverse=True)
+        return texts[:LONGEST] + [text for text in texts[LONGEST:] if any(name in text for name in names)]
+
+    prompts = prompt_rows(model.tokenizer, checked([p.question for p in problems]))
     unknown = sum(row.count(model.tokenizer.unk_token_id) for row in prompts) / max(1, sum(map(len, prompts)))
     if unknown > 0.5 and model.tokenizer.unk_token_id != model.eos_id:
         got = f"got {unknown:.0%} unknown words in the questions, expected a model of such text"
@@ -30,8 +35,8 @@ def expect_together(model: LatentReasoner, problems: Problems, config: Config, *
     if not curriculum:
         return model.check_length(prompt, model.max_new_tokens)
     for stage in (0, config.latent_stages):  # the longest text, the most thoughts
-        texts = sorted((stage_text(p, stage, config.latent_stages) for p in problems), key=len)[-LONGEST:]
-        answer = 1 + max(map(len, model.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        texts = checked([stage_text(p, stage, config.latent_stages) for p in problems])
+        answer = 1 + max(map(len, encode_texts(model.tokenizer, texts)))
         thoughts = stage * c.c_thought if CONTROLS[c.control] != "none" else 0
         model.check_length(prompt, answer + thoughts - model.num_thoughts)
     for problem in problems if c.decode_weight else ():

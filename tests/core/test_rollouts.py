@@ -2,15 +2,22 @@
 
 import copy
 import dataclasses
+import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
-from latentlab.model import LatentReasoner, policy
+from latentlab.model import START, LatentReasoner, policy
+from latentlab.pretrained.loading import load_model
 from latentlab.rollouts import choose, encode_prompts, replay_gap, rollout
+from latentlab.training import preflight
+from latentlab.verify.reference import naive_rollout
 from tests.conftest import tiny_gpt2
 
 SCOPES = ("latent", "prompt+latent", "all")
@@ -131,6 +138,90 @@ def test_prompts_are_left_padded_and_end_with_start(gpt2, problems):
         real = ids[row, valid[row]]
         assert gpt2.tokenizer.decode(real[:-2]).replace(" .", ".").replace(" ?", "?") == problem.question
         assert not valid[row, : -len(real)].any() and valid[row, -len(real) :].all()
+
+
+def with_template(tokenizer, **names):
+    """The tokenizer with more special tokens: `names` of its attributes; bos is put before a text, sep behind."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens(names)
+    parts = [(names[k], tokenizer.convert_tokens_to_ids(names[k])) for k in ("bos_token", "sep_token") if k in names]
+    single = " ".join([names.get("bos_token", ""), "$A", names.get("sep_token", "")]).strip()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=parts)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"bos_token": "<s>"},  # Llama 2
+        {"bos_token": "<bos>"},  # Gemma
+        {"bos_token": "<|begin_of_text|>"},  # Llama 3
+        {"bos_token": "<s>", "sep_token": "</s>"},
+    ],
+)
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(llama_folder, problems, names):
+    tokenizer = with_template(load_model(llama_folder, num_thoughts=1, max_new_tokens=2).tokenizer, **names)
+    ids, valid = encode_prompts(tokenizer, problems, "cpu")
+    for row, problem in enumerate(problems):
+        real = ids[row, valid[row]].tolist()
+        plain = tokenizer(problem.question + "\n", add_special_tokens=False)["input_ids"]
+        around = [tokenizer.convert_tokens_to_ids(name) for name in names.values()]
+        assert real == [around[0], *plain, *around[1:], tokenizer.convert_tokens_to_ids(START)]
+
+
+def test_without_a_template_a_prompt_is_the_question_and_start(model, problems):
+    ids, valid = encode_prompts(model.tokenizer, problems, "cpu")
+    text = [problem.question + "\n" + START for problem in problems]
+    rows = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [ids[row, valid[row]].tolist() for row in range(4)] == rows
+
+
+def test_the_reference_begins_its_prompts_with_bos_too(make_model, problems):
+    model = make_model("llama")
+    model.tokenizer = with_template(model.tokenizer, bos_token="<s>")
+    model.lm.resize_token_embeddings(len(model.tokenizer), mean_resizing=False)
+    out = rollout(model, problems[:1], masks=None, **SETTINGS | {"num_generations": 1, "temperature": 0.0})
+    tokens, logps = naive_rollout(model, problems[0].question, 0.0, out.seeds[:1])
+    assert tokens == out.tokens[0].tolist()
+    torch.testing.assert_close(torch.tensor(logps), out.logp[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("token", [START, "<eos>", "<s>", "</s>", "<bos>", "[INST]", "<|im_end|>"])
+def test_a_control_token_of_the_tokenizer_in_a_text_is_refused(gpt2, problems, config, token):
+    """By the tokenizer's own list: its named tokens and its special added ones; others are text."""
+    control = {"bos_token": "<s>", "sep_token": "</s>"}
+    gpt2.tokenizer = with_template(gpt2.tokenizer, **control)
+    for special in ("<bos>", "[INST]", "<|im_end|>"):
+        gpt2.tokenizer.add_tokens([AddedToken(special, special=True)])
+    said = rf"^text: got the control token {re.escape(token)} in 'one {re.escape(token)} more.*; drop this problem$"
+    asked = [*problems, replace(problems[0], id="x", question=f"one {token} more")]
+    with pytest.raises(ValueError, match=said):
+        rollout(gpt2, asked, masks=None, **SETTINGS)
+    with pytest.raises(ValueError, match=said):
+        preflight.expect_together(gpt2, asked, config())
+    steps = (f"one {token} more", *problems[0].steps)
+    with pytest.raises(ValueError, match=said):
+        preflight.expect_together(gpt2, [replace(problems[0], steps=steps)], config(), curriculum=True)
+
+
+@pytest.mark.parametrize("text", ["<s>", "<|im_end|>", "[INST]", "<unk>", "unheard of"])
+def test_what_the_tokenizer_does_not_call_special_is_text(gpt2, problems, text):
+    rollout(gpt2, [replace(problems[0], question=f"one {text} more")], masks=None, **SETTINGS)
+
+
+def test_the_preflight_finds_a_control_token_among_short_questions(gpt2, problems, config, monkeypatch):
+    monkeypatch.setattr(preflight, "LONGEST", 1)
+    asked = [*problems, replace(problems[0], id="x", question="one <eos>")]
+    with pytest.raises(ValueError, match="control token <eos>"):
+        preflight.expect_together(gpt2, asked, config())
+
+
+def test_an_unknown_word_that_reads_as_eos_is_refused(gpt2, problems):
+    gpt2.tokenizer.eos_token = "<unk>"
+    assert gpt2.tokenizer.eos_token_id == gpt2.tokenizer.unk_token_id
+    rollout(gpt2, problems, masks=None, **SETTINGS)
+    with pytest.raises(ValueError, match="control token <unk> in 'one unheard"):
+        rollout(gpt2, [replace(problems[0], question="one unheard")], masks=None, **SETTINGS)
 
 
 # -- the deterministic arm ------------------------------------------------------------------------------------------

@@ -271,6 +271,85 @@ def test_weights_that_do_not_fit_the_config(saved):
         refused(ValueError, saved, message)
 
 
+# -- what is another kind of model ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "model.safetensors",
+            "version https://git-lfs.github.com/spec/v1\n",
+            "model.safetensors: got a Git LFS pointer",
+        ),
+        (
+            "config.json",
+            "version https://git-lfs.github.com/spec/v1\n",
+            "config.json: got a Git LFS pointer, .*lfs pull",
+        ),
+        ("config.json", "<!DOCTYPE html><html>", "config.json: got a web page, .*; download the raw file"),
+        ("tokenizer.json", "\n<html>", "tokenizer.json: got a web page"),
+        (
+            "config.json",
+            {"model_type": "nonsense"},
+            "got model_type nonsense, unknown to transformers 5.*; use a causal",
+        ),
+        ("config.json", {"model_type": "t5"}, "got model_type t5, which is no decoder-only causal LM; use a causal LM"),
+        ("config.json", {"model_type": "bart", "is_encoder_decoder": True}, "got model_type bart, which is no decoder"),
+        ("config.json", {"model_type": "clip"}, "got model_type clip, which is no decoder-only causal LM"),
+        ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq, .*is not quantised"),
+        (
+            "config.json",
+            {"quantization_config": {"load_in_4bit": True}},
+            "quantised by an unnamed method, expected float",
+        ),
+    ],
+)
+def test_a_folder_of_another_kind_says_which(saved, file, content, message):
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((saved / file).read_text()) | content)
+    (saved / file).write_text(content)
+    refused(ValueError, saved, message)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("adapter_config.json", "got an adapter alone, .*; merge it into its base model"),
+        ("model-Q4_K_M.gguf", "got GGUF weights, expected model.safetensors; use the original"),
+        ("pytorch_model.bin", "got weights as pickles, which are not read, .*; load them with transformers"),
+        ("pytorch_model-00001-of-00002.bin", "got weights as pickles"),
+    ],
+)
+def test_a_folder_without_safetensors_says_what_it_has(saved, file, message):
+    (saved / "model.safetensors").unlink()
+    (saved / file).write_bytes(b"{}")
+    refused(ValueError, saved, f"^checkpoint {saved}: {message}")
+
+
+def test_a_plain_lm_starts_a_curriculum_with_the_presets_settings_and_nothing_else(config, llama_folder, saved):
+    preset = config(max_new_tokens=9)
+    model = model_from_config(preset, init_from=str(llama_folder), curriculum=True)
+    assert (model.num_thoughts, model.max_new_tokens) == (preset.num_thoughts, 9)
+    assert model_from_config(preset, init_from=str(saved), curriculum=True).max_new_tokens == 5
+    with pytest.raises(ValueError, match=f"train it with `latentlab curriculum --init-from {llama_folder}`, or pass"):
+        model_from_config(preset, init_from=str(llama_folder))
+
+
+@pytest.mark.parametrize("setting", [{"max_new_tokens": 0}, {"max_new_tokens": -1}, {"num_thoughts": -2}])
+def test_settings_out_of_range_are_refused_from_file_and_in_code(saved, setting):
+    refused(ValueError, saved, "^LatentReasoner: got num_thoughts=.*, expected ints >= 0 and >= 1", **setting)
+    (saved / "latentlab.json").write_text(json.dumps(SIZE | setting))
+    refused(ValueError, saved, r"latentlab\.json: got .*expected num_thoughts", feedback="thought")
+
+
+@pytest.mark.parametrize("setting", [{"num_thoughts": True}, {"max_new_tokens": 2.0}, {"max_new_tokens": "5"}])
+def test_settings_of_another_type_are_refused(saved, setting, unchecked):
+    refused(ValueError, saved, "^LatentReasoner: got num_thoughts=", **setting)
+    (saved / "latentlab.json").write_text(json.dumps(SIZE | setting))
+    refused(ValueError, saved, r"latentlab\.json: got .*expected num_thoughts", feedback="thought")
+
+
 # -- what the file holds is what the model computes with ------------------------------------------------------------
 
 
@@ -449,6 +528,44 @@ def test_generation_config_is_kept(tmp_path):
     save_model(load_model(tmp_path / "a", **SIZE), tmp_path / "b")
     kept = json.loads((tmp_path / "b" / "generation_config.json").read_text())
     assert {key: kept[key] for key in written} == written
+
+
+# -- the row of "<<" ------------------------------------------------------------------------------------------------
+
+
+def marker_tokenizer(kind):
+    pieces = ["<eos>", "<unk>", "▁", "<", "▁<", "a", "=", "<<"]
+    if kind == "sentencepiece":  # "<<" is "▁", "<", "<"
+        core = Tokenizer(models.Unigram([(p, -1.0) for p in pieces if p not in ("▁<", "<<")], unk_id=1))
+        core.pre_tokenizer = pre_tokenizers.Metaspace()
+    elif kind == "sentencepiece with ▁<":
+        core = Tokenizer(models.Unigram([(p, -1.0) for p in pieces if p != "<<"], unk_id=1))
+        core.pre_tokenizer = pre_tokenizers.Metaspace()
+    elif kind == "bytes":  # GPT-2's alphabet: "<" is itself
+        core = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces[:-1])}, []))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        core = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"), [("word", "<<"), ("sentencepiece", "<"), ("sentencepiece with ▁<", "▁<"), ("bytes", "<")]
+)
+def test_latent_rows_start_as_the_first_piece_of_the_marker_with_a_bracket(kind, first, tmp_path):
+    plain_folder(tmp_path, GPT2Config(**SMALL_GPT2), tokenizer=marker_tokenizer(kind))
+    model = load_model(tmp_path, **SIZE)
+    table = model.lm.transformer.wte.weight
+    same = [i for i in range(len(table)) if torch.equal(table[i], table[model.start_id])]
+    assert same == [model.tokenizer.convert_tokens_to_ids(first), model.start_id, model.latent_id, model.end_id]
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    plain_folder(tmp_path, GPT2Config(**SMALL_GPT2), tokenizer=plain_tokenizer(eos_token=None))
+    refused(
+        ValueError, tmp_path, "^tokenizer: got none for '<<' or no eos token, expected a causal LM's with both; use"
+    )
 
 
 # -- free ids for the latent tokens ---------------------------------------------------------------------------------

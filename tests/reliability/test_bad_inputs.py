@@ -248,8 +248,8 @@ LINES = {
     "huge": row().replace('"2"', "9" * 5000), "a huge text": row(answer="1e400"), "null": row(question=None),
     "a list": "[1]", "not JSON": "{'id': 1}", "deep": "[" * 100_000, "steps are text": row(steps="<<1+1=2>>"),
     "steps are numbers": row(steps=[1]), "blank": row(question="  "), "half a surrogate": row(question="\ud800"),
-    "no number": row(answer="two"), "two numbers": row(answer="1 2"), "latent token": row(question="a <|latent|> b"),
-    "control token": row(steps=["<|im_end|>"]), "not canonical": row(answer="02"), "a pickle": pickle.dumps(Payload()),
+    "no number": row(answer="two"), "two numbers": row(answer="1 2"),
+    "not canonical": row(answer="02"), "a pickle": pickle.dumps(Payload()),
 }  # fmt: skip
 
 
@@ -291,14 +291,11 @@ def test_data_folders(misuse, data, tmp_path, monkeypatch):
     assert "correct LATENTLAB_DATA" in misuse("data folder", *words)
 
 
-def test_control_tokens_from_the_hub(monkeypatch):
-    from latentlab.data import datasets
-
-    rows = [{"question": "a <|latent|>", "answer": "#### 1"}]
-    monkeypatch.setattr(datasets, "_load_from_hub", lambda *_: rows)
-    monkeypatch.delenv("LATENTLAB_DATA", raising=False)
-    with pytest.raises(ValueError, match=r"row 0: got '<\|latent\|>' in the text.*use another data set"):
-        datasets.gsm8k("test")
+@pytest.mark.parametrize("token", ["<|latent|>", "<eos>"])
+def test_control_tokens_in_a_question(misuse, data, token):
+    data(row(question=f"a {token} b"))
+    said = misuse("problem file", "evaluate", "--benchmark", "svamp", *SMALL)
+    assert f"got the control token {token} in 'a {token} b\\n'" in said
 
 
 # -- model and problems together ------------------------------------------------------------------------------------
