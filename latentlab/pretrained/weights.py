@@ -50,10 +50,16 @@ def expect_readable(folder: Path) -> None:
 def expect_causal_lm(name: str, config: dict[str, Any]) -> None:
     """Raise ValueError, one line, unless `config`, the content of config.json, is of a float causal LM."""
     family = str(config.get("model_type"))
-    known = family in CONFIG_MAPPING
-    if not known or CONFIG_MAPPING[family] not in MODEL_FOR_CAUSAL_LM_MAPPING or config.get("is_encoder_decoder"):
-        kind = "which is no decoder-only causal LM" if known else f"unknown to transformers {transformers.__version__}"
-        raise ValueError(f"checkpoint {name}: got model_type {family}, {kind}; use a causal LM such as GPT-2 or Llama")
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[family], None) if family in CONFIG_MAPPING else None
+    reason = ""
+    if family not in CONFIG_MAPPING:
+        reason = f"unknown to transformers {transformers.__version__}"
+    elif model is None or config.get("is_encoder_decoder"):
+        reason = "which is no decoder-only causal LM"
+    elif not model._supports_sdpa:
+        reason = "whose layers do not use torch's scaled_dot_product_attention"
+    if reason:
+        raise ValueError(f"checkpoint {name}: got model_type {family}, {reason}; use a model such as GPT-2 or Llama")
     if quantised := config.get("quantization_config"):
         got = f"weights quantised by {dict(quantised).get('quant_method', 'an unnamed method')}"
         raise ValueError(f"checkpoint {name}: got {got}, expected float weights; use the model that is not quantised")
