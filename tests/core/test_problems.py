@@ -149,7 +149,7 @@ def test_every_answer_of_gsm8k_is_a_number(name):
     path = Path(os.environ.get("LATENTLAB_DATA", "data/downloads")) / f"{name}.jsonl"
     if not path.exists():
         pytest.skip(f"no {path}")
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.open(encoding="utf-8"):
         row = json.loads(line)
         assert canonical_answer(row["answer"]) == row["answer"]
         for step in row["steps"]:
