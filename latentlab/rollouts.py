@@ -55,7 +55,7 @@ class Rollouts:
             value = reward(text, problem)
             try:
                 values.append(math.nan if isinstance(value, str) else float(value))
-            except (TypeError, RuntimeError):  # RuntimeError: a tensor of several elements
+            except (TypeError, ValueError, RuntimeError):  # such as None, text in bytes, a tensor of several elements
                 values.append(math.nan)
             if not math.isfinite(values[-1]):
                 got = f"reward of problem {problem.id}: got {value!r:.80}"

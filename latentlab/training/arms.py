@@ -18,7 +18,7 @@ with dynamic sampling (`max_candidates`, see sample_groups) takes more, so there
     replay_gap              max |re-scored - recorded| log-prob before the update, nats; 0 if none
     loss, grad_norm         of the first update; the norm before clipping; 0 without any group
     entropy                 mean entropy of the distributions that kept tokens came from, nats
-    kl, clip_ratio/*        see loss.py
+    kl, *clip_ratio*        see loss.py
     completions/mean_length answer tokens of all candidates, eos included
     validation_accuracy     greedy pass@1 of the clean model on the validation set
 """
@@ -140,16 +140,17 @@ def _iteration(model, reference, optimizer, train, config: Config, step: int, re
     token_mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [R, A] of the whole batch
     denominator = loss_denominator(token_mask, g.loss_type, model.max_new_tokens)
 
-    def backward() -> list[tuple[int, dict[str, float]]]:
+    def backward() -> list[tuple[int, int, dict[str, float]]]:
         shares = []
         for out, places in batch.parts:
             part = advantages[places].flatten().to(out.logp)
             stats = policy_gradient(model, out, part, config, reference=reference, denominator=denominator)
-            shares.append((int(out.token_mask.sum()), stats))
+            shares.append((int(out.token_mask.sum()), len(out.tokens), stats))
         return shares
 
     for iteration in range(g.num_iterations):
-        stats = merge_stats([share for shares in distributed.gather(backward) for share in shares])
+        shares = [share for part in distributed.gather(backward) for share in part]
+        stats = merge_stats(shares, g.importance_sampling_level)
         stats = update(model, optimizer, stats, step=step, max_grad_norm=g.max_grad_norm)
         record |= {} if iteration else stats  # of the first update
     return record
