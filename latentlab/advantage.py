@@ -1,7 +1,8 @@
 """Group-relative advantages and their diagnostics.
 
     A_k = (r_k - b_k) / c      baseline b: "mean", "leave_one_out" (mean of the other K - 1) or "none" (0)
-                               scale    c: "none" (1) or "std" (the group's standard deviation)
+                               scale    c: "none" (1) or "group" (the group's standard deviation)
+                                        or "batch" (that of all rewards)
 
 Under "mean" the expected gradient is (1 - 1/K) times that of the expected reward, under
 "leave_one_out" and "none" it is equal to it. A group whose rewards are all equal ("collapsed") has
@@ -21,23 +22,30 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 BASELINES = ("mean", "leave_one_out", "none")
-SCALES = ("none", "std")
+SCALES = ("none", "group", "batch")  # TRL's words
 STD_EPSILON = 1e-4  # as in TRL
 
 
 def group_advantages(
     rewards: Float[Tensor, "B K"], *, baseline: str = "mean", scale: str = "none"
 ) -> Float[Tensor, "B K"]:
-    """Advantages of B groups of K rollouts; ValueError for K < 2 or non-finite rewards."""
+    """Advantages of B groups of K rollouts.
+
+    Under scale "batch" `rewards` must be those of the whole batch, of every process.
+    Raises ValueError for K < 2, rewards that are not floating point or not finite, or another word.
+    """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(
             f"rewards: got shape {list(rewards.shape)}, expected [B, K] with K >= 2; raise num_generations"
         )
+    if not rewards.is_floating_point():
+        raise ValueError(f"rewards: got {rewards.dtype}, expected floating point; convert them with .double()")
+    known_scale(scale)
     if baseline not in BASELINES or scale not in SCALES:
         raise ValueError(f"advantage: got baseline={baseline!r}, scale={scale!r}, expected {BASELINES} and {SCALES}")
-    if baseline == "none" and scale == "std":
+    if baseline == "none" and scale != "none":
         raise ValueError(
-            "advantage: got scale='std' without a baseline, expected one: equal rewards would be divided by 0"
+            f"advantage: got scale={scale!r} without a baseline, expected one: equal rewards would be divided by 0"
         )
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards: got a NaN or infinite value, expected finite numbers; check the reward function")
@@ -48,9 +56,18 @@ def group_advantages(
         if baseline == "leave_one_out":
             advantages = advantages * k / (k - 1)
         advantages = advantages.masked_fill(is_collapsed(rewards)[:, None], 0.0)  # not 1e-8
-    if scale == "std":
+    if scale == "group":
         advantages = advantages / (rewards.std(1, keepdim=True) + STD_EPSILON)
+    if scale == "batch":
+        advantages = advantages / (rewards.std() + STD_EPSILON)
     return advantages
+
+
+def known_scale(scale: str) -> str:
+    """`scale`, unless it is a former word: ValueError with the present one."""
+    if scale == "std":
+        raise ValueError("scale_rewards: got 'std', expected TRL's word for the same: use group")
+    return scale
 
 
 def is_collapsed(rewards: Float[Tensor, "B K"]) -> Bool[Tensor, " B"]:

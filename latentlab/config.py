@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from latentlab.advantage import known_scale
+from latentlab.loss import CISPO_NEEDS, known_loss_type
 from latentlab.masks import MaskSpec
 
 PRESETS = Path(__file__).parent / "presets"
@@ -137,10 +139,12 @@ class GRPOConfig(Section, name="grpo"):
     temperature: Above0 = 1.0  # of sampled answers; the greedy arms use 0
     mask: MaskSpec = MaskSpec()  # rate, sites and scope of the masked arms
     baseline: Literal["mean", "leave_one_out", "none"] = "mean"
-    scale_rewards: Literal["none", "std"] = "none"  # std is "group" in TRL
-    loss_type: Literal["dr_grpo", "grpo", "bnpo", "dapo"] = "dr_grpo"
-    epsilon: Weight = 0.2
-    epsilon_high: Weight | None = None
+    # standard deviation by which advantages are divided: of the group, or of all candidates of the iteration
+    scale_rewards: Annotated[Literal["none", "group", "batch"], BeforeValidator(known_scale)] = "none"
+    loss_type: Annotated[Literal["dr_grpo", "grpo", "dapo", "cispo"], BeforeValidator(known_loss_type)] = "dr_grpo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    epsilon: Above0 = 0.2
+    epsilon_high: Above0 | None = None  # default: epsilon; under cispo the largest ratio itself, such as 5.0
     beta: Weight = 0.0  # weight of the k3 KL to the initial model; 0 needs no reference model
     eval_every: Positive = 50  # iterations between validations
 
@@ -150,6 +154,8 @@ class GRPOConfig(Section, name="grpo"):
                 "grpo.baseline: got none with scale_rewards or max_candidates, expected a baseline; without one, "
                 "groups of equal rewards carry a gradient, and those two would divide it by 0 or drop it"
             )
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ValueError(f"grpo.{CISPO_NEEDS}")
         if 0 < self.max_candidates < self.num_problems:
             least = f"at least num_problems={self.num_problems}, or 0 to take any group"
             raise ValueError(f"grpo.max_candidates: got {self.max_candidates}, expected {least}")

@@ -42,7 +42,8 @@ def policy_gradient(
     (`loss_denominator`) if `out` is a part of it.
     """
     g, k = config.grpo, out.num_generations
-    settings = {name: getattr(g, name) for name in ("epsilon", "epsilon_high", "beta", "loss_type")}
+    names = ("epsilon", "epsilon_high", "beta", "loss_type", "importance_sampling_level")
+    settings = {name: getattr(g, name) for name in names}
     if denominator is None:
         denominator = loss_denominator(out.token_mask, g.loss_type, model.max_new_tokens)
     splitter = Splitter(model, out, micro_batch=g.micro_batch, memory_gib=g.memory_gib)
@@ -59,22 +60,26 @@ def policy_gradient(
         tokens = int(part.token_mask.sum())
         if part.entropy is not None:
             stats["entropy"] = part.entropy.sum().item() / tokens
-        shares.append((tokens, {"loss": loss.item(), "replay_gap": replay_gap(logp, part), **stats}))
-    return merge_stats(shares)
+        shares.append((tokens, len(logp), {"loss": loss.item(), "replay_gap": replay_gap(logp, part), **stats}))
+    return merge_stats(shares, g.importance_sampling_level)
 
 
-def merge_stats(shares: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """Stats of a batch from (answer tokens, stats) of its parts: sum, maximum or token mean."""
-    tokens = sum(count for count, _ in shares)
+def merge_stats(shares: Sequence[tuple[int, int, dict[str, float]]], level: str) -> dict[str, float]:
+    """Stats of a batch from (answer tokens, rows, stats) of its parts: sum, maximum or mean.
+
+    Means are over tokens; those of clipped ratios over rows, if `level` is "sequence".
+    """
     merged = {}
-    for name in shares[0][1]:
-        values = [(count, stats[name]) for count, stats in shares]
+    for name in shares[0][2]:
+        by_row = level == "sequence" and "clip_ratio" in name
+        values = [(rows if by_row else tokens, stats[name]) for tokens, rows, stats in shares]
         if name == "loss":
             merged[name] = sum(value for _, value in values)
         elif name in ("replay_gap", "ratio_max_deviation"):
             merged[name] = max(value for _, value in values)
         else:
-            merged[name] = sum(count / tokens * value for count, value in values)
+            total = sum(count for count, _ in values)
+            merged[name] = sum(count / total * value for count, value in values)
     return merged
 
 

@@ -1,19 +1,24 @@
 """The GRPO loss on recorded rollouts.
 
-    ratio_t = exp(logp_t - old_logp_t)
+    ratio_t = exp(logp_t - old_logp_t); importance_sampling_level "sequence": one ratio per answer,
+              exp of the mean of logp - old_logp over its tokens
     loss    = - sum_t min(ratio_t A, clip(ratio_t, 1 - eps_low, 1 + eps_high) A) / denominator
               + beta * k3 KL(policy || reference), under the same denominator
+    cispo   = - sum_t min(ratio_t, eps_high) A logp_t / denominator + the same KL, the ratio detached
 
     loss_type  denominator of the sum over tokens                        objective
     dr_grpo    R * max_completion_length, a constant                     expected reward
     grpo       answer length per row, then R                             weights short answers up
-    bnpo       answer tokens in this batch                               a ratio of sums
     dapo       answer tokens in all micro-batches and ranks              a ratio of sums
+    cispo      as dapo                                                   a ratio of sums
 
-Source: PPO clipping, arXiv 1707.06347; GRPO, 2402.03300; Dr. GRPO, 2503.20783; DAPO, 2503.14476; k3:
-J. Schulman, "Approximating KL divergence" (2020). Names follow TRL. Deviations from TRL:
+Source: PPO clipping, arXiv 1707.06347; GRPO, 2402.03300; Dr. GRPO, 2503.20783; DAPO, 2503.14476;
+CISPO, 2506.13585; sequence level: GSPO, 2507.18071; k3: J. Schulman, "Approximating KL divergence"
+(2020). Names follow TRL. Deviations from TRL:
 1. `old_logp` is always the recorded one, never `logp.detach()`: an inexact replay is a ratio != 1.
-2. The KL term shares the denominator of the policy loss, so beta means the same at every length.
+2. No bnpo: a mean over the tokens of each micro-batch depends on how the batch is split.
+3. cispo needs epsilon_high: TRL's default, epsilon = 0.2, would multiply every gradient by 0.2.
+As in TRL the KL term has the denominator of the policy loss: beta means the same at every length.
 Under dynamic sampling dr_grpo's R is smaller in steps that find too few groups to learn from.
 
 Dimensions: R rollouts (rows), A answer tokens.
@@ -21,11 +26,25 @@ Dimensions: R rollouts (rows), A answer tokens.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-LOSS_TYPES = ("dr_grpo", "grpo", "bnpo", "dapo")
+LOSS_TYPES = ("dr_grpo", "grpo", "dapo", "cispo")
+LEVELS = ("token", "sequence")
+CISPO_NEEDS = "epsilon_high: got None with loss_type cispo, expected the largest ratio itself; use 5.0, as TRL advises"
+
+
+def known_loss_type(loss_type: str) -> str:
+    """`loss_type`, unless it is TRL's bnpo, which is not there: ValueError with what to use."""
+    if loss_type == "bnpo":
+        raise ValueError(
+            f"loss_type: got 'bnpo', expected one of {', '.join(LOSS_TYPES)}; TRL's bnpo averages per micro-batch and "
+            "depends on how the batch is split: use dapo, the mean over all tokens of the batch"
+        )
+    return loss_type
 
 
 def k3_kl(logp: Float[Tensor, "*n"], ref_logp: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -45,6 +64,7 @@ def grpo_loss(
     beta: float = 0.0,
     ref_logp: Float[Tensor, "R A"] | None = None,
     loss_type: str = "dr_grpo",
+    importance_sampling_level: str = "token",
     max_completion_length: int | None = None,
     denominator: float | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, float]]:
@@ -53,40 +73,75 @@ def grpo_loss(
     logp, old_logp, ref_logp: log-probs of the answer tokens in nats; token_mask: True for answer
     tokens, eos included. max_completion_length: dr_grpo's constant (default A). denominator: that of
     the whole batch (`loss_denominator`) if this is a part of it; the losses of the parts add up.
-    Stats: kl, clip_ratio/low_mean, clip_ratio/high_mean, ratio_max_deviation.
+    Stats: kl, ratio_max_deviation, and TRL's clip_ratio/low_mean and clip_ratio/high_mean, or
+    cispo_clip_ratio: means over tokens, or over rows where a row has one ratio.
     """
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type: got {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
+    expect_settings(loss_type, importance_sampling_level, epsilon, epsilon_high, beta)
     if beta and ref_logp is None:
         raise ValueError(
             f"beta: got {beta} without ref_logp, expected the reference log-probs; pass them or set beta=0"
         )
+    shapes = [list(x.shape) for x in (logp, old_logp, token_mask, *(() if ref_logp is None else (ref_logp,)))]
+    if any(shape != shapes[0] for shape in shapes) or list(advantages.shape) != shapes[0][:1]:
+        got = f"got {shapes} and advantages {list(advantages.shape)}"
+        raise ValueError(f"shapes: {got}, expected [R, A] for each and [R]; pass tensors of the same rollouts")
     mask = token_mask.to(logp.dtype)
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
-    ratio = torch.exp((logp - old_logp) * mask)  # [R, A]
+    log_ratio = (logp - old_logp) * mask
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [R, 1]
+    by_row = importance_sampling_level == "sequence"
+    ratio = torch.exp(log_ratio.sum(1, keepdim=True) / lengths if by_row else log_ratio)  # [R, A] or [R, 1]
     gain = advantages[:, None]
-    loss = -torch.minimum(ratio * gain, ratio.clamp(1 - epsilon, 1 + epsilon_high) * gain)
+    if loss_type == "cispo":
+        loss = -ratio.detach().clamp(max=epsilon_high) * gain * logp
+        clipped = {"cispo_clip_ratio": (ratio > epsilon_high) & (gain > 0)}
+    else:
+        loss = -torch.minimum(ratio * gain, ratio.clamp(1 - epsilon, 1 + epsilon_high) * gain)
+        clipped = {
+            "clip_ratio/low_mean": (ratio < 1 - epsilon) & (gain < 0),
+            "clip_ratio/high_mean": (ratio > 1 + epsilon_high) & (gain > 0),
+        }
     kl = k3_kl(logp, ref_logp) if beta and ref_logp is not None else torch.zeros_like(logp)
     loss = (loss + beta * kl) * mask
     if loss_type == "grpo":
-        loss = loss / mask.sum(1, keepdim=True).clamp(min=1)
+        loss = loss / lengths
     if denominator is None:
         denominator = loss_denominator(token_mask, loss_type, max_completion_length)
     with torch.no_grad():
         tokens = mask.sum().clamp(min=1)
         stats = {
             "kl": ((kl * mask).sum() / tokens).item(),
-            "clip_ratio/low_mean": (((ratio < 1 - epsilon) & (gain < 0)) * mask).sum().div(tokens).item(),
-            "clip_ratio/high_mean": (((ratio > 1 + epsilon_high) & (gain > 0)) * mask).sum().div(tokens).item(),
+            **{k: (x.to(mask).mean() if by_row else (x * mask).sum() / tokens).item() for k, x in clipped.items()},
             "ratio_max_deviation": ((ratio - 1).abs() * mask).max().item(),
         }
     return loss.sum() / denominator, stats
+
+
+def expect_settings(
+    loss_type: str, importance_sampling_level: str, epsilon: float, epsilon_high: float | None, beta: float
+) -> None:
+    """Raise ValueError for a loss type or level that does not exist, or a number out of range."""
+    if known_loss_type(loss_type) not in LOSS_TYPES:
+        raise ValueError(f"loss_type: got {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
+    if importance_sampling_level not in LEVELS:
+        raise ValueError(f"importance_sampling_level: got {importance_sampling_level!r}, expected token or sequence")
+    if loss_type == "cispo" and epsilon_high is None:
+        raise ValueError(CISPO_NEEDS)
+    for name, value, fine in (
+        ("epsilon", epsilon, 0 < epsilon < math.inf),
+        ("epsilon_high", epsilon_high, epsilon_high is None or 0 < epsilon_high < math.inf),
+        ("beta", beta, 0 <= beta < math.inf),
+    ):
+        if not fine:
+            raise ValueError(f"{name}: got {value}, expected a finite number {'>= 0' if name == 'beta' else '> 0'}")
 
 
 def loss_denominator(
     token_mask: Bool[Tensor, "R A"], loss_type: str, max_completion_length: int | None = None
 ) -> float:
     """The divisor of the summed loss; `token_mask` is that of the whole batch."""
+    if max_completion_length is not None and max_completion_length < 1:
+        raise ValueError(f"max_completion_length: got {max_completion_length}, expected at least 1 token")
     if loss_type == "dr_grpo":
         return float(len(token_mask) * (max_completion_length or token_mask.shape[1]))
     if loss_type == "grpo":

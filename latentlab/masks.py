@@ -19,10 +19,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Real
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -53,12 +56,13 @@ class MaskSpec:
         for name, allowed in (("scheme", SCHEMES), ("scope", SCOPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"mask {name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        if not isinstance(self.rate, (int, float)) or not 0 <= self.rate < 1:
+        if not isinstance(self.rate, Real) or isinstance(self.rate, bool) or not 0 <= self.rate < 1:
             raise ValueError(f"mask rate: got {self.rate!r}, expected a number in [0, 1); 0.1 drops one feature in ten")
         sites = self.sites
         if isinstance(sites, str) or not sites or set(sites) - set(SITES) or len(set(sites)) < len(sites):
             raise ValueError(f"mask sites: got {sites!r}, expected a list of different names from {', '.join(SITES)}")
         object.__setattr__(self, "sites", tuple(sites))
+        object.__setattr__(self, "rate", float(self.rate))
 
 
 # -- mask values ----------------------------------------------------------------------------------
@@ -84,12 +88,35 @@ class Masks:
         return Masks(self.values[rows], self.spec)
 
 
-def rollout_seeds(run_seed: int, step: int, problem_ids: Sequence[str], num_generations: int) -> Int[Tensor, " R"]:
+def whole_number(name: str, value: SupportsIndex, least: int | None = None) -> int:
+    """`value` as a plain int: equal numbers of other types (NumPy, tensors) give equal random numbers.
+
+    Raises ValueError for anything else, bool included, and for a number below `least`.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    is_bool = getattr(value, "dtype", type(value)) in (bool, torch.bool)
+    if number is None or is_bool or (least is not None and number < least):
+        expected = "a whole number" if least is None else f"a whole number of at least {least}"
+        raise ValueError(f"{name}: got {value!r}, expected {expected}; convert it with int()")
+    return number
+
+
+def rollout_seeds(
+    run_seed: SupportsIndex, step: SupportsIndex, problem_ids: Sequence[str], num_generations: SupportsIndex
+) -> Int[Tensor, " R"]:
     """One int64 seed per rollout, a hash of (run seed, step, problem id, k); row b * K + k.
 
     It does not depend on batch size, rank or process. If a problem occurs twice in one step, k
-    continues counting.
+    continues counting. Raises ValueError for numbers that are not whole and ids that are not text.
     """
+    run_seed, step = whole_number("run_seed", run_seed), whole_number("step", step)
+    num_generations = whole_number("num_generations", num_generations, 1)
+    for problem_id in problem_ids:
+        if type(problem_id) is not str:
+            raise ValueError(f"problem id: got {problem_id!r:.80}, expected text; convert it with str()")
     seen: Counter[str] = Counter()
     seeds = []
     for problem_id in problem_ids:

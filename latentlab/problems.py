@@ -13,12 +13,22 @@ Problems are stored as JSON Lines with the fields of `Problem` (data/jsonl.py).
 
 import dataclasses
 import re
+import unicodedata
 from fractions import Fraction
 
 MARKER = "###"  # GSM8K's own files write "####", which this marker finds as well
 
-_UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-_NUMBER = re.compile(rf"(?P<sign>(?<!\w)[-+\u2212])?[$€£]?(?P<top>{_UNSIGNED})(?: ?/ ?(?P<bottom>{_UNSIGNED}))?")
+_UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_LETTER = r"[^\W\d_]"
+_NUMBER = re.compile(  # `joined` and `rest` are what must not touch a number; "²" and "±": see _stand_in
+    rf"(?P<joined>[+<>|~^±²,.]\$*|(?<!{_LETTER})[-/]\$*|\w(?=\.))??"
+    rf"(?P<sign>(?<!\w)[-+])?\$?(?P<top>{_UNSIGNED})(?: ?/ ?(?P<bottom>{_UNSIGNED}))?"
+    rf"(?P<rest>[+<=|~^±²]|[-/](?!{_LETTER})|\.\.|[xX][0-9a-fA-F])?"
+)
+_TAG = re.compile(r"</?[A-Za-z]+ ?/?>")
+_FOREIGN_NUMBER = re.compile(rf"(?<!{_LETTER})²")
+_JOINS = ("Sm", "Pd", "Sk", "Lm", "Mn", "Mc", "Me", "Cf")  # signs, modifiers, combining and invisible characters
+_SEPARATORS = "\u00b7\u066b\u066c\uff0c\uff0e"  # decimal points and thousands separators of other scripts
 _LONGEST_FRACTION = 100  # digits on either side of a "/"; keeps the exact arithmetic small
 
 
@@ -34,22 +44,29 @@ class Problem:
 
 
 def canonical_answer(text: str) -> str | None:
-    """The single number in `text` as a canonical numeric string, or None; never raises.
+    r"""The single number in `text` as a canonical numeric string, or None; never raises.
 
-    1. A number has ASCII digits, an optional fraction part ("18.0", ".5", "18."), optional thousands
+    1. A number has ASCII digits, an optional fraction part ("18.0", ".5"), optional thousands
        separators ("1,000"), an optional sign (-, + or U+2212) that touches it and does not follow a
-       letter or digit, and an optional $, EUR or GBP sign ("-$3.50"). Words, units and percent signs
-       around it are dropped: "18 apples" -> "18", "50%" -> "50".
+       letter or digit, and an optional currency sign ("-$3.50"). Words, units, percent signs, "=" in
+       front, ">" behind, a full stop and tags around it are dropped: "18 apples", "18kg", "18.",
+       "x=18" and "<b>18</b>" -> "18", "50%" -> "50"; so is a hyphen or slash next to a letter
+       ("x-7", "7-day", "$7/hour" -> "7").
     2. "a/b" is one number: "1/2" -> "0.5". A quotient without a finite decimal form stays a reduced
        fraction: "2/6" -> "1/3". Division by zero, or more than 100 digits on a side -> None.
-    3. No number, or more than one -> None: two values are no answer. So "1e3", "1,5", "3:45", "5-3"
-       and "1 1/2" give None, as do digits outside ASCII.
+    3. A number counts as a whole. If another sign, a comparison, a separator, or a numeric, modifier,
+       combining or invisible character touches it, the text gives None: "--5", "5-", "~5", "5..",
+       "Rs.18", "10\u2076", "5\u4e07" (5 times 10,000).
+    4. No number, or more than one -> None: two values are no answer. So "1e3", "1,5", "3:45", "5-3"
+       and "1 1/2" give None, as do numerals outside ASCII ("\uff15", "\u00bd"), unless they follow a
+       letter ("18 m\u00b2" -> "18").
 
     The result has no leading or trailing zeros, no separators, no "+" and no signed zero. It is exact:
     no number passes through a float.
     """
+    text = _TAG.sub(" ", re.sub(r"[^\x00-\x7f]", _stand_in, text))
     found = list(_NUMBER.finditer(text))
-    if len(found) != 1:
+    if len(found) != 1 or found[0]["joined"] or found[0]["rest"] or _FOREIGN_NUMBER.search(text):
         return None
     top, bottom = (found[0][part] for part in ("top", "bottom"))
     negative = found[0]["sign"] not in (None, "+")
@@ -61,6 +78,23 @@ def canonical_answer(text: str) -> str | None:
     if max(value.numerator, value.denominator) >= 10**_LONGEST_FRACTION:
         return None
     return _signed(_plain_fraction(value), negative)
+
+
+def _stand_in(found: re.Match[str]) -> str:
+    """One character for each class of characters outside ASCII that `_NUMBER` tells apart."""
+    character = found[0]
+    kind = unicodedata.category(character)
+    if character == "\u2212":
+        return "-"
+    if character in _SEPARATORS:
+        return ","
+    if kind[0] == "N":
+        return "²"
+    if kind == "Sc":
+        return "$"
+    if kind in _JOINS or character in "➕➖➗" or character.isnumeric():
+        return "±"
+    return "a" if kind[0] == "L" else ";"
 
 
 def _plain_decimal(digits: str) -> str:

@@ -14,15 +14,17 @@ D width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from numbers import Real
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from latentlab.masks import Masks, MaskSpec, draw_masks, rollout_seeds, uniforms
+from latentlab.masks import Masks, MaskSpec, draw_masks, rollout_seeds, uniforms, whole_number
 from latentlab.model import START, Edit, LatentReasoner, State, policy
 from latentlab.problems import Problem
 
@@ -46,10 +48,19 @@ class Rollouts:
     entropy: Float[Tensor, "R A"] | None = None  # nats, when sampling; 0 after the end
 
     def rewards(self, reward: Callable[[str, Problem], float]) -> Float[Tensor, "B K"]:
-        """The reward of each rollout, float64."""
-        k = self.num_generations
-        values = [reward(text, self.problems[row // k]) for row, text in enumerate(self.text)]
-        return torch.tensor(values, dtype=torch.float64).view(-1, k)
+        """The reward of each rollout, float64. Raises ValueError at the first that is no finite number."""
+        values: list[float] = []
+        for row, text in enumerate(self.text):
+            problem = self.problems[row // self.num_generations]
+            value = reward(text, problem)
+            try:
+                values.append(math.nan if isinstance(value, str) else float(value))
+            except (TypeError, ValueError, RuntimeError):  # such as None, text in bytes, a tensor of several elements
+                values.append(math.nan)
+            if not math.isfinite(values[-1]):
+                got = f"reward of problem {problem.id}: got {value!r:.80}"
+                raise ValueError(f"{got}, expected a finite number for every answer; correct the reward function")
+        return torch.tensor(values, dtype=torch.float64).view(-1, self.num_generations)
 
     def take(self, problems: slice | Sequence[int]) -> Rollouts:
         """The rollouts of some problems (a slice or indices); padding common to all is cut."""
@@ -115,11 +126,11 @@ def rollout(
     model: LatentReasoner,
     problems: Sequence[Problem],
     *,
-    num_generations: int,
+    num_generations: SupportsIndex,
     masks: Masks | MaskSpec | None,
     temperature: float,
-    run_seed: int,
-    step: int,
+    run_seed: SupportsIndex,
+    step: SupportsIndex,
     seeds: Int[Tensor, " R"] | None = None,
     edit: Edit | None = None,
 ) -> Rollouts:
@@ -128,19 +139,25 @@ def rollout(
     masks: a `MaskSpec` (drawn from the rollout seeds), drawn `Masks`, or None for the model itself.
     seeds: default `rollout_seeds(run_seed, step, ...)`; a part of a larger batch passes its own.
     edit: replaces thoughts, see `LatentReasoner.think`.
-    Raises ValueError for no problems, a negative temperature or more positions than the context holds.
+    Raises ValueError, before the model runs, for no problems, numbers out of range, seeds of another
+    shape, or more positions than the context holds.
     """
     if not problems:
         raise ValueError("problems: got an empty list, expected at least one; check the data source and its filters")
-    if num_generations < 1 or temperature < 0:
+    num_generations = whole_number("num_generations", num_generations, 1)
+    if not isinstance(temperature, Real) or isinstance(temperature, bool) or not 0 <= temperature < math.inf:
         raise ValueError(
-            f"rollout: got num_generations={num_generations}, temperature={temperature}, expected >= 1 and >= 0"
+            f"temperature: got {temperature!r}, expected a finite number >= 0; 0 takes the likeliest token"
         )
+    rows = len(problems) * num_generations
+    if seeds is None:
+        seeds = rollout_seeds(run_seed, step, [p.id for p in problems], num_generations)
+    if seeds.dtype != torch.int64 or seeds.shape != (rows,):
+        got = f"got {seeds.dtype} of shape {list(seeds.shape)}"
+        raise ValueError(f"seeds: {got}, expected torch.int64 of shape [{rows}]; see rollout_seeds")
     model.eval()
     prompt_ids, prompt_valid = encode_prompts(model.tokenizer, problems, model.device)
     model.check_length(prompt_ids.shape[1], model.max_new_tokens)
-    if seeds is None:
-        seeds = rollout_seeds(run_seed, step, [p.id for p in problems], num_generations)
     if isinstance(masks, MaskSpec):
         masks = draw_masks(masks, model, seeds)
     with model.cast_once():
@@ -154,7 +171,7 @@ def rollout(
         prompt_valid=prompt_valid,
         thoughts=thoughts,
         seeds=seeds,
-        temperature=temperature,
+        temperature=float(temperature),
         text=tuple(model.tokenizer.batch_decode(answers["tokens"], skip_special_tokens=True)),
         masks=masks,
         **answers,

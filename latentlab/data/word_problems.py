@@ -12,7 +12,9 @@ import itertools
 import random
 from bisect import bisect
 from hashlib import blake2b
+from typing import SupportsIndex
 
+from latentlab.masks import whole_number
 from latentlab.problems import Problem
 
 SPLITS = ("train", "validation", "test")
@@ -36,7 +38,7 @@ WORDS = (*map(str, range(_LARGEST + 1)), *_MARKS, *_NAMES, *_FIXED_WORDS, *_OBJE
 """Every token of synthetic questions, steps and answers: numbers 0..29, marks, words."""
 
 
-def word_problems(split: str, n: int, *, seed: int, steps: int = 4) -> list[Problem]:
+def word_problems(split: str, n: SupportsIndex, *, seed: SupportsIndex, steps: SupportsIndex = 4) -> list[Problem]:
     """The first `n` synthetic problems of one endless stream per (split, seed, steps).
 
     Each has `steps` operations on whole numbers 0..29: the start is uniform in 1..29; then each
@@ -53,6 +55,7 @@ def word_problems(split: str, n: int, *, seed: int, steps: int = 4) -> list[Prob
     """
     if split not in SPLITS:
         raise ValueError(f"got split {split!r}, expected one of {', '.join(SPLITS)}")
+    n, seed, steps = whole_number("n", n), whole_number("seed", seed), whole_number("steps", steps)
     if n < 0 or steps < 1:
         raise ValueError(f"got n = {n} and steps = {steps}, expected n >= 0 and steps >= 1: change the arguments")
     rng = random.Random(f"word problems, {split}, seed {seed}, {steps} steps")  # seeded through SHA-512 of the text

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from latentlab.advantage import group_advantages, is_collapsed
+from latentlab.advantage import STD_EPSILON, group_advantages, is_collapsed
 from latentlab.config import Config
 from latentlab.grpo import policy_gradient
 from latentlab.masks import MaskSpec
@@ -49,12 +49,14 @@ def measure_groups(
     model.zero_grad(set_to_none=True)
     wanted = len(problems) if gradient_problems is None else gradient_problems
     counted = min(len(problems), -(-wanted // batch_size) * batch_size)  # whole batches
+    scale = config.grpo.scale_rewards
+    by_batch = scale == "batch"  # one factor of the gradient, known at the end
     rewards, spreads, distinct, gap = [], [], [], 0.0
     for start in range(0, len(problems), batch_size):
         batch = problems[start : start + batch_size]
         out = rollout(model, batch, masks=mask, step=0, **sampling)
         values = out.rewards(reward)  # [B, K]
-        advantages = group_advantages(values, baseline=config.grpo.baseline, scale=config.grpo.scale_rewards)
+        advantages = group_advantages(values, baseline=config.grpo.baseline, scale="none" if by_batch else scale)
         if start < counted:
             weighted = advantages.flatten().to(out.logp) * (len(batch) / counted)
             gap = max(gap, policy_gradient(model, out, weighted, config)["replay_gap"])
@@ -65,6 +67,8 @@ def measure_groups(
         distinct += [len(set(out.text[i : i + k])) for i in range(0, len(out.text), k)]
     table = torch.cat(rewards)  # [n, K]
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    if by_batch:
+        norm /= table[:counted].std().item() + STD_EPSILON
     model.zero_grad(set_to_none=True)
     return {
         "frac_reward_zero_std": is_collapsed(table).double().mean().item(),

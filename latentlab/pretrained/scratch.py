@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from latentlab.masks import whole_number
 from latentlab.model import END, LATENT, START, LatentReasoner
 
 
@@ -23,13 +24,20 @@ def word_tokenizer(words: tuple[str, ...]) -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    words: tuple[str, ...], *, n_layer: int, n_embd: int, n_head: int, n_positions: int, seed: int, **settings: Any
+    words: tuple[str, ...],
+    *,
+    n_layer: int,
+    n_embd: int,
+    n_head: int,
+    n_positions: int,
+    seed: SupportsIndex,
+    **settings: Any,
 ) -> LatentReasoner:
     """A GPT-2 of the given shape with a word tokenizer; weights depend on `seed` alone.
 
     settings: `num_thoughts`, `max_new_tokens` and `feedback` of `LatentReasoner`.
     """
-    tokenizer = word_tokenizer(words)
+    seed, tokenizer = whole_number("seed", seed), word_tokenizer(words)
     shape: dict[str, Any] = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_positions": n_positions}
     shape |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     shape |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)

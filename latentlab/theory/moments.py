@@ -184,7 +184,7 @@ def bias_table(model: LatentReasoner, problem: Problem, spec: MaskSpec, rewards:
         "no baseline": group_moments(policy, rewards, k, baseline="none"),
         "mean": group_moments(policy, rewards, k, baseline="mean"),
         "leave-one-out": group_moments(policy, rewards, k, baseline="leave_one_out"),
-        "mean / std": group_moments(policy, rewards, k, baseline="mean", scale="std"),
+        "mean / std": group_moments(policy, rewards, k, baseline="mean", scale="group"),
         **{f"fresh mask, {form}": fresh_mask_moments(policy, rewards, k, form=form) for form in FRESH_FORMS},
         "greedy answers": group_moments(greedy, rewards, k, baseline="leave_one_out"),
     }

@@ -18,7 +18,7 @@ with dynamic sampling (`max_candidates`, see sample_groups) takes more, so there
     replay_gap              max |re-scored - recorded| log-prob before the update, nats; 0 if none
     loss, grad_norm         of the first update; the norm before clipping; 0 without any group
     entropy                 mean entropy of the distributions that kept tokens came from, nats
-    kl, clip_ratio/*        see loss.py
+    kl, *clip_ratio*        see loss.py
     completions/mean_length answer tokens of all candidates, eos included
     validation_accuracy     greedy pass@1 of the clean model on the validation set
 """
@@ -41,7 +41,6 @@ from latentlab.model import LatentReasoner
 from latentlab.reward import exact_answer
 from latentlab.rollouts import Rollouts, rollout
 from latentlab.runtime import distributed
-from latentlab.training.checkpoint import expect_finite
 from latentlab.training.curriculum import curriculum_gradient
 from latentlab.training.run import Problems, Run
 from latentlab.training.steps import batch_indices, progress_bar, set_learning_rate, update
@@ -110,12 +109,9 @@ def sample_groups(model, train, config: Config, step: int, reward, *, limit: int
         mine = list(distributed.shard(range(len(found), min(len(found) + g.num_problems, len(candidates)))))
         if not mine:  # fewer problems than processes
             return []
-        problems = [candidates[i] for i in mine]
-        out = rollout(model, problems, num_generations=k, seeds=seeds[mine].flatten(), **sampling)
+        out = rollout(model, [candidates[i] for i in mine], num_generations=k, seeds=seeds[mine].flatten(), **sampling)
         parts.append((out, mine))
         rewards = out.rewards(reward)  # [B, K]
-        named = {f"reward of {p.id}": row.sum().item() for p, row in zip(problems, rewards, strict=True)}
-        expect_finite(named, step, "correct the reward function")
         return list(zip(rewards.tolist(), out.token_mask.sum(1).view(-1, k).tolist(), strict=True))
 
     found: list[tuple[list[float], list[int]]] = []
@@ -144,16 +140,17 @@ def _iteration(model, reference, optimizer, train, config: Config, step: int, re
     token_mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [R, A] of the whole batch
     denominator = loss_denominator(token_mask, g.loss_type, model.max_new_tokens)
 
-    def backward() -> list[tuple[int, dict[str, float]]]:
+    def backward() -> list[tuple[int, int, dict[str, float]]]:
         shares = []
         for out, places in batch.parts:
             part = advantages[places].flatten().to(out.logp)
             stats = policy_gradient(model, out, part, config, reference=reference, denominator=denominator)
-            shares.append((int(out.token_mask.sum()), stats))
+            shares.append((int(out.token_mask.sum()), len(out.tokens), stats))
         return shares
 
     for iteration in range(g.num_iterations):
-        stats = merge_stats([share for shares in distributed.gather(backward) for share in shares])
+        shares = [share for part in distributed.gather(backward) for share in part]
+        stats = merge_stats(shares, g.importance_sampling_level)
         stats = update(model, optimizer, stats, step=step, max_grad_norm=g.max_grad_norm)
         record |= {} if iteration else stats  # of the first update
     return record

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import SupportsIndex
 
 import torch
 from tqdm import tqdm
 
+from latentlab.masks import whole_number
 from latentlab.runtime import distributed
 from latentlab.training.checkpoint import expect_finite
 
@@ -38,8 +40,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def batch_indices(total: int, size: int, *, seed: int, step: int) -> list[int]:
+def batch_indices(total: int, size: int, *, seed: SupportsIndex, step: SupportsIndex) -> list[int]:
     """The items, of `total`, in batch `step`: epochs of fresh permutations, from (seed, step)."""
+    seed, step = whole_number("seed", seed), whole_number("step", step)
     epochs = range(step * size // total, ((step + 1) * size - 1) // total + 1)
     seeds = [seed * 1_000_003 + epoch for epoch in epochs]
     orders = [torch.randperm(total, generator=torch.Generator().manual_seed(s)) for s in seeds]

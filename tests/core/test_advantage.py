@@ -1,9 +1,11 @@
 """advantage.py: baselines by hand, exact zeros for collapsed groups, refusals."""
 
+import statistics
+
 import pytest
 import torch
 
-from latentlab.advantage import group_advantages, group_diagnostics, is_collapsed
+from latentlab.advantage import SCALES, group_advantages, group_diagnostics, is_collapsed
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0]], dtype=torch.float64)
 
@@ -26,14 +28,31 @@ def test_leave_one_out_subtracts_the_mean_of_the_others():
 
 
 def test_std_scaling_reweights_a_group_by_one_positive_factor():
-    plain, scaled = group_advantages(REWARDS), group_advantages(REWARDS, scale="std")
+    plain, scaled = group_advantages(REWARDS), group_advantages(REWARDS, scale="group")
     factors = scaled / plain
     torch.testing.assert_close(factors, factors[:, :1].expand_as(factors))
     torch.testing.assert_close(factors[0, 0].item(), 1 / (0.5 + 1e-4))  # 1, 0, 0, 0 has sample deviation 0.5
 
 
+def test_batch_scaling_is_one_factor_for_all_groups():
+    """TRL's: the unbiased deviation of all rewards, 1, 0, 0, 0 and 1, 1, 0, 1, is sqrt(2 / 7)."""
+    scaled = group_advantages(REWARDS, scale="batch")
+    torch.testing.assert_close(scaled, group_advantages(REWARDS) / ((2 / 7) ** 0.5 + 1e-4))
+    many = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    deviation = statistics.stdev(many.flatten().tolist())
+    for baseline in ("mean", "leave_one_out"):
+        plain = group_advantages(many, baseline=baseline)
+        scaled = group_advantages(many, baseline=baseline, scale="batch")
+        torch.testing.assert_close(scaled, plain / (deviation + 1e-4), rtol=1e-12, atol=0)
+
+
+def test_the_former_word_names_the_present_one():
+    with pytest.raises(ValueError, match="^scale_rewards: got 'std', expected .*: use group$"):
+        group_advantages(REWARDS, scale="std")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("scale", ["none", "std"])
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.7, 1 / 3, 1e-8, -2.3])
 def test_equal_rewards_give_exactly_zero(value, baseline, scale, dtype):
@@ -63,7 +82,11 @@ def test_diagnostics_count_collapsed_groups_not_batches():
         (torch.zeros(3, 1), {}),
         (torch.zeros(3), {}),
         (REWARDS, {"baseline": "median"}),
-        (REWARDS, {"scale": "batch"}),
+        (REWARDS, {"scale": "std"}),
+        (REWARDS, {"scale": "rows"}),
+        (REWARDS, {"scale": "batch", "baseline": "none"}),
+        (REWARDS.long(), {}),
+        (REWARDS.bool(), {}),
         (torch.tensor([[0.0, float("nan")]]), {}),
         (torch.tensor([[0.0, float("inf")]]), {}),
     ],

@@ -1,12 +1,16 @@
 """loss.py: against numbers derived by hand and the same formulas in plain Python floats."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from latentlab.loss import LOSS_TYPES, grpo_loss, k3_kl, loss_denominator
+from latentlab.grpo import merge_stats
+from latentlab.loss import LEVELS, LOSS_TYPES, grpo_loss, k3_kl, loss_denominator
 
+NAN = float("nan")
+CLIPPED = [name for name in LOSS_TYPES if name != "cispo"]
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
 ADVANTAGES = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
 RATIOS = torch.tensor([[1.5, 0.5, 1.1], [1.5, 1.0, 1.0], [0.9, 1.3, 1.0]], dtype=torch.float64)
@@ -23,12 +27,11 @@ def by_hand(tokens, loss_type, longest=3):
     return {
         "dr_grpo": sum(rows) / (len(rows) * longest),
         "grpo": sum(total / len(row) for total, row in zip(rows, tokens, strict=True)) / len(rows),
-        "bnpo": sum(rows) / count,
         "dapo": sum(rows) / count,
     }[loss_type]
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", CLIPPED)
 def test_each_loss_type_by_hand(loss_type):
     loss, stats = grpo_loss(LOGP, OLD, ADVANTAGES, MASK, loss_type=loss_type)
     assert loss.item() == pytest.approx(by_hand(TOKENS, loss_type), abs=1e-12)
@@ -38,7 +41,7 @@ def test_each_loss_type_by_hand(loss_type):
     assert stats["kl"] == 0
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", CLIPPED)
 def test_kl_shares_the_normalisation_of_the_policy_loss(loss_type):
     beta = 0.3
     ratio = [[1.5, 0.5, 1.1], [1.5], [0.9, 1.3]]
@@ -85,73 +88,102 @@ def test_on_policy_gradient_is_minus_advantage_over_the_constant():
 def test_what_lies_behind_the_end_of_an_answer_does_not_count():
     noise = torch.where(MASK, 0.0, torch.randn(3, 3, generator=torch.Generator().manual_seed(0)) * 50)
     logp = (LOGP + noise).requires_grad_()
-    for loss_type in LOSS_TYPES:
-        loss, stats = grpo_loss(logp, OLD, ADVANTAGES, MASK, loss_type=loss_type, beta=0.1, ref_logp=REF - noise / 60)
-        clean, clean_stats = grpo_loss(LOGP, OLD, ADVANTAGES, MASK, loss_type=loss_type, beta=0.1, ref_logp=REF)
+    for loss_type, level in itertools.product(LOSS_TYPES, LEVELS):
+        s = {"loss_type": loss_type, "importance_sampling_level": level, "beta": 0.1, "epsilon_high": 0.3}
+        loss, stats = grpo_loss(logp, OLD, ADVANTAGES, MASK, **s, ref_logp=REF - noise / 60)
+        clean, clean_stats = grpo_loss(LOGP, OLD, ADVANTAGES, MASK, **s, ref_logp=REF)
         assert loss.item() == pytest.approx(clean.item()) and stats == pytest.approx(clean_stats)
         (grad,) = torch.autograd.grad(loss, logp)
         assert torch.count_nonzero(grad[~MASK]) == 0
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1), (1, 2)])
-def test_micro_batches_under_the_global_denominator_add_up(loss_type, sizes):
-    whole, _ = grpo_loss(
-        LOGP, OLD, ADVANTAGES, MASK, loss_type=loss_type, beta=0.2, ref_logp=REF, max_completion_length=7
-    )
+def test_micro_batches_under_the_global_denominator_add_up(loss_type, sizes, level):
+    s = {"loss_type": loss_type, "importance_sampling_level": level, "beta": 0.2, "epsilon_high": 0.3}
+    whole, stats = grpo_loss(LOGP, OLD, ADVANTAGES, MASK, ref_logp=REF, max_completion_length=7, **s)
     denominator = loss_denominator(MASK, loss_type, 7)
-    parts = zip(*(x.split(sizes) for x in (LOGP, OLD, ADVANTAGES, MASK, REF)), strict=True)
-    total = sum(
-        grpo_loss(a, b, c, d, loss_type=loss_type, beta=0.2, ref_logp=e, denominator=denominator)[0].item()
-        for a, b, c, d, e in parts
-    )
-    assert total == pytest.approx(whole.item(), abs=1e-12)
+    parts = [
+        (int(d.sum()), len(a), *grpo_loss(a, b, c, d, ref_logp=e, denominator=denominator, **s))
+        for a, b, c, d, e in zip(*(x.split(sizes) for x in (LOGP, OLD, ADVANTAGES, MASK, REF)), strict=True)
+    ]
+    assert sum(loss.item() for *_, loss, _ in parts) == pytest.approx(whole.item(), abs=1e-12)
+    shares = [(tokens, rows, part) for tokens, rows, _, part in parts]
+    assert merge_stats(shares, level) == pytest.approx(stats, abs=1e-12)
 
 
-def naive_loss(logp, old_logp, ref_logp, advantages, lengths, *, loss_type, epsilon, epsilon_high, beta, limit):
-    """(loss, its KL part) in Python floats: nested lists [R][A], R advantages, R answer lengths."""
-    policy: list[list[float]] = []  # token terms of each row
-    kl: list[list[float]] = []
+def naive_loss(logp, old_logp, ref_logp, advantages, lengths, *, loss_type, level, epsilon, epsilon_high, beta, limit):
+    """(loss, its gradient [R][A], share clipped high) in Python floats: nested lists [R][A], R advantages and lengths.
+
+    Written from the papers: the derivative of each term by hand, rows and tokens in loops.
+    """
+    loss, clips, rows, count = 0.0, [], len(lengths), sum(lengths)
+    grad = [[0.0] * len(logp[0]) for _ in lengths]
     for row, length in enumerate(lengths):
-        ratios = [math.exp(logp[row][t] - old_logp[row][t]) for t in range(length)]
-        clipped = [max(1 - epsilon, min(1 + epsilon_high, ratio)) for ratio in ratios]
-        gain = advantages[row]
-        policy.append([-min(ratio * gain, clip * gain) for ratio, clip in zip(ratios, clipped, strict=True)])
-        deltas = [ref_logp[row][t] - logp[row][t] for t in range(length)]
-        kl.append([beta * (math.exp(delta) - delta - 1) for delta in deltas])
+        share = {"grpo": rows * length, "dr_grpo": rows * limit}.get(loss_type, count)
+        differences = [logp[row][t] - old_logp[row][t] for t in range(length)]
+        mean, gain = sum(differences) / length, advantages[row]
+        for t in range(length):
+            ratio = math.exp(differences[t] if level == "token" else mean)
+            if loss_type == "cispo":
+                weight = min(ratio, epsilon_high)
+                term, slopes = -weight * gain * logp[row][t], {t: -weight * gain}
+                clipped = ratio > epsilon_high and gain > 0
+            else:
+                low, high = ratio < 1 - epsilon and gain < 0, ratio > 1 + epsilon_high and gain > 0
+                bound = 1 - epsilon if low else 1 + epsilon_high
+                term, clipped = -(bound if low or high else ratio) * gain, high
+                within = {t: 1.0} if level == "token" else dict.fromkeys(range(length), 1 / length)
+                slopes = {} if low or high else {u: -ratio * gain * part for u, part in within.items()}
+            delta = ref_logp[row][t] - logp[row][t]
+            loss += (term + beta * (math.exp(delta) - delta - 1)) / share
+            grad[row][t] += beta * (1 - math.exp(delta)) / share
+            for u, slope in slopes.items():
+                grad[row][u] += slope / share
+            clips.append((clipped, 1 / count if level == "token" else 1 / length / rows))
+    return loss, grad, sum(clipped * weight for clipped, weight in clips)
 
-    def normalise(terms: list[list[float]]) -> float:
-        if loss_type == "grpo":
-            return sum(sum(row) / len(row) for row in terms) / len(terms)
-        if loss_type == "dr_grpo":
-            return sum(map(sum, terms)) / (len(terms) * limit)
-        return sum(map(sum, terms)) / sum(lengths)  # bnpo; dapo with all rows in one batch
 
-    return normalise(policy) + normalise(kl), normalise(kl)
-
-
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_the_plain_formulas_give_the_same_value_kl_part_and_sum_of_micro_batches(loss_type):
+def test_the_plain_formulas_give_the_same_value_gradient_and_clipped_share(loss_type, level):
     """Both clip bounds, k3 KL, ragged answers and a length limit beyond the longest one, to 1e-12."""
     g = torch.Generator().manual_seed(0)
-    old = -torch.rand(4, 5, generator=g, dtype=torch.float64)
-    logp, ref = (old + torch.randn(4, 5, generator=g, dtype=torch.float64) * 0.4 for _ in range(2))
-    lengths, advantages = [5, 2, 3, 1], [1.5, -0.5, -1.0, 2.0]
+    old = -torch.rand(6, 5, generator=g, dtype=torch.float64)
+    logp, ref = (old + torch.randn(6, 5, generator=g, dtype=torch.float64) * 0.5 for _ in range(2))
+    lengths, advantages = [5, 2, 3, 1, 1, 4], [1.5, -0.5, -1.0, 2.0, 0.7, 1.1]
     mask, a = torch.arange(5) < torch.tensor(lengths)[:, None], torch.tensor(advantages, dtype=torch.float64)
-    settings = {"epsilon": 0.2, "epsilon_high": 0.3, "loss_type": loss_type}
+    settings = {"epsilon": 0.2, "epsilon_high": 1.05 if loss_type == "cispo" else 0.1, "loss_type": loss_type}
     rows = [x.tolist() for x in (logp, old, ref)]
-    want, kl = naive_loss(*rows, advantages, lengths, limit=6, beta=0.04, **settings)
-    settings["max_completion_length"] = 6
-    got, _ = grpo_loss(logp, old, a, mask, ref_logp=ref, beta=0.04, **settings)
-    policy, _ = grpo_loss(logp, old, a, mask, **settings)
-    settings["denominator"] = loss_denominator(mask, loss_type, 6)
-    parts = sum(
-        grpo_loss(logp[s], old[s], a[s], mask[s], ref_logp=ref[s], beta=0.04, **settings)[0]
-        for s in (slice(0, 1), slice(1, 4))
-    )
+    want, slopes, clipped = naive_loss(*rows, advantages, lengths, limit=6, beta=0.04, level=level, **settings)
+    settings |= {"max_completion_length": 6, "importance_sampling_level": level}
+    logp.requires_grad_()
+    got, stats = grpo_loss(logp, old, a, mask, ref_logp=ref, beta=0.04, **settings)
+    got.backward()
     assert abs(got.item() - want) <= 1e-12
-    assert abs(parts.item() - want) <= 1e-12
-    assert abs((got - policy).item() - kl) <= 1e-12
+    torch.testing.assert_close(logp.grad, torch.tensor(slopes, dtype=torch.float64), rtol=0, atol=1e-12)
+    name = "cispo_clip_ratio" if loss_type == "cispo" else "clip_ratio/high_mean"
+    assert 0 < clipped < 1 and stats[name] == pytest.approx(clipped)
+
+
+def test_cispo_by_hand():
+    """Each token's gradient is -min(ratio, 1.2) A, clipped or not; the mean is over the batch's tokens."""
+    logp = LOGP.clone().requires_grad_()
+    loss, stats = grpo_loss(logp, OLD, ADVANTAGES, MASK, loss_type="cispo", epsilon_high=1.2)
+    loss.backward()
+    weights = torch.tensor([[1.2, 0.5, 1.1], [1.2, 0, 0], [0.9, 1.2, 0]], dtype=torch.float64)
+    torch.testing.assert_close(logp.grad, -weights * ADVANTAGES[:, None] / 6)
+    torch.testing.assert_close(loss.detach(), (-weights * ADVANTAGES[:, None] * LOGP).sum() / 6)
+    assert stats["cispo_clip_ratio"] == pytest.approx(2 / 6)  # as in TRL, only where the advantage is positive
+    assert "clip_ratio/high_mean" not in stats
+
+
+def test_the_sequence_ratio_is_the_geometric_mean_of_an_answer():
+    loss, stats = grpo_loss(LOGP, OLD, ADVANTAGES, MASK, loss_type="dapo", importance_sampling_level="sequence")
+    first, last = (1.5 * 0.5 * 1.1) ** (1 / 3), (0.9 * 1.3) ** 0.5  # neither is clipped, nor 1.5 where A < 0
+    assert loss.item() == pytest.approx(-(3 * first * 0.5 - 1.5 + 2 * last * 2) / 6)
+    assert stats["ratio_max_deviation"] == pytest.approx(0.5)
 
 
 def test_k3_is_never_negative_zero_at_equality_and_unbiased():
@@ -161,7 +193,31 @@ def test_k3_is_never_negative_zero_at_equality_and_unbiased():
     torch.testing.assert_close((p * estimate).sum(), (p * (p / q).log()).sum())  # expectation under the policy
 
 
-def test_wrong_use_is_one_line():
-    for settings in ({"loss_type": "ppo"}, {"beta": 0.1}):
-        with pytest.raises(ValueError, match="got .*expected"):
-            grpo_loss(LOGP, OLD, ADVANTAGES, MASK, **settings)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "ppo"}, "^loss_type: got 'ppo', expected one of dr_grpo, grpo, dapo, cispo"),
+        ({"loss_type": "bnpo"}, "^loss_type: got 'bnpo', .* depends on how the batch is split: use dapo"),
+        ({"loss_type": "sapo"}, "^loss_type: got 'sapo', expected"),
+        ({"loss_type": "cispo"}, "^epsilon_high: got None with loss_type cispo, expected"),
+        ({"importance_sampling_level": "batch"}, "^importance_sampling_level: got 'batch', expected token or sequence"),
+        ({"beta": 0.1}, "^beta: got 0.1 without ref_logp, expected"),
+        ({"beta": NAN, "ref_logp": REF}, "^beta: got nan, expected"),
+        ({"beta": -0.1, "ref_logp": REF}, "^beta: got -0.1, expected"),
+        ({"epsilon": NAN}, "^epsilon: got nan, expected"),
+        ({"epsilon": 0.0}, "^epsilon: got 0.0, expected"),
+        ({"epsilon": -0.2}, "^epsilon: got -0.2, expected"),
+        ({"epsilon_high": math.inf}, "^epsilon_high: got inf, expected"),
+        ({"epsilon_high": 0.0}, "^epsilon_high: got 0.0, expected"),
+        ({"max_completion_length": 0}, "^max_completion_length: got 0, expected"),
+        ({"ref_logp": REF[:2], "beta": 0.1}, "^shapes: got .*expected"),
+        ({"old_logp": OLD[:1]}, "^shapes: got .*expected"),
+        ({"advantages": ADVANTAGES[:1]}, "^shapes: got .*expected"),
+        ({"token_mask": MASK[:, :1]}, "^shapes: got .*expected"),
+    ],
+)
+def test_wrong_use_is_one_line(settings, message, unchecked):
+    given = {"logp": LOGP, "old_logp": OLD, "advantages": ADVANTAGES, "token_mask": MASK, **settings}
+    with pytest.raises(ValueError, match=message) as error:
+        grpo_loss(**given)
+    assert "\n" not in str(error.value)

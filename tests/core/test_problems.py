@@ -2,9 +2,14 @@
 
 import gzip
 import json
+import os
 import random
+import re
+import time
+import unicodedata
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -69,11 +74,87 @@ def test_canonical_answer_follows_its_rule(text, expected):
     assert canonical_answer(text) == expected
 
 
-@pytest.mark.parametrize("digits", [400, 100_000])
-def test_long_digit_strings_are_exact(digits):
-    text = "9" * digits
-    assert canonical_answer(f"{text}.000 apples") == text
-    assert not answers_match(text, text[:-1] + "8")
+WHOLE = {  # what touches a number and is dropped
+    "7-day": "7",
+    "$18/hour": "18",
+    "18kg": "18",
+    "5th": "5",
+    "18 m\u00b2": "18",  # a unit, or a subscript of a word
+    "H\u2082O 5": "5",
+    "<b>18</b>": "18",
+    "**18**": "18",
+    "'18'": "18",
+    "(5)": "5",
+    "x=-5": "-5",
+    "$18.": "18",
+    "18.5.": "18.5",
+    "18,": "18",
+    "12>>": "12",
+    "-\u20b918": "-18",
+}
+PARTS = (  # a number that would be read in part
+    *("1\u00bd", "10\u2076", "\uff15.0", "Rs.18", "\u00b23", "1\u066b5", "\u066b5", "\uff0e5", "10\u2099", "10\u207f"),
+    *("--5", "\u2212\u22125", "+-5", "-$-5", "\u00b15", "~5", "\u02d75", "\u27965", "x\u20137", "5-", "5+", "5- or 7"),
+    *(
+        "1_000",
+        "1'000",
+        "1\u00a0000",
+        "1\u2009000",
+        "1 \u00bd",
+        "5 and \u00bd",
+        "a,5",
+        "5..",
+        "..5",
+        "18/",
+        "1/2/",
+        "/5",
+    ),
+    *("0x10", "0xff", "5=x", "<5", ">5", "5^x", "|5|", "\u21635", "5\u4e94", "5\u4e07", "\u51435\u5341", "5\u20e3"),
+    *("5\u0338", "5\u200b", "1\u2064\u00bd", "1\u20442", "5\u2044", "\uff10", "\u2460 18", "5\u02b0", "\u221a5"),
+)
+
+
+@pytest.mark.parametrize(("text", "expected"), [*WHOLE.items(), *((text, None) for text in PARTS)])
+def test_a_number_is_read_whole_or_not_at_all(text, expected):
+    assert canonical_answer(text) == expected
+    assert canonical_answer(f"  {text}\n") == expected
+
+
+NUMERALS_AND_SIGNS = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) in ("Nd", "Nl", "No", "Sm", "Pd")]
+
+
+@pytest.mark.parametrize("number", ["0", "18", "-7", "0.5", "1/3", "-2/3"])
+def test_no_numeral_and_no_sign_can_touch_a_number(number):
+    """Exceptions: ASCII digits, which make another number; a sign in front; "=" in front and ">" behind."""
+    for c in NUMERALS_AND_SIGNS:
+        if c in "0123456789":
+            continue
+        front = {"=": number, "+": number, "-": f"-{number}", "\u2212": f"-{number}"}.get(c)
+        want = None if front is None or number[0] == "-" and c != "=" else front.replace("-0", "0", number == "0")
+        assert canonical_answer(c + number) == want, (c, number)
+        assert canonical_answer(number + c) == (number if c == ">" else None), (number, c)
+
+
+@pytest.mark.parametrize(
+    "part", ["1", "1/", "1,", "111,", "1,1111", "1.", "-", "+$", ".", "<a", "<a ", "a.", "\u00bd", "\u2212$", "\u4e94a"]
+)
+def test_a_long_text_takes_linear_time(part):
+    start = time.perf_counter()
+    canonical_answer(part * (100_000 // len(part)))
+    assert time.perf_counter() - start < 2  # a quadratic search takes minutes
+
+
+@pytest.mark.parametrize("name", ["gsm8k_train", "gsm8k_test", "gsm8k_valid"])
+def test_every_answer_of_gsm8k_is_a_number(name):
+    path = Path(os.environ.get("LATENTLAB_DATA", "data/downloads")) / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    for line in path.open(encoding="utf-8"):
+        row = json.loads(line)
+        assert canonical_answer(row["answer"]) == row["answer"]
+        for step in row["steps"]:
+            if re.search(r"=\d+>>$", step):
+                assert step_result(step) == str(int(step.rpartition("=")[2][:-2]))
 
 
 @relaxed

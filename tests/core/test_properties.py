@@ -95,7 +95,7 @@ def test_advantages_keep_their_algebra(rows):
 def test_equal_rewards_have_advantage_exactly_zero(rows, value):
     r = torch.cat([torch.tensor(rows, dtype=torch.float64), torch.full((1, len(rows[0])), value, dtype=torch.float64)])
     for baseline in ("mean", "leave_one_out"):
-        for scale in ("none", "std"):
+        for scale in ("none", "group", "batch"):
             a = group_advantages(r, baseline=baseline, scale=scale)
             assert (a[is_collapsed(r)] == 0).all() and torch.isfinite(a).all()
     collapsed = sum(max(row) == min(row) for row in r.tolist())

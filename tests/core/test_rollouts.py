@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken
@@ -352,15 +353,60 @@ def test_the_controls_replay_too(gpt2, problems, feedback, scheme):
     ("change", "message"),
     [
         ({"problems": []}, "^problems: got an empty list"),
-        ({"num_generations": 0}, "got num_generations=0"),
-        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"num_generations": 0}, "^num_generations: got 0"),
+        ({"num_generations": -1}, "^num_generations: got -1"),
+        ({"num_generations": True}, "^num_generations: got True"),
+        ({"num_generations": 2.0}, "^num_generations: got 2.0"),
+        ({"temperature": -1.0}, "^temperature: got -1.0"),
+        ({"temperature": float("nan")}, "^temperature: got nan"),
+        ({"temperature": float("inf")}, "^temperature: got inf"),
+        ({"temperature": True}, "^temperature: got True"),
+        ({"temperature": "1"}, "^temperature: got '1'"),
+        ({"temperature": None}, "^temperature: got None"),
+        ({"run_seed": 0.0}, "^run_seed: got 0.0"),
+        ({"step": True}, "^step: got True"),
+        ({"seeds": torch.zeros(12, dtype=torch.int32)}, r"^seeds: got torch.int32 of shape \[12\], .* shape \[12\]"),
+        ({"seeds": torch.zeros(12)}, "^seeds: got torch.float32"),
+        ({"seeds": torch.zeros(11, dtype=torch.int64)}, r"^seeds: got torch.int64 of shape \[11\], .* shape \[12\]"),
+        ({"seeds": torch.zeros(4, 3, dtype=torch.int64)}, r"^seeds: got torch.int64 of shape \[4, 3\]"),
     ],
 )
-def test_wrong_use_is_one_line(gpt2, problems, change, message):
+def test_wrong_use_is_one_line_before_the_model_runs(gpt2, problems, change, message, unchecked, monkeypatch):
+    monkeypatch.setattr(gpt2, "prefix", None)
     arguments = {"problems": problems, "masks": None, **SETTINGS, **change}
     with pytest.raises(ValueError, match=message) as error:
         rollout(gpt2, **arguments)
     assert "\n" not in str(error.value) and "expected" in str(error.value)
+
+
+def test_numbers_of_other_types_and_equal_seeds_are_fine(gpt2, problems):
+    want = rollout(gpt2, problems, masks=None, **SETTINGS)
+    other = {"num_generations": np.int64(3), "temperature": np.float64(1), "run_seed": torch.tensor(0)}
+    got = rollout(gpt2, problems, masks=None, step=np.int32(0), **other)
+    assert torch.equal(got.tokens, want.tokens) and type(got.num_generations) is int and type(got.temperature) is float
+    same = rollout(gpt2, problems[:1], masks=MaskSpec(), seeds=torch.full((3,), 7), **SETTINGS)
+    assert len(set(same.text)) == 1
+
+
+@pytest.mark.parametrize("value", [1, 0.5, True, np.float32(0.5), np.int64(2), np.True_, torch.tensor(0.5)])
+def test_a_reward_may_be_any_finite_number(gpt2, problems, value):
+    rewards = rollout(gpt2, problems, masks=None, **SETTINGS).rewards(lambda text, problem: value)
+    assert torch.equal(rewards, torch.full((4, 3), float(value), dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "value", [None, "1.0", float("nan"), float("-inf"), np.float64("nan"), [1.0], torch.ones(2), 1j]
+)
+def test_a_reward_that_is_no_finite_number_names_its_problem_at_once(gpt2, problems, value):
+    out, graded = rollout(gpt2, problems, masks=None, **SETTINGS), []
+
+    def reward(text, problem):
+        graded.append(problem.id)
+        return value if problem is problems[1] else 1.0
+
+    with pytest.raises(ValueError, match=f"^reward of problem {problems[1].id}: got .*, expected a finite") as error:
+        out.rewards(reward)
+    assert "\n" not in str(error.value) and graded == [problems[0].id] * 3 + [problems[1].id]
 
 
 def test_a_question_too_long_for_the_backbone_is_one_line_and_one_that_just_fits_runs(problems):

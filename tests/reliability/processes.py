@@ -121,7 +121,13 @@ def gradient(loop, dtype, micro_batch=0, max_candidates=0, num_problems=32, loss
     recorder = Recorder(model)
     if loop == "grpo":
         settings = {"num_problems": num_problems, "max_candidates": max_candidates, "loss_type": loss_type}
-        settings |= {"micro_batch": micro_batch, "num_iterations": 1, "beta": 0.0, "max_grad_norm": 1e9}
+        settings |= {
+            "micro_batch": micro_batch,
+            "num_iterations": 1,
+            "beta": 0.0,
+            "max_grad_norm": 1e9,
+            "epsilon_high": 0.2,
+        }
         config = replace(CONFIG, grpo=replace(CONFIG.grpo, **settings))
         record = _iteration(model, None, recorder, TRAIN, config, 3, first_digit, None)
     else:

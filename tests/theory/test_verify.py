@@ -42,7 +42,7 @@ def flip_sign(patch):
 
 def add_std_scaling(patch):
     real = advantage.group_advantages
-    patch.setattr(advantage, "group_advantages", lambda rewards, **k: real(rewards, **{**k, "scale": "std"}))
+    patch.setattr(advantage, "group_advantages", lambda rewards, **k: real(rewards, **{**k, "scale": "group"}))
 
 
 def redraw_masks(patch):

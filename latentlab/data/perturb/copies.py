@@ -10,10 +10,12 @@ import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from typing import SupportsIndex
 
 from latentlab.data.perturb import wording
 from latentlab.data.perturb.equations import Number, decimals, is_padded, simplest, write_like
 from latentlab.data.perturb.template import Template, trace
+from latentlab.masks import whole_number
 from latentlab.problems import Problem
 
 _Grid = tuple[int, Sequence[int]]
@@ -21,7 +23,7 @@ _MISSES = 200  # draws in a row without a new variant, after which a problem is 
 _ROUND = ((1000, 8000), (500, 4000), (100, 800), (50, 400), (10, 80), (5, 20))  # (step, smallest value that takes it)
 
 
-def perturb(problem: Problem, n: int, seed: int) -> list[Problem]:
+def perturb(problem: Problem, n: SupportsIndex, seed: SupportsIndex) -> list[Problem]:
     """Up to `n` copies of `problem` with other numbers.
 
     Fewer where the numbers leave no room, none where the origin of a number is in doubt. Variant k
@@ -30,6 +32,7 @@ def perturb(problem: Problem, n: int, seed: int) -> list[Problem]:
     numbers stay positive and whole, decimals keep their places, numbers of the question their order.
     Raises ValueError for n < 0.
     """
+    n, seed = whole_number("n", n), whole_number("seed", seed)
     if n < 0:
         raise ValueError(f"got n = {n}, expected at least 0: pass the number of copies")
     template = trace(problem)
@@ -51,7 +54,7 @@ def perturb(problem: Problem, n: int, seed: int) -> list[Problem]:
     return variants
 
 
-def perturbed(problems: Iterable[Problem], n: int, seed: int) -> list[Problem]:
+def perturbed(problems: Iterable[Problem], n: SupportsIndex, seed: SupportsIndex) -> list[Problem]:
     """`perturb` of each problem in turn, in one list."""
     return [variant for problem in problems for variant in perturb(problem, n, seed)]
 
