@@ -1,6 +1,7 @@
 """Files: an atomic writer, a JSON reader, and checks before compute that files can be written."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -52,6 +53,15 @@ def flush(path: Path) -> None:
         os.close(number)
 
 
+def digest(folder: Path) -> str:
+    """SHA-256 of the *.json and *.safetensors files of a folder, names included."""
+    found = hashlib.sha256()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        with open(path, "rb") as file:
+            found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
 def expect_writable(folder: Path, need: int = 2**20) -> None:
     """Raise OSError if no file can be written in `folder`, or if fewer than `need` bytes are free.
 
@@ -72,12 +82,14 @@ def expect_writable(folder: Path, need: int = 2**20) -> None:
 
 
 def expect_file(name: str) -> Path | None:
-    """The path of a file to be written, "" for none. Raises OSError if it could not be written."""
+    """The path of a new file to be written, "" for none. Raises OSError if it exists or cannot be written."""
     if not name:
         return None
     path = Path(name)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+    if os.path.lexists(path):
+        raise FileExistsError(f"output: got {name}, which exists, expected a new file; name another, or remove it")
     expect_writable(path.parent)
     return path
 
