@@ -31,7 +31,7 @@ from latentlab.training.curriculum import curriculum_gradient, set_stage
 
 CURRICULUM_SHARE = 0.5  # of the budget, for the curriculum, its validations and the test answers of its two models
 START_UP = 5.0  # seconds: a call shorter than this may have been mostly start-up
-WRITTEN = ("table.md", "train.jsonl", "answers", "coconut-s*")  # in the folder, after plan.json
+WRITTEN = ("table.md", "train.jsonl", "answers", "coconut-s*/best")  # in the folder, after plan.json
 
 
 class Budget:

@@ -137,5 +137,7 @@ def expect_finite(values: dict, step: int, remedy: str = "lower the learning rat
         elif isinstance(value, torch.Tensor):
             value = 0.0 if torch.isfinite(value).all() else math.nan
         if isinstance(value, float) and not math.isfinite(value):
-            kept = f"the last good checkpoint is kept; {remedy}"
-            raise FloatingPointError(f"{name}: got {value} at step {step}, expected a finite number; {kept}")
+            remedy = "use other weights to start from" if step < 0 else remedy
+            raise FloatingPointError(
+                f"{name}: got {value} at step {step}, expected a finite number; nothing of this step is saved; {remedy}"
+            )

@@ -19,6 +19,8 @@ def expect_together(model: LatentReasoner, problems: Problems, config: Config, *
     c = config.curriculum
     spec = c.mask if curriculum else config.grpo.mask
     model.num_sites(spec.sites)
+    if model.max_new_tokens < 1:
+        raise ValueError("checkpoint: got max_new_tokens 0, expected at least 1; correct its latentlab.json")
     longest = sorted(problems, key=lambda p: len(p.question), reverse=True)[:LONGEST]
     prompts = model.tokenizer([f"{p.question}\n{START}" for p in longest], add_special_tokens=False)["input_ids"]
     unknown = sum(row.count(model.tokenizer.unk_token_id) for row in prompts) / max(1, sum(map(len, prompts)))

@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass
@@ -72,11 +73,15 @@ class Run:
         if not self.train or not self.validation:
             n, m = len(self.train), len(self.validation)
             raise ValueError(f"data: got {n} training and {m} validation problems, expected both")
+        for name, problems in (("training", self.train), ("validation", self.validation)):
+            if twice := [key for key, count in Counter(p.id for p in problems).items() if count > 1]:
+                got = f"the problem id {twice[0]!r} twice in {name}, expected different ones"
+                raise ValueError(f"data: got {got}; give every problem its own")
         self.metrics, self.timing = self.folder / "metrics.jsonl", self.folder / "timing.jsonl"
         self.started = self.saved = time.monotonic()
         self.asked, self.progress = "", Progress()  # asked: the signal that asked the run to stop
-        self.settings, problems = to_dict(self.config), [*self.train, *self.validation]
-        self.identity = checkpoint.identity(self.loop, self.settings, self.model, problems)
+        self.settings, used = to_dict(self.config), [*self.train, *self.validation]
+        self.identity = checkpoint.identity(self.loop, self.settings, self.model, used)
         self.made_with = checkpoint.made_with()
         self.state: dict | None = None
         self.metrics_hash, self.best_sha256 = hashlib.sha256(), None  # of the lines so far, of best/

@@ -13,6 +13,7 @@ import torch
 from latentlab.cli import main
 from latentlab.config import to_dict
 from latentlab.pretrained.loading import model_from_config, save_model
+from latentlab.problems import Problem
 from latentlab.training import arms, checkpoint, curriculum
 from latentlab.training import run as run_module
 from latentlab.training.arms import fit_grpo
@@ -32,7 +33,7 @@ def start(tmp_path, config):
         resume = changes.pop("resume", False)
         model = model or tiny_gpt2()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        train, validation = problems[:1], problems[1:]
+        train, validation = ([Problem(name, "", (), "1", "")] for name in problems)
         options = {"loop": loop, "resume": resume, **(options or {})}
         run = Run(tmp_path / "run", config(**changes), model, train, validation, **options)
         run.optimizer = optimizer
