@@ -8,7 +8,6 @@ GSM-Hard (arXiv:2211.10435), ASDiv-A (arXiv:2106.15772, as in Calc-X, arXiv:2305
 (arXiv:2402.19255).
 """
 
-import json
 import os
 import re
 from hashlib import blake2b
@@ -20,6 +19,7 @@ from latentlab.data.perturb import perturb, perturbed, skeleton
 from latentlab.data.word_problems import SPLITS, word_problems
 from latentlab.problems import Problem, canonical_answer, extract_answer, step_result
 from latentlab.runtime.environment import TIMEOUT, hub_answers
+from latentlab.runtime.files import read_json
 
 BENCHMARKS = ("gsm8k", "gsm8k_perturbable", "gsm8k_perturbed", "svamp", "multiarith", "gsm_hard", "asdiv_a", "gsm_plus")
 
@@ -128,10 +128,10 @@ def _gsm8k_from_folder(split: str, folder: Path) -> list[Problem]:
         return problems
     flags = folder / "gsm8k_flags.json"
     try:
-        validation = set(json.loads(flags.read_bytes())["train"]["gsm8k_aug_valid_500"])
-    except (ValueError, KeyError, TypeError) as error:
-        got, ids = type(error).__name__, "the validation ids at train.gsm8k_aug_valid_500"
-        raise ValueError(f"{flags}: got {got}, expected JSON with {ids}: see data/README.md") from None
+        validation = set(read_json(flags, "the split of GSM8K", "train")["train"]["gsm8k_aug_valid_500"])
+    except (KeyError, TypeError):
+        ids = "a list of ids at train.gsm8k_aug_valid_500"
+        raise ValueError(f"{flags}: got no {ids}, expected the validation ids: see data/README.md") from None
     return [problem for problem in problems if problem.id not in validation]
 
 

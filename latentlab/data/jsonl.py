@@ -12,13 +12,13 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from latentlab.problems import Problem, canonical_answer
-from latentlab.runtime.files import write_atomically
+from latentlab.runtime.files import parse_json, write_atomically
 
 
 def read_jsonl(path: str | os.PathLike) -> list[Problem]:
     """Read problems from a .jsonl or .jsonl.gz file, in file order.
 
-    Strict: UTF-8, one JSON object a line with exactly the five keys, non-empty strings, a list of
+    Strict: UTF-8, one JSON object a line with exactly the five keys, each once, non-empty strings, a list of
     strings for `steps`, a canonical answer, unique ids, at least one line.
     Raises FileNotFoundError where there is no such file and ValueError (one line: file, line
     number, what was expected) for anything else.
@@ -73,11 +73,14 @@ def _parse(lines: list[bytes], path: Path, remedy: str) -> list[Problem]:
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         try:
+            parse_json(line)
             problem = Problem(**dict(_Row.model_validate_json(line)))
         except ValidationError as error:
             fault = error.errors()[0]
             got = f"{'.'.join(map(str, fault['loc'])) or 'line'} = {repr(fault['input'])[:80]}"
             raise ValueError(f"{where}: got {got}, expected a problem ({fault['msg']}): {remedy}") from None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}, expected a problem as one JSON object: {remedy}") from None
         if problem.id in problems:
             first = list(problems).index(problem.id) + 1
             raise ValueError(

@@ -1,6 +1,7 @@
 """Files: an atomic writer, a JSON reader, and checks before compute that files can be written."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -52,6 +53,15 @@ def flush(path: Path) -> None:
         os.close(number)
 
 
+def digest(folder: Path) -> str:
+    """SHA-256 of the *.json and *.safetensors files of a folder, names included."""
+    found = hashlib.sha256()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        with open(path, "rb") as file:
+            found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
 def expect_writable(folder: Path, need: int = 2**20) -> None:
     """Raise OSError if no file can be written in `folder`, or if fewer than `need` bytes are free.
 
@@ -72,22 +82,67 @@ def expect_writable(folder: Path, need: int = 2**20) -> None:
 
 
 def expect_file(name: str) -> Path | None:
-    """The path of a file to be written, "" for none. Raises OSError if it could not be written."""
+    """The path of a new file to be written, "" for none. Raises OSError if it exists or cannot be written."""
     if not name:
         return None
     path = Path(name)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+    if os.path.lexists(path):
+        raise FileExistsError(f"output: got {name}, which exists, expected a new file; name another, or remove it")
     expect_writable(path.parent)
     return path
+
+
+def parse_json(text: bytes) -> dict:
+    """The JSON object in `text`, UTF-8. Raises ValueError that says what is there instead, "got ...".
+
+    Stricter than `json`: no key twice, no NaN or Infinity.
+    """
+    start = text.lstrip()[:100].lower()
+    looks = {
+        "nothing": not text,
+        "a blank line": not start,
+        "a git-LFS pointer": start.startswith(b"version https://git-lfs"),
+        "an HTML page": start.startswith((b"<!doctype html", b"<html")),
+        "a byte order mark": start.startswith(b"\xef\xbb\xbf"),
+        "UTF-16 text": start.startswith((b"\xff\xfe", b"\xfe\xff")),
+        "gzip data": start.startswith(b"\x1f\x8b"),
+        "a NUL byte": b"\0" in text,
+        "a JSON array": start.startswith(b"["),
+    }
+    if found := next((what for what, true in looks.items() if true), None):
+        raise ValueError(f"got {found}")
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"got bytes that are not UTF-8 from byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"got {text[:40]!r}, no JSON from character {error.pos}") from None
+    except RecursionError:
+        raise ValueError("got brackets nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"got {str(value)[:40]}, no object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    keys = [key for key, _ in pairs]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise ValueError(f"got the key {twice[:40]!r} twice")
+    return dict(pairs)
+
+
+def _no_constant(name: str):
+    raise ValueError(f"got {name}, which is no JSON number")
 
 
 def read_json(path: Path, what: str, *keys: str) -> dict:
     """The JSON object in `path`, which holds `what` and has `keys`; else ValueError, one line."""
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, a million brackets
-        value = None
-    if not isinstance(value, dict) or not value.keys() >= set(keys):
-        raise ValueError(f"{path}: expected {what}, a JSON object; it is damaged: delete or restore it")
+        value = parse_json(path.read_bytes())
+        if missing := [key for key in keys if key not in value]:
+            raise ValueError(f"got no {missing[0]}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}, expected {what}, a JSON object; restore or delete it") from None
     return value

@@ -31,6 +31,7 @@ from latentlab.training.curriculum import curriculum_gradient, set_stage
 
 CURRICULUM_SHARE = 0.5  # of the budget, for the curriculum, its validations and the test answers of its two models
 START_UP = 5.0  # seconds: a call shorter than this may have been mostly start-up
+WRITTEN = ("table.md", "train.jsonl", "answers", "coconut-s*/best")  # in the folder, after plan.json
 
 
 class Budget:
@@ -51,6 +52,10 @@ class Budget:
             expect_same(self.data["made_for"], made_for, str(self.path))
             last_sign = max(file.stat().st_mtime for file in folder.rglob("*") if file.is_file())
             self.data["spent"] += max(0.0, last_sign - self.path.stat().st_mtime)
+        elif foreign := next((path for name in WRITTEN for path in folder.glob(name)), None):
+            raise FileExistsError(
+                f"experiment: got {foreign} without plan.json, expected a new folder; use another --out"
+            )
         self.before = self.data["spent"]
         self.data["commits"] = list(dict.fromkeys([*self.data["commits"], commit()]))
         self.save()

@@ -37,6 +37,12 @@ class StudyError(RuntimeError):
     """The study cannot start, or stopped; its text is one line: got, expected, remedy."""
 
 
+class StudyUseError(StudyError):
+    """The study was asked for something that cannot be run; nothing has run."""
+
+    exit_code = 2
+
+
 def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, reports_dir=None) -> Path:
     """Run the unfinished notebooks of a preset, in the order of their names; return index.html.
 
@@ -49,13 +55,13 @@ def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, repor
     notebooks = sorted(notebooks_dir.glob(NOTEBOOKS))
     names = [path.stem for path in notebooks]
     if not notebooks:
-        raise StudyError(f"no notebooks {NOTEBOOKS} in {notebooks_dir}; run in a clone of the repository")
+        raise StudyUseError(f"no notebooks {NOTEBOOKS} in {notebooks_dir}; run in a clone of the repository")
     parameters = check_parameters(preset, notebooks, notebooks_dir / "params")
     chosen = [path for path in notebooks if path.stem.startswith(only or "")]
     if not chosen:
-        raise StudyError(f"--only {only}: expected the beginning of one of {', '.join(names)}")
+        raise StudyUseError(f"--only {only}: expected the beginning of one of {', '.join(names)}")
     if preset in ("smol", "paper") and any(path.stem[:2] < "04" for path in chosen):
-        raise StudyError(f"preset {preset}: notebooks 00-03 need smoke or tiny; 04 reads a finished run: --only 04")
+        raise StudyUseError(f"preset {preset}: notebooks 00-03 need smoke or tiny; 04 reads a finished run: --only 04")
     folder = reports / preset
     files.expect_writable(folder, 64 * 2**20)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,24 +83,24 @@ def check_parameters(preset: str, notebooks: list[Path], folder: Path) -> dict[s
     """
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if preset not in known:
-        raise StudyError(f"got preset {preset!r}, expected one of {', '.join(known)}")
+        raise StudyUseError(f"got preset {preset!r}, expected one of {', '.join(known)}")
     path = f"params/{preset}.yaml"
     given = _read_yaml(folder / f"{preset}.yaml")
     if given.get("preset") != preset:
-        raise StudyError(f"{path}: expected `preset: {preset}` and notebook switches, as `key: value`")
+        raise StudyUseError(f"{path}: expected `preset: {preset}` and notebook switches, as `key: value`")
     declared = {notebook.stem: _declared(notebook) for notebook in notebooks}
     for key, value in given.items():
         defaults = {stem: values[key] for stem, values in declared.items() if key in values}
         if not defaults or (key == "preset" and len(defaults) < len(declared)):
             missing = next(stem for stem in declared if stem not in defaults)
             has = ", ".join(declared[missing])
-            raise StudyError(f"{path}: no parameter {key!r} in {missing}; it has {has}")
+            raise StudyUseError(f"{path}: no parameter {key!r} in {missing}; it has {has}")
         for stem, default in defaults.items():
             expected, found = type(default), type(value)
             if default is not None and found is not expected and (expected, found) != (float, int):
                 trap = "; YAML reads 1e-4 as text: write 1.0e-4" if (expected, found) == (float, str) else ""
                 got = f"got {value!r} ({found.__name__}), expected {expected.__name__}"
-                raise StudyError(f"{path}: {key} of {stem}: {got}{trap}")
+                raise StudyUseError(f"{path}: {key} of {stem}: {got}{trap}")
     return {stem: {key: given[key] for key in given if key in values} for stem, values in declared.items()}
 
 
@@ -104,11 +110,11 @@ def _read_yaml(path: Path) -> dict:
         text = path.read_text(encoding="utf-8")
         values, nodes = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: not UTF-8, an invalid date
-        raise StudyError(f"{expected}, no readable YAML: {_one_line(error)}; correct it") from None
+        raise StudyUseError(f"{expected}, no readable YAML: {_one_line(error)}; correct it") from None
     if not nodes or not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise StudyError(f"{expected}, got {str(values)[:80]!r}; correct it")
+        raise StudyUseError(f"{expected}, got {str(values)[:80]!r}; correct it")
     if len(values) < len(nodes.value):
-        raise StudyError(f"{expected}, a key is given twice; correct it")
+        raise StudyUseError(f"{expected}, a key is given twice; correct it")
     return values
 
 
@@ -121,7 +127,7 @@ def _declared(notebook: Path) -> dict:
         return {name: ast.literal_eval(entry["default"]) for name, entry in found.items()}
     except Exception as error:  # papermill and nbformat raise many kinds on a damaged file
         what = "expected a cell tagged `parameters` with one `name = literal` a line"
-        raise StudyError(f"{notebook.name}: {what}: {_one_line(error)}") from None
+        raise StudyUseError(f"{notebook.name}: {what}: {_one_line(error)}") from None
 
 
 def _notebook_hash(notebook: Path, parameters: dict, reports: Path) -> str:
@@ -179,6 +185,8 @@ def _identity(path: Path) -> tuple | None:
 def _execute(path: Path, executed: Path, parameters: dict, reports: Path) -> None:
     """Run one notebook in its own folder; StudyError names notebook, cell and error."""
     import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
+    from nbclient.exceptions import DeadKernelError
 
     log = executed.with_name(f".{path.stem}.log")
     options = {"kernel_name": "python3", "cwd": str(path.parent), "start_timeout": STARTUP_SECONDS}
@@ -191,7 +199,11 @@ def _execute(path: Path, executed: Path, parameters: dict, reports: Path) -> Non
         first = next((line for line in error.source.splitlines() if line.strip()), "")
         what = f"{error.ename}: {_one_line(error.evalue)}"
         raise StudyError(f"{path.stem}, cell [{error.exec_count}] `{first}`: {what}; all of it in {executed}") from None
-    except Exception as error:  # a dead kernel, no kernel, a full disk
+    except (NoSuchKernel, DeadKernelError) as error:
+        kernel = f"{sys.executable} -m ipykernel install --sys-prefix --name python3"
+        got = f"got no living kernel python3 ({_one_line(error)}), expected that of this environment"
+        raise StudyError(f"{path.stem}: {got}; run `{kernel}`, or see {log}") from error
+    except Exception as error:  # a full disk, a notebook that is none
         raise StudyError(f"{path.stem}: {type(error).__name__}: {_one_line(error)}; see {log}") from error
 
 

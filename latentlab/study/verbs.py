@@ -59,6 +59,8 @@ class Training(Shared):
 
         config, out = self.config, self.out or f"runs/{self.config.preset}/{name}-s{self.config.seed}"
         files.expect_writable(Path(out))
+        if self.resume and not any(Path(out, name).exists() for name in ("config.json", "state.pt")):
+            raise ValueError(f"resume: got {out}, expected the folder of a run; correct --out, or drop --resume")
         model = model_from_config(config, init_from=init_from, curriculum=curriculum)
         model.place(distributed.select_device(self.device), config.precision)
         train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))

@@ -9,21 +9,23 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from latentlab.runtime import distributed
+from latentlab.runtime import distributed, files
 from latentlab.runtime.environment import commit, environment
-from latentlab.runtime.files import read_json
 
 REMEDIES = {
     "threads": "pass --threads {} (another number of threads sums in another order), or ",
     "init_from": "name the checkpoint that the run began with, or ",
     "problems": "restore the data that the run began with, or ",
 }
+
+
+RESTORE = "restore it, or use another --out"
 
 
 @dataclass
@@ -48,16 +50,31 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(f"run: could not write {path} ({text.splitlines()[0][:200]}); {kept}") from error
 
 
-def settle_best(folder: Path, step: int | None) -> None:
-    """If a kill left both best/ and best.old/, keep the one of `step`, which state.pt names."""
+def own_best(folder: Path, digest: str | None, written: bytes) -> Path | None:
+    """Which of best/ and best.old/ has the digest that state.pt names; None if it names none yet.
+
+    Then a best/ is the run's own only if a kill hit between it and state.pt, so that `written`, the
+    lines of metrics.jsonl after state.pt, have its validation; else ValueError.
+    """
     best, old = folder / "best", folder / "best.old"
-    if not old.exists():
-        return
-    with suppress(OSError, ValueError):
-        if read_json(best / "validation.json", "the step of best/", "step")["step"] == step:
-            return shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(best, ignore_errors=True)
-    old.rename(best)
+    if digest is None:
+        own = None
+    elif (own := next((path for path in (best, old) if path.is_dir() and files.digest(path) == digest), None)) is None:
+        got = "other content" if best.exists() else "no such folder"
+        raise ValueError(f"resume: {best}: got {got}, expected the weights that state.pt names; {RESTORE}")
+    if own is None and best.exists() and b'"validation_accuracy"' not in written:
+        raise ValueError(f"resume: {best}: got weights that are not of this run, expected none; {RESTORE}")
+    return own
+
+
+def settle_best(folder: Path, own: Path | None) -> None:
+    """Leave `own`, one of best/ and best.old/, as best/, and remove the other."""
+    best, old = folder / "best", folder / "best.old"
+    if own != best:
+        shutil.rmtree(best, ignore_errors=True)
+    if own == old:
+        old.rename(best)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def identity(loop: str, config: dict, model, problems: Iterable) -> dict:
@@ -83,6 +100,7 @@ def read_state(path: Path, asked: dict) -> dict:
             warnings.simplefilter("ignore")  # about foreign files, which are refused in one line
             state = dict(torch.load(path, weights_only=True, map_location="cpu"))
         state |= {"progress": Progress(**state["progress"]), "metrics_offset": int(state["metrics_offset"])}
+        state |= {"metrics_sha256": str(state["metrics_sha256"]), "best_sha256": state["best_sha256"]}
         stored, before, now = dict(state["identity"]), state["made_with"], made_with()
         changed = [f"{key} {before[key]} (now {now[key]})" for key in now if before[key] != now[key]]
     except Exception as error:  # truncated, foreign, or a pickle that weights_only refuses
@@ -107,7 +125,7 @@ def expect_same(stored: dict, asked: dict, source: str, where: str = "") -> None
 
 def unusable(path: Path, error: Exception) -> str:
     """The message for a checkpoint that a run cannot resume from."""
-    expected = "expected it as this run wrote it; restore it, or start again with another --out"
+    expected = "expected it as this version wrote it; restore it, or start again with another --out"
     return f"resume: could not read {path} ({type(error).__name__}), {expected}"
 
 
@@ -119,5 +137,7 @@ def expect_finite(values: dict, step: int, remedy: str = "lower the learning rat
         elif isinstance(value, torch.Tensor):
             value = 0.0 if torch.isfinite(value).all() else math.nan
         if isinstance(value, float) and not math.isfinite(value):
-            kept = f"the last good checkpoint is kept; {remedy}"
-            raise FloatingPointError(f"{name}: got {value} at step {step}, expected a finite number; {kept}")
+            remedy = "use other weights to start from" if step < 0 else remedy
+            raise FloatingPointError(
+                f"{name}: got {value} at step {step}, expected a finite number; nothing of this step is saved; {remedy}"
+            )

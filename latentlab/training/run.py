@@ -13,12 +13,14 @@ loss scaler, so the step is all of their state.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass
@@ -35,9 +37,10 @@ from latentlab.problems import Problem
 from latentlab.runtime import distributed, files
 from latentlab.runtime.environment import on_signals
 from latentlab.training import checkpoint
-from latentlab.training.checkpoint import Progress, expect_finite, writing
+from latentlab.training.checkpoint import RESTORE, Progress, expect_finite, writing
 
 SLACK = 16 * 2**20  # bytes of a run folder beside weights: tokenizer, metrics
+FILES = ("metrics.jsonl", "timing.jsonl", "best", "best.old", "best.*.partial", "state.pt.*.partial")
 Problems = Sequence[Problem]
 
 
@@ -70,22 +73,32 @@ class Run:
         if not self.train or not self.validation:
             n, m = len(self.train), len(self.validation)
             raise ValueError(f"data: got {n} training and {m} validation problems, expected both")
+        for name, problems in (("training", self.train), ("validation", self.validation)):
+            if twice := [key for key, count in Counter(p.id for p in problems).items() if count > 1]:
+                got = f"the problem id {twice[0]!r} twice in {name}, expected different ones"
+                raise ValueError(f"data: got {got}; give every problem its own")
         self.metrics, self.timing = self.folder / "metrics.jsonl", self.folder / "timing.jsonl"
         self.started = self.saved = time.monotonic()
         self.asked, self.progress = "", Progress()  # asked: the signal that asked the run to stop
-        self.settings, problems = to_dict(self.config), [*self.train, *self.validation]
-        self.identity = checkpoint.identity(self.loop, self.settings, self.model, problems)
+        self.settings, used = to_dict(self.config), [*self.train, *self.validation]
+        self.identity = checkpoint.identity(self.loop, self.settings, self.model, used)
         self.made_with = checkpoint.made_with()
         self.state: dict | None = None
+        self.metrics_hash, self.best_sha256 = hashlib.sha256(), None  # of the lines so far, of best/
+        self.own_best: Path | None = None
         distributed.gather(self._read)  # all have read before rank 0 writes
         distributed.check_same(**self.identity, checkpoint=self.progress.step)
         self.new = self.state is None
         distributed.on_main(self._open)
 
     def _read(self) -> None:
-        """Read what an earlier process left in the folder; check that it belongs to this run."""
+        """Read what an earlier process left in the folder; check that all of it belongs to this run."""
         out, stored, state = self.folder, self.folder / "config.json", self.folder / "state.pt"
         if not stored.exists() and not state.exists():
+            left = (path.name for pattern in FILES for path in out.glob(pattern))
+            if foreign := next(left, None):
+                got = f"{out}, which holds {foreign} but no config.json, expected a new folder or a run"
+                raise FileExistsError(f"run folder: got {got}; use another --out")
             return
         if not self.resume:
             raise FileExistsError(f"run folder: got {out}, which holds a run already; pass --resume, or another --out")
@@ -94,14 +107,22 @@ class Run:
         except (OSError, ValueError) as error:  # missing beside state.pt, or damaged: never started over
             raise ValueError(checkpoint.unusable(stored, error)) from error
         checkpoint.expect_same(config, self.settings, "the run's config.json")
-        if not state.exists():
-            return
-        self.state = checkpoint.read_state(state, self.identity)
-        self.progress, counted = self.state["progress"], self.state["metrics_offset"]
-        size = self.metrics.stat().st_size if self.metrics.exists() else 0
-        if size < counted:
-            got = f"{size} bytes of {self.metrics}, expected the {counted} that the checkpoint counted"
-            raise ValueError(f"resume: got {got}; restore it, or use another --out")
+        lines, counted = self.metrics.read_bytes() if self.metrics.exists() else b"", 0
+        if state.exists():
+            self.state = checkpoint.read_state(state, self.identity)
+            self.progress, counted = self.state["progress"], self.state["metrics_offset"]
+            self.best_sha256 = self.state["best_sha256"]
+            self.metrics_hash.update(lines[:counted])
+            if len(lines) < counted or self.metrics_hash.hexdigest() != self.state["metrics_sha256"]:
+                got = f"{len(lines)} bytes of {self.metrics}, expected the {counted} that the checkpoint counted"
+                raise ValueError(f"resume: got {got}, unchanged; {RESTORE}")
+        elif lines.count(b'"validation_accuracy"') > 1:  # state.pt follows the first one
+            raise ValueError(f"resume: got {self.metrics} without state.pt, expected both; {RESTORE}")
+        self.own_best = checkpoint.own_best(out, self.best_sha256, lines[counted:])
+        try:
+            seconds_spent(out)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(checkpoint.unusable(self.timing, error)) from error
 
     def _open(self) -> None:
         """Make the folder, or repair it: drop lines after the checkpoint and partial files."""
@@ -110,10 +131,11 @@ class Run:
         # Weights, two moments and best/, each twice while it is written; the former best/.
         need = 9 * weights + SLACK - sum(path.stat().st_size for path in held if path.is_file())
         files.expect_writable(self.folder, need)
-        for partial in self.folder.glob("*.partial"):
-            files.remove(partial)
+        for name in ("config.json", "state.pt", "best"):
+            for partial in self.folder.glob(f"{name}.*.partial"):
+                files.remove(partial)
         self._write(self.folder / "config.json", (json.dumps(self.settings, indent=1) + "\n").encode())
-        checkpoint.settle_best(self.folder, self.progress.best_step)
+        checkpoint.settle_best(self.folder, self.own_best)  # before the lines that show whose best/ is are cut
         self.metrics.touch()
         self.timing.touch()
         os.truncate(self.metrics, self.state["metrics_offset"] if self.state else 0)
@@ -165,12 +187,14 @@ class Run:
     def log(self, record: dict) -> None:
         """Append `record` to metrics.jsonl, its time to timing.jsonl. Refuses a NaN."""
         expect_finite(record, record["step"])
-        self._append(self.metrics, record)
+        self.metrics_hash.update(self._append(self.metrics, record))
         self._append(self.timing, {"step": record["step"], "seconds": round(time.monotonic() - self.started, 3)})
 
-    def _append(self, path: Path, line: dict) -> None:
+    def _append(self, path: Path, record: dict) -> bytes:
+        line = (json.dumps(record) + "\n").encode()
         with writing(path), open(path, "ab") as lines:
-            lines.write((json.dumps(line) + "\n").encode())
+            lines.write(line)
+        return line
 
     def _write(self, path: Path, content) -> None:
         with writing(path):
@@ -183,6 +207,8 @@ class Run:
             "optimizer": optimizer.state_dict(),
             "progress": vars(self.progress),
             "metrics_offset": self.metrics.stat().st_size,
+            "metrics_sha256": self.metrics_hash.hexdigest(),
+            "best_sha256": self.best_sha256,
             "rng": torch.get_rng_state(),  # a reward function may draw from it
             "identity": self.identity,
             "made_with": self.made_with,
@@ -201,6 +227,7 @@ class Run:
         def write(path: Path) -> None:
             save_model(self.model, path)
             (path / "validation.json").write_text(json.dumps({"step": step, "validation_accuracy": accuracy}) + "\n")
+            self.best_sha256 = files.digest(path)
 
         self._write(self.folder / "best", write)
 

@@ -29,10 +29,12 @@ from latentlab.cli import main
 from latentlab.config import changed_words, from_dict, load_preset, to_dict
 from latentlab.data.jsonl import write_jsonl
 from latentlab.data.word_problems import word_problems
+from latentlab.evaluation import accuracy
 from latentlab.pretrained.loading import save_model
 from latentlab.problems import Problem
-from latentlab.study import notebooks, results, tables
-from latentlab.training import preflight
+from latentlab.study import budget, notebooks, results, tables
+from latentlab.training import arms, preflight
+from latentlab.training.curriculum import fit_curriculum
 from tests.conftest import sharpen, tiny_gpt2
 
 PACKAGE = Path(preflight.__file__).parents[1]
@@ -49,15 +51,21 @@ def snapshot(folder):
 
 
 @pytest.fixture
-def misuse(capfd, record_property, tmp_path, monkeypatch):
-    """misuse(kind, *words): the one line of a command that must be refused; what happened is counted."""
+def misuse(capfd, record_property, tmp_path, monkeypatch, request):
+    """misuse(kind, *words): the one line of a command that must be refused; what happened is recorded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LATENTLAB_REPORTS", str(tmp_path / "reports"))
-    counts = Counter()
+    counts, rows, computed = Counter(), [], []
     record_property("inputs", counts)
+    record_property("misuse", rows)
+    for module, name in ((accuracy, "rollout"), (arms, "rollout"), (arms, "curriculum_gradient"), (budget, "rollout")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, **k: (computed.append(1), real(*a, **k))[1])
+    case = request.node.name.removeprefix("test_").replace("_", " ")
 
     def call(kind, *words, may_pass=False):
         before = snapshot(tmp_path)
+        computed.clear()
         code = main([str(word) for word in words])
         out, err = capfd.readouterr()
         counts.update({
@@ -71,8 +79,13 @@ def misuse(capfd, record_property, tmp_path, monkeypatch):
         assert err.startswith("latentlab: ") and err.count("\n") == 1 and err.endswith("\n"), err
         assert len(err) < 700 and ("expected" in err.lower() or ";" in err or "--help" in err), err
         assert out == "" and "Traceback" not in err
-        assert snapshot(tmp_path) == before
+        assert snapshot(tmp_path) == before and not computed
+        if not may_pass:
+            rows.append({"kind": kind, "input": case, "words": said(words), "exit_code": code, "line": said([err])})
         return err
+
+    def said(words):
+        return " ".join(map(str, words)).replace(str(tmp_path), "").replace(str(PACKAGE), "").strip()[:300]
 
     return call
 
@@ -253,11 +266,60 @@ LINES = {
 }  # fmt: skip
 
 
+LINES |= {
+    "answer twice": row()[:-1] + ', "answer": "3"}',
+    "id twice": row()[:-1] + ', "id": "b"}',
+    "blank first line": "\n" + GOOD,
+    "blank line": GOOD + "  \n" + row(id="c"),
+    "a JSON array": json.dumps([json.loads(row())]),
+    "printed array": "[\n" + GOOD,
+    "an HTML page": "<!DOCTYPE html>\n<html><title>404</title>",
+    "html": "<html>\n" + GOOD,
+    "LFS pointer": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    "NUL": row() + "\n\0\0\0\n",
+    "Infinity": row(answer=float("inf")),
+    "-Infinity": row(answer=-float("inf")),
+    "gzip": b"\x1f\x8b\x08\x00" + b"x" * 9,
+    "two on a line": row() + row(id="b"),
+    "comma": row() + ",\n" + row(id="b"),
+    "a long line": "x" * 1_000_000,
+    "a text": '"a"',
+    "a number alone": "5",
+    "indented": json.dumps(json.loads(row()), indent=1),
+    "true": row(id=True),
+    "UTF-16 BE": GOOD.encode("utf-16-be"),
+    "Latin-1": row(question="Wie viele B\xfccher?").encode() + b"\xfc",
+    "fraction": row(answer="1/2 or 1/3"),
+    "unit": row(answer="5 apples"),
+    "empty id": row(id=""),
+    "no steps": row(steps=None),
+}
+LOOKS = {
+    "blank first line": "line 1: got a blank line, expected a problem as one JSON object",
+    "blank line": "line 3: got a blank line",
+    "a JSON array": "got a JSON array",
+    "printed array": "got a JSON array",
+    "an HTML page": "got an HTML page",
+    "LFS pointer": "got a git-LFS pointer",
+    "NUL": "line 2: got a NUL byte",
+    "UTF-16": "got UTF-16 text",
+    "byte order mark": "got a byte order mark",
+    "answer twice": "got the key 'answer' twice",
+    "Infinity": "got Infinity, which is no JSON number",
+    "duplicate id": "line 2: got id 'a' again (first on line 1)",
+    "gzip": "got gzip data",
+    "a list": "got a JSON array",
+    "empty line": "got a blank line",
+    "a number alone": "got 5, no object",
+}
+
+
 @pytest.mark.parametrize("name", LINES)
 def test_problem_files(misuse, data, name):
     path = data(LINES[name])
     said = misuse("problem file", "evaluate", "--benchmark", "svamp", *SMALL)
-    assert str(path) in said and (name in ("zero-length",) or "line" in said)
+    assert str(path) in said and (name in ("zero-length",) or "line" in said) and "Expecting value" not in said
+    assert LOOKS.get(name, "") in said
 
 
 def test_damaged_problem_files(misuse, data):
@@ -356,6 +418,9 @@ def damage(folder, name):
         path.write_bytes((2**60).to_bytes(8, "little") + content[8:])
     elif what == "list":
         path.write_bytes(b"[]")
+    elif what in ("twice", "HTML", "LFS", "NaN"):
+        texts = {"HTML": "<!doctype html>", "LFS": "version https://git-lfs", "NaN": '{"num_thoughts": NaN}'}
+        path.write_text(texts.get(what) or '{"num_thoughts": 2, "num_thoughts": 3, "max_new_tokens": 4}')
     elif what == "folder":
         path.unlink()
         path.mkdir()
@@ -373,6 +438,8 @@ def damage(folder, name):
         'config.json:model_type="x"',
         *(f"tokenizer.json:{how}" for how in ("empty", "half", "list", "pickle")),
         *(f"latentlab.json:{how}" for how in ("empty", "missing", "half", "list", "pickle", "num_thoughts=-1")),
+        *(f"latentlab.json:{how}" for how in ("max_new_tokens=0", "max_new_tokens=true", "twice", "HTML", "LFS")),
+        "latentlab.json:NaN",
         *(f"latentlab.json:{how}" for how in ("num_thoughts=1e400", "num_thoughts=1000000000", 'feedback="x"', "x=1")),
     ],
 )  # fmt: skip
@@ -526,20 +593,18 @@ def test_a_full_disk(misuse, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fills_up_while_a_result_is_written(tmp_path, monkeypatch, capfd, checkpoint):
-    """The measured numbers are printed, the earlier file stays, no part of a new one is left."""
-    earlier = tmp_path / "result.json"
-    earlier.write_text("earlier")
+    """The measured numbers are printed, and no part of a file is left."""
+    path = tmp_path / "result.json"
 
     def refuse(self, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    words = [*map(str, evaluate_words(checkpoint)), "--json", str(earlier)]
+    words = [*map(str, evaluate_words(checkpoint)), "--json", str(path)]
     assert main(words) == 2
     out, err = capfd.readouterr()
     assert json.loads(out)["n"] == 1 and err.count("\n") == 1
-    assert str(earlier) in err and "free some disk space" in err
-    assert earlier.read_text() == "earlier" and list(tmp_path.iterdir()) == [earlier]
+    assert str(path) in err and "free some disk space" in err and list(tmp_path.iterdir()) == []
 
 
 def test_a_sweep_without_room_for_its_runs(processes, tmp_path, monkeypatch):
@@ -555,6 +620,137 @@ def test_a_sweep_without_room_for_its_runs(processes, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="free, expected"):
         run_jobs(jobs, tmp_path, execute)
     assert processes.names == ["a", "b"]
+
+
+# -- files of the user's ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["a file", "an empty file", "a link", "a link to nothing"])
+@pytest.mark.parametrize("words", ["data --out", "evaluate --json", "verify --json", "bench --shape tiny --json"])
+def test_an_output_file_that_exists(misuse, tmp_path, words, what):
+    path = tmp_path / "mine"
+    if "link" in what:
+        (tmp_path / "target").write_text("kept")
+        path.symlink_to(tmp_path / ("nowhere" if "nothing" in what else "target"))
+    else:
+        path.write_text("kept" * (what == "a file"))
+    assert "which exists, expected a new file; name another" in misuse("F output file", *words.split(), path)
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "/dev/stdout"])
+def test_an_output_file_that_is_a_device(misuse, name):
+    assert "expected a new file" in misuse("F output file", "data", "--out", name)
+
+
+@pytest.mark.parametrize("flag", [[], ["--resume"]])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl", "best", "best.old", "state.pt", "config.json"])
+@pytest.mark.parametrize("verb", ["curriculum", "grpo"])
+def test_a_run_folder_of_someone_else(misuse, tmp_path, checkpoint, verb, name, flag):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    if name.startswith("best"):
+        shutil.copytree(checkpoint, tmp_path / "out" / name)
+    else:
+        (tmp_path / "out" / name).write_text('{"mine": 1}')
+    start = ["--init-from", checkpoint] if verb == "grpo" else []
+    misuse("F run folder", verb, *SMALL, *start, "--out", "out", *flag)
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "of other files"])
+@pytest.mark.parametrize("verb", ["curriculum", "grpo"])
+def test_resume_of_nothing(misuse, tmp_path, verb, what):
+    if what != "missing":
+        (tmp_path / "out").mkdir()
+    if what == "of other files":
+        (tmp_path / "out" / "notes.txt").write_text("mine")
+    said = misuse("F run folder", verb, *SMALL, "--out", "out", "--resume")
+    assert "resume: got out, expected the folder of a run; correct --out, or drop --resume" in said
+
+
+@pytest.fixture(scope="session")
+def finished(checkpoint, tmp_path_factory):
+    """A finished run, and the words that made it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    words = ["grpo", *SMALL, "--init-from", str(checkpoint), "--grpo.steps", "1", "--grpo.num-problems", "2",
+             "--grpo.num-generations", "2"]  # fmt: skip
+    assert main([*words, "--out", str(folder)]) == 0
+    return folder, words
+
+
+def other_best(run):
+    shutil.rmtree(run / "best")
+    save_model(tiny_gpt2(n_positions=128, seed=1), run / "best")
+
+
+def rewrite(name, change):
+    return lambda run: (run / name).write_bytes(change((run / name).read_bytes()))
+
+
+SPOILED = {
+    "no config.json": lambda run: (run / "config.json").unlink(),
+    "metrics.jsonl of the same size": rewrite("metrics.jsonl", lambda text: text.replace(b"step", b"pets", 1)),
+    "metrics.jsonl missing": lambda run: (run / "metrics.jsonl").unlink(),
+    "metrics.jsonl cut": rewrite("metrics.jsonl", lambda text: text[:-5]),
+    "state.pt missing": lambda run: (run / "state.pt").unlink(),
+    "state.pt a folder": lambda run: ((run / "state.pt").unlink(), (run / "state.pt").mkdir()),
+    "best of another run": other_best,
+    "best missing": lambda run: shutil.rmtree(run / "best"),
+    "best cut": rewrite("best/model.safetensors", lambda text: text[: len(text) // 2]),
+    "best longer": rewrite("best/model.safetensors", lambda text: text + b"x"),
+    "best with a changed bit": rewrite("best/model.safetensors", lambda text: text[:-1] + bytes([text[-1] ^ 1])),
+    "best without latentlab.json": lambda run: (run / "best" / "latentlab.json").unlink(),
+    "best with other settings": rewrite("best/latentlab.json", lambda text: text.replace(b"2", b"3", 1)),
+    "timing.jsonl of text": rewrite("timing.jsonl", lambda _: b"a\n"),
+    "timing.jsonl of lists": rewrite("timing.jsonl", lambda _: b"[1]\n"),
+    "timing.jsonl of NULs": rewrite("timing.jsonl", lambda text: b"\0" * len(text) + b"\n"),
+    "config.json with a key twice": rewrite("config.json", lambda text: b'{"seed": 0, ' + text.lstrip()[1:]),
+    "config.json a page": rewrite("config.json", lambda _: b"<html></html>"),
+    "config.json of another seed": rewrite("config.json", lambda text: text.replace(b'"seed": 0', b'"seed": 7', 1)),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_a_run_that_is_resumed_with_other_files(misuse, finished, tmp_path, what):
+    folder, words = finished
+    run = Path(shutil.copytree(folder, tmp_path / "run"))
+    SPOILED[what](run)
+    assert "resume: " in misuse("F resumed run", *words, "--out", "run", "--resume")
+    if what != "no config.json":
+        return
+    assert "holds a run already" in misuse("F resumed run", *words, "--out", "run")
+
+
+@pytest.mark.parametrize("name", ["table.md", "train.jsonl", "answers", "coconut-s0/best"])
+@pytest.mark.parametrize("verb", ["sweep", "reproduce"])
+def test_an_experiment_folder_of_someone_else(misuse, tmp_path, verb, name):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    write_jsonl(word_problems("train", 3, seed=0), path) if "jsonl" in name else path.mkdir()
+    said = misuse("F experiment folder", verb, *SMALL, "--out", "out")
+    assert "without plan.json, expected a new folder; use another --out" in said
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"[]", b"<html>", b'{"plan": 1, "plan": 2}', b'{"spent": NaN}', b"{}", b"\xff"]
+)
+def test_a_damaged_plan(misuse, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plan.json").write_bytes(content)
+    assert "plan.json: got " in misuse("E JSON of an experiment", "sweep", *SMALL, "--out", "out")
+
+
+# -- the library's border -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fit", [arms.fit_grpo, fit_curriculum])
+@pytest.mark.parametrize("where", ["training", "validation"])
+def test_a_problem_id_twice(tmp_path, word_sets, config, fit, where):
+    train, validation = word_sets
+    twice = [*train, train[0]] if where == "training" else [*validation, validation[0]]
+    sets = (twice, validation) if where == "training" else (train, twice)
+    with pytest.raises(ValueError, match=f"^data: got the problem id '.*' twice in {where}, expected different ones; "):
+        fit(tiny_gpt2(), *sets, config(), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # -- results --------------------------------------------------------------------------------------------------------

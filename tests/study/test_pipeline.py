@@ -91,7 +91,10 @@ def test_what_a_kernel_prints_as_it_ends_is_in_a_log_and_nowhere_else(notebooks,
     assert "Assertion failed: toy\n" in (notebooks.parent / "reports" / "toy" / f".{FIRST}.log").read_text()
 
     make(notebooks, FIRST, "import os\nos.write(2, b'gone\\n')\nos._exit(1)")
-    with pytest.raises(StudyError, match=rf"^00_first: DeadKernelError: .*; see .*\.{FIRST}\.log$"):
+    with pytest.raises(
+        StudyError,
+        match=rf"^00_first: got no living kernel .*; run `.* -m ipykernel install .*, or see .*\.{FIRST}\.log$",
+    ):
         run(notebooks, only="00")
     assert capfd.readouterr().err == ""
 

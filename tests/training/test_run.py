@@ -13,6 +13,7 @@ import torch
 from latentlab.cli import main
 from latentlab.config import to_dict
 from latentlab.pretrained.loading import model_from_config, save_model
+from latentlab.problems import Problem
 from latentlab.training import arms, checkpoint, curriculum
 from latentlab.training import run as run_module
 from latentlab.training.arms import fit_grpo
@@ -32,7 +33,7 @@ def start(tmp_path, config):
         resume = changes.pop("resume", False)
         model = model or tiny_gpt2()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        train, validation = problems[:1], problems[1:]
+        train, validation = ([Problem(name, "", (), "1", "")] for name in problems)
         options = {"loop": loop, "resume": resume, **(options or {})}
         run = Run(tmp_path / "run", config(**changes), model, train, validation, **options)
         run.optimizer = optimizer
@@ -220,6 +221,111 @@ def test_metrics_shorter_than_the_checkpoint_counted_are_one_line(tmp_path, star
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"^resume: got 0 bytes of .*metrics.jsonl, expected the 12 "):
         start(resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "timing.jsonl", "best", "best.old", "best.9.partial", "state.pt.9.partial"]
+)
+def test_files_of_someone_else_are_refused_and_left_alone(tmp_path, start, name, resume):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(exist_ok=True)
+    if name.startswith("best"):
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(b"mine")
+    else:
+        path.write_text("mine\n")
+    before = content(tmp_path)
+    with pytest.raises(
+        FileExistsError, match=f"^run folder: got .* holds {name} but no config.json, .*use another --out"
+    ):
+        start(resume=resume)
+    assert content(tmp_path) == before
+
+
+def test_a_partial_file_of_another_program_stays(tmp_path, start):
+    (tmp_path / "run").mkdir()
+    for name in ("download.partial", "config.json.9.partial"):
+        (tmp_path / "run" / name).write_text("half")
+    start()
+    assert (tmp_path / "run" / "download.partial").read_text() == "half"
+    assert not (tmp_path / "run" / "config.json.9.partial").exists()
+
+
+@pytest.fixture
+def saved(tmp_path, start):
+    """The folder of a run with a checkpoint after step 0, best/ included."""
+    end(start(), 0, validation_accuracy=0.5)
+    return tmp_path / "run"
+
+
+def same_size(folder):
+    path = folder / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"0.5", b"0.7"))
+
+
+def of_another_run(folder):
+    save_model(tiny_gpt2(seed=1), folder / "best")
+
+
+def cut(folder):
+    os.truncate(folder / "best" / "model.safetensors", 100)
+
+
+REPLACED = {
+    "metrics of the same size": (same_size, r"metrics.jsonl, expected the \d+ that the checkpoint counted, unchanged"),
+    "metrics missing": (lambda f: (f / "metrics.jsonl").unlink(), "got 0 bytes of .*metrics.jsonl"),
+    "best of another run": (of_another_run, "best: got other content, expected the weights that state.pt names"),
+    "best cut": (cut, "best: got other content"),
+    "best missing": (lambda f: shutil.rmtree(f / "best"), "best: got no such folder"),
+    "best a file": (lambda f: (shutil.rmtree(f / "best"), (f / "best").write_text("x")), "best: got other content"),
+    "best without settings": (lambda f: (f / "best" / "latentlab.json").unlink(), "best: got other content"),
+    "timing of text": (
+        lambda f: (f / "timing.jsonl").write_text("a\n"),
+        r"could not read .*timing.jsonl \(JSONDecodeError",
+    ),
+    "timing of numbers": (lambda f: (f / "timing.jsonl").write_text("1\n"), "could not read .*timing.jsonl"),
+    "timing in words": (
+        lambda f: (f / "timing.jsonl").write_text('{"seconds": "1"}\n'),
+        "could not read .*timing.jsonl",
+    ),
+    "no state.pt": (lambda f: (f / "state.pt").unlink(), None),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_a_resumed_run_takes_only_its_own_files(saved, start, what):
+    change, said = REPLACED[what]
+    if said is None:  # a kill before the first state.pt leaves the same: started over
+        change(saved)
+        assert start(resume=True).new and not (saved / "best").exists()
+        return
+    change(saved)
+    before = content(saved)
+    with pytest.raises(ValueError, match=f"^resume: .*{said}.*restore it, or") as error:
+        start(resume=True)
+    assert "\n" not in str(error.value) and content(saved) == before
+
+
+def test_a_lost_state_is_no_new_run(saved, start):
+    end(start(resume=True), 1, validation_accuracy=0.25)
+    (saved / "state.pt").unlink()
+    before = content(saved)
+    with pytest.raises(ValueError, match="^resume: got .*metrics.jsonl without state.pt, expected both; restore it"):
+        start(resume=True)
+    assert content(saved) == before
+
+
+def test_weights_of_someone_else_beside_a_young_run_stay(tmp_path, start):
+    end(start(options={"checkpoint_minutes": 0}), 0)
+    of_another_run(tmp_path / "run")
+    for remove in ((), ("state.pt",)):
+        for name in remove:
+            (tmp_path / "run" / name).unlink()
+        before = content(tmp_path)
+        with pytest.raises(ValueError, match="^resume: .*best: got weights that are not of this run, expected none"):
+            start(resume=True)
+        assert content(tmp_path) == before
 
 
 # -- whole or not at all --------------------------------------------------------------------------------------------
