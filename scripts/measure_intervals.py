@@ -2,7 +2,7 @@
 
     python scripts/measure_intervals.py [FOLDER]      default: the user's own result folder
 
-For maintainers. Writes `intervals.json`, from which docs/statistics.md is generated (a minute).
+For maintainers. Writes `intervals/intervals.json`, from which docs/statistics.md is generated (a minute).
 A study: S seeds answer the same n problems with two arms. A share `shared` of the problems has the
 same difference (+1, 0 or -1) at every seed, the others draw it anew. The seeds' true differences
 are normal about `difference` with standard deviation `seed_sd` (points).
@@ -137,7 +137,7 @@ def measure(folder: Path | None = None) -> Path:
     }
     return results.write_result(
         "intervals",
-        preset="",
+        preset="intervals",
         parameters={"studies": STUDIES, "answers": ANSWERS, "target": TARGET},
         metrics=metrics,
         started=started,

@@ -207,8 +207,8 @@ def _interval(d: np.ndarray, confidence: float) -> dict[str, float]:
     _check_share("confidence", confidence)
     (seed, problem, residual), (seeds, n) = mean_squares(d), d.shape
     half = float(half_width(seed, problem, residual, seeds=seeds, n=n, confidence=confidence))
-    mean = float(d.mean())
-    return {"difference": 100 * mean, "low": 100 * max(mean - half, -1.0), "high": 100 * min(mean + half, 1.0)}
+    mean, half = float(100 * d.sum() / d.size), 100 * half
+    return {"difference": mean, "low": max(mean - half, -100.0), "high": min(mean + half, 100.0)}
 
 
 def _outcomes(a: ArrayLike, b: ArrayLike, *, ndim: int) -> tuple[np.ndarray, np.ndarray]:

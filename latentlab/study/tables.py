@@ -18,7 +18,7 @@ from latentlab.study.figures import draw_arms, estimate
 from latentlab.study.results import leaves, load_result, published_folder, reports_folder
 
 PRESET_ORDER = ("tiny", "smol-cpu", "smol-cuda", "paper-cuda")
-BLOCKS = re.compile(r"(<!-- (notebooks|results|cost|bench):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
+BLOCKS = re.compile(r"(<!-- (notebooks|results|cost|bench|intervals):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 
 
 def build_report(folder: Path | None = None) -> Path:
@@ -165,8 +165,8 @@ def command(result: dict) -> str:
     name, preset, parameters = result["name"], result["preset"], result["parameters"]
     if not preset:
         return f"make {name}"
-    if name == "perturb":
-        return "python scripts/measure_copies.py"
+    if name == preset:
+        return f"python scripts/measure_{ {'perturb': 'copies'}.get(name, name) }.py"
     if preset == "bench":
         return "latentlab bench " + " ".join(f"--{key} {parameters[key]}" for key in ("shape", "device", "threads"))
     notebook = re.match(r"(\d\d)_", name)
