@@ -5,17 +5,16 @@ Two arms answer the same n problems, so problem i gives d_i = a_i - b_i in {-1, 
     difference d = mean(d_i),  Var(d) = (discordance - d^2) / n,  discordance = share of d_i != 0.
 
 Differences and their bounds are in percentage points (100 x); shares, confidences, powers in 0..1.
-Sources: Wilson 1927; McNemar 1947; Connor 1987 (power for paired proportions); Efron & Tibshirani
-1993 (bootstrap); Owen 2007 (crossed factors); Chen et al. 2021, arXiv:2107.03374 (pass@k).
+Sources: Wilson 1927; McNemar 1947; Cochran & Cox 1957 (one variance of few degrees of freedom);
+Connor 1987 (power for paired proportions); Hillis 2007 (crossed readers and cases, here seeds and
+problems); Bonett & Price 2012 (few discordant pairs); Chen et al. 2021, arXiv:2107.03374 (pass@k).
 """
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import brentq
-from scipy.stats import binomtest, hypergeom, norm
+from scipy.stats import binomtest, chi2, hypergeom, norm
 from scipy.stats import t as student
-
-FEW_SEEDS = 3  # the least number of seeds for which Student's interval over seeds is reported
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -27,22 +26,18 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     return float(interval.low), float(interval.high)
 
 
-def paired_comparison(
-    a: ArrayLike, b: ArrayLike, *, seed: int, confidence: float = 0.95, resamples: int = 10_000
-) -> dict[str, float | int]:
+def paired_comparison(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -> dict[str, float | int]:
     """Arm `a` minus arm `b` on the same problems; a, b [n] of 0/1 in the same order.
 
-    Returns n · difference, low, high (points; percentile bootstrap over problems) · only_a, only_b
+    Returns n · difference, low, high (points; over problems alone, see `half_width`) · only_a, only_b
     (problems that one arm alone got right) · discordance (their share) · p_value (exact two-sided
-    McNemar). Without discordant problems the interval is [0, 0]: see `detectable_difference`.
-    Raises ValueError for other values than 0/1, or unequal or empty arrays.
+    McNemar). Raises ValueError for other values than 0/1, or unequal or empty arrays.
     """
     a, b = _outcomes(a, b, ndim=1)
     only_a, only_b = int(np.sum(a > b)), int(np.sum(a < b))
     return {
         "n": a.size,
-        "difference": 100 * (only_a - only_b) / a.size,
-        **_bootstrap((a - b)[None], seed, confidence, resamples),
+        **_interval((a - b)[None], confidence),
         "only_a": only_a,
         "only_b": only_b,
         "discordance": (only_a + only_b) / a.size,
@@ -50,45 +45,64 @@ def paired_comparison(
     }
 
 
-def seed_comparison(
-    a: ArrayLike, b: ArrayLike, *, seed: int, confidence: float = 0.95, resamples: int = 10_000
-) -> dict[str, float | int | list[float]]:
-    """Arm `a` minus arm `b` over training seeds and problems; a, b [S, n] of 0/1.
+def arm_comparison(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -> dict:
+    """Arm `a` minus arm `b` over S >= 1 training seeds and n problems; a, b [S, n] of 0/1.
 
     Row s of both arms must be the same training seed (hence the same start), column i the same
-    problem. Each bootstrap resample draws S seeds and n problems with replacement, the same
-    problems for every seed and both arms, since all answered one test set. With few seeds the
-    interval is too narrow for new seeds: it has (S - 1) / S of the seed part of the variance.
+    problem. From two seeds on, the interval is for new seeds and new problems; one seed shows no
+    variance between seeds, so its interval is over problems alone.
 
-    Returns seeds, n · difference, low, high (points) · seed_differences [S] and their standard
-    deviation seed_sd (points) · t_low, t_high: Student's interval over the seeds alone, valid for
-    few seeds.
-    Raises ValueError for other values than 0/1, unequal shapes, or fewer than 2 seeds.
+    Returns seeds, n · difference, low, high (points; see `half_width`) · discordance · per_seed, the
+    `paired_comparison` of each seed · from two seeds on: seed_sd, the standard deviation of the
+    seeds' differences; seed_effect_sd, the part of it that is not noise of the answers (points);
+    shared, the share of the other variance that is the problems' own, common to all seeds.
+    Raises ValueError for other values than 0/1, or unequal or empty arrays.
     """
     a, b = _outcomes(a, b, ndim=2)
-    if len(a) < 2:
-        raise ValueError(f"got {len(a)} seed, expected at least 2: run more seeds, or use paired_comparison for one")
-    seeds, n = a.shape
-    by_seed = 100 * (a - b).mean(axis=1)  # [S]
-    mean, sd = float(by_seed.mean()), float(by_seed.std(ddof=1))
-    half = float(student.isf((1 - confidence) / 2, seeds - 1) * sd / np.sqrt(seeds))
-    interval = _bootstrap(a - b, seed, confidence, resamples)
-    by_student = {"seed_sd": sd, "t_low": mean - half, "t_high": mean + half}
-    return {"seeds": seeds, "n": n, "difference": mean, **interval, "seed_differences": by_seed.tolist(), **by_student}
+    d, (seeds, n) = a - b, a.shape
+    result: dict = {"seeds": seeds, "n": n, **_interval(d, confidence), "discordance": float(np.mean(d != 0))}
+    if seeds > 1:
+        seed, problem, residual = mean_squares(d)
+        common = max(problem - residual, 0.0) / seeds
+        result["seed_sd"] = 100 * float(np.sqrt(seed / n))
+        result["seed_effect_sd"] = 100 * float(np.sqrt(max(seed - residual, 0.0) / n))
+        result["shared"] = common / (common + residual) if common else 0.0
+    return result | {"per_seed": [paired_comparison(*pair, confidence=confidence) for pair in zip(a, b, strict=True)]}
 
 
-def arm_comparison(a: ArrayLike, b: ArrayLike, *, seed: int) -> dict:
-    """Arm `a` minus arm `b` over S >= 1 training seeds and per seed; a, b as in `seed_comparison`.
+def mean_squares(d: np.ndarray) -> tuple[float, float, float]:
+    """Mean squares (seed, problem, residual) of d [S, n], a two-way analysis of variance.
 
-    Returns the keys of `seed_comparison` (one seed: `paired_comparison`) · wide_low, wide_high, the
-    interval that decides: the bootstrap's, from FEW_SEEDS on the wider of it and Student's (12.7
-    standard errors wide for two seeds) · per_seed, the `paired_comparison` of each.
+    Those of a single seed are (0, variance of the problems, 0). n stands for n - 1.
     """
-    a, b = _outcomes(a, b, ndim=2)
-    per_seed = [paired_comparison(ours, theirs, seed=seed) for ours, theirs in zip(a, b, strict=True)]
-    pooled = {"seeds": 1, **per_seed[0]} if len(a) == 1 else seed_comparison(a, b, seed=seed)
-    bounds = [pooled[key] for key in ("low", "high", "t_low", "t_high")[: 4 if len(a) >= FEW_SEEDS else 2]]
-    return {**pooled, "wide_low": min(bounds), "wide_high": max(bounds), "per_seed": per_seed}
+    seeds, n = d.shape
+    rows, columns, mean = d.mean(axis=1), d.mean(axis=0), d.mean()
+    residual = np.sum((d - rows[:, None] - columns + mean) ** 2) / (max(seeds - 1, 1) * n)
+    return float(n * np.sum((rows - mean) ** 2) / max(seeds - 1, 1)), float(seeds * columns.var()), float(residual)
+
+
+def half_width(
+    seed: ArrayLike, problem: ArrayLike, residual: ArrayLike, *, seeds: int, n: int, confidence: float = 0.95
+) -> np.ndarray:
+    """Half the interval's width, as a share, from the `mean_squares` of S x n differences.
+
+    Seeds and problems are crossed random factors. The mean has the variance (P + M) / (S n), with
+    P = max(problem - residual, 0), known nearly exactly from n problems, and M = seed, known from S
+    seeds only. The critical value is the average of the normal quantile and Student's with S - 1
+    degrees of freedom, weighted by P and M (Cochran & Cox 1957). M is at least what answers without
+    any variance between seeds exceed with probability `confidence`, so that seeds that agree by
+    chance give no interval of width 0. For one seed, P = problem and M = 0.
+    The variance of answers is that of two more discordant problems a seed (Bonett & Price 2012):
+    without any discordant problem the interval is about +-2.8 problems. Simulated coverage:
+    docs/statistics.md. The mean squares may be arrays of many studies.
+    """
+    tail = (1 - confidence) / 2
+    if seeds == 1:
+        return norm.isf(tail) * np.sqrt((np.asarray(problem) + 2 / n) / n)
+    least = (np.asarray(residual) + 2 / n) * chi2.isf(confidence, seeds - 1) / (seeds - 1)
+    own, between = np.maximum(np.subtract(problem, residual), 0), np.maximum(seed, least)
+    critical = (norm.isf(tail) * own + student.isf(tail, seeds - 1) * between) / (own + between)
+    return critical * np.sqrt((own + between) / (seeds * n))
 
 
 def pass_at_k(correct_counts: ArrayLike, n: int, k: int) -> np.ndarray:
@@ -152,22 +166,49 @@ def verdict(difference_points: float, low: float, high: float, target: float = 1
     return "not reproduced" if high < target else "not resolved"
 
 
-def _bootstrap(d: np.ndarray, seed: int, confidence: float, resamples: int) -> dict[str, float]:
-    """Percentile interval (points) of the mean of d [S, n] over resampled rows and columns.
+def verdict_rates(
+    difference: float,
+    *,
+    n: int,
+    discordance: float,
+    seeds: int = 1,
+    seed_effect_sd: float = 0.0,
+    shared: float = 0.0,
+    target: float = 1.72,
+) -> dict[str, float]:
+    """How often `verdict` says each word in studies whose true difference (points) is this one.
 
-    Columns alone if S = 1. Equal columns are drawn together, as a multinomial over the distinct
-    ones (3 if S = 1).
+    n, discordance, seeds: of the study. seed_effect_sd: standard deviation of the true difference
+    between seeds (points). shared: see `arm_comparison`. Returns {word: probability}, by the normal
+    approximation of the mean, averaged over the distribution of the seeds' mean square.
+    Raises ValueError where `power_at` does, and unless seeds >= 1, seed_effect_sd >= 0 and 0 <= shared < 1.
     """
+    power_at(difference, n, discordance)  # its checks
+    if not (seeds >= 1 and seed_effect_sd >= 0 and 0 <= shared < 1):
+        got = f"{seeds = }, {seed_effect_sd = }, {shared = }"
+        raise ValueError(f"got {got}, expected seeds >= 1, seed_effect_sd >= 0, 0 <= shared < 1: check units")
+    noise = discordance - (difference / 100) ** 2
+    residual = (1 - shared) * noise  # expected mean squares
+    problem, seed = residual + seeds * shared * noise, residual + n * (seed_effect_sd / 100) ** 2
+    chances = (np.arange(2000) + 0.5) / 2000
+    drawn = seed * chi2.ppf(chances, seeds - 1) / (seeds - 1) if seeds > 1 else 0.0
+    half = 100 * half_width(drawn, problem, residual, seeds=seeds, n=n)
+    sd = 100 * np.sqrt((seed + problem - residual) / (seeds * n))
+
+    def below(bound: np.ndarray) -> float:
+        return float(np.mean(norm.cdf((bound - difference) / sd)))
+
+    above, lowest, highest = below(half), below(np.minimum(half, target - half)), below(np.maximum(half, target - half))
+    words = ("reproduced", "smaller gain", "not reproduced", "not resolved")
+    return dict(zip(words, (1 - highest, highest - above, lowest, above - lowest), strict=True))
+
+
+def _interval(d: np.ndarray, confidence: float) -> dict[str, float]:
     _check_share("confidence", confidence)
-    if resamples < 1:
-        raise ValueError(f"got resamples = {resamples}, expected at least 1: 10,000 is usual")
-    rng, (seeds, n) = np.random.default_rng(seed), d.shape
-    patterns, counts = np.unique(d, axis=1, return_counts=True)  # [S, P], [P]
-    problem_weights = rng.multinomial(n, counts / n, size=resamples)  # [resamples, P]
-    seed_weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)  # [resamples, S]
-    means = ((seed_weights @ patterns) * problem_weights).sum(axis=1) / (seeds * n)
-    low, high = 100 * np.quantile(means, [(1 - confidence) / 2, 1 - (1 - confidence) / 2])
-    return {"low": float(low), "high": float(high)}
+    (seed, problem, residual), (seeds, n) = mean_squares(d), d.shape
+    half = float(half_width(seed, problem, residual, seeds=seeds, n=n, confidence=confidence))
+    mean, half = float(100 * d.sum() / d.size), 100 * half
+    return {"difference": mean, "low": max(mean - half, -100.0), "high": min(mean + half, 100.0)}
 
 
 def _outcomes(a: ArrayLike, b: ArrayLike, *, ndim: int) -> tuple[np.ndarray, np.ndarray]:

@@ -71,6 +71,7 @@ def write_report(
         "gain": gain,
         "main_contrast": contrast(outcomes, "shared", "temperature", seeds),
         "verdict": verdict_of(gain, device, config.data.name),
+        "verdict_rates": verdict_rates(gain),
         "curriculum": {n: {k: done[n][k] for k in ("stages", "seconds")} for n in names if "stages" in done[n]},
         **tuning,
         "curves": {name: _curves(found) for name, found in lines.items()},
@@ -124,7 +125,7 @@ def contrast(outcomes: dict, arm: str, other: str, seeds: Sequence[int]) -> dict
         return {"skipped": f"arm {arm} was not trained: no time was left in the budget"}
     ours = np.stack([outcomes[f"{arm}-s{seed}"] for seed in seeds])
     theirs = np.stack([outcomes.get(f"{other}-s{seed}", outcomes[f"{other}-s{seeds[0]}"]) for seed in seeds])
-    pooled = statistics.arm_comparison(ours, theirs, seed=0)
+    pooled = statistics.arm_comparison(ours, theirs)
     by_seed = dict(zip(map(str, seeds), pooled.pop("per_seed"), strict=True))
     for row in by_seed.values():
         if PUBLISHED["points"] <= 100 * row["discordance"]:
@@ -138,7 +139,7 @@ def contrast(outcomes: dict, arm: str, other: str, seeds: Sequence[int]) -> dict
 def in_words(found: dict) -> str:
     """One line of a `contrast`."""
     seeds = f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}"
-    return f"{found['arms']}: {found['difference']:+.2f} points {_interval(found, 'wide_')} over {seeds}"
+    return f"{found['arms']}: {found['difference']:+.2f} points {_interval(found)} over {seeds}"
 
 
 def overview(found: dict) -> str:
@@ -170,24 +171,39 @@ def overview(found: dict) -> str:
         gain = f"{change['points']:+.2f} {_interval(change)}" if change else ""
         cells = (row["correct"], f"{accuracy} %", f"[{low}, {high}]", row.get("rollouts", 0), most)
         rows.append([f"{row['name']} {row['seed']}", *map(str, cells), "start" if kept == -1 else str(kept), gain])
-    return "\n".join([*lines, table(head, rows), "", f"verdict on the published gain: {metrics['verdict']}"])
+    lines += [table(head, rows), "", f"verdict on the published gain: {metrics['verdict']}"]
+    for true, rates in metrics.get("verdict_rates", {}).items():
+        said = ", ".join(f"{word} {rate:.1%}" for word, rate in rates.items())
+        lines.append(f"how often such a study says so if the true difference is {true} points: {said}")
+    return "\n".join(lines)
 
 
 def verdict_of(gain: dict, device: str, data: str = "gsm8k") -> str:
-    """The verdict of a `contrast`, and what it does not cover: other seeds, below FEW_SEEDS.
+    """The verdict of a `contrast`, and what it does not cover: other seeds, if there is only one.
 
     For synthetic problems and runs on a CPU the rule's word is only quoted, in brackets.
     """
     if "skipped" in gain:
         return gain["skipped"] if device == "cuda" else f"{NOT_ON_GPU}; {gain['skipped']}"
-    low, high = gain["wide_low"], gain["wide_high"]
-    word = statistics.verdict(gain["difference"], low, high, target=PUBLISHED["points"])
-    if low == high:  # no problem was answered differently: an interval of width 0 resolves nothing
-        word = "not resolved"
-    if gain["seeds"] < statistics.FEW_SEEDS:
-        word += {1: ", over problems alone, with 1 seed", 2: ", over problems and no more than 2 seeds"}[gain["seeds"]]
+    word = "not resolved"  # without a discordant problem: the arm is still the baseline, nothing was learnt
+    if gain["discordance"]:
+        word = statistics.verdict(gain["difference"], gain["low"], gain["high"], target=PUBLISHED["points"])
+    if gain["seeds"] == 1:
+        word += ", over problems alone, with 1 seed"
     why = NOT_ON_GPU if device != "cuda" else "no GSM8K" if data == "word_problems" else ""
     return f"{why} (the rule's word for these numbers: {word})" if why else word
+
+
+def verdict_rates(gain: dict) -> dict[str, dict]:
+    """{true difference in points: {word: probability}} of the verdict on a `contrast`.
+
+    For no difference and for the published gain, in studies as large, with the discordance and the
+    spread between seeds found here (one seed: none). Empty if fewer problems than the gain differ.
+    """
+    if "skipped" in gain or 100 * gain["discordance"] < PUBLISHED["points"]:
+        return {}
+    study = {key: gain[key] for key in ("n", "discordance", "seeds", "seed_effect_sd", "shared") if key in gain}
+    return {f"{true:g}": statistics.verdict_rates(true, **study) for true in (0.0, PUBLISHED["points"])}
 
 
 # ---------------------------------------------------------------- sections
@@ -195,14 +211,14 @@ def _seed(name: str) -> int:
     return int(name.rpartition("-s")[2])
 
 
-def _interval(found: dict, kind: str = "") -> str:
-    return f"[{found[f'{kind}low']:+.2f}, {found[f'{kind}high']:+.2f}]"
+def _interval(found: dict) -> str:
+    return f"[{found['low']:+.2f}, {found['high']:+.2f}]"
 
 
 def _difference(outcomes: dict, name: str, base: str) -> dict:
     if name == base:
         return {}
-    pair: dict = statistics.paired_comparison(outcomes[name], outcomes[base], seed=0)
+    pair: dict = statistics.paired_comparison(outcomes[name], outcomes[base])
     pair.pop("n")  # in the row already
     return {"difference": {"points": pair.pop("difference"), **pair}}
 
@@ -281,5 +297,5 @@ def _headline(baseline: dict, metrics: dict) -> str:
     if baseline["commonest_share"] > 0.2:
         text += f" (says {baseline['commonest_answer'] or 'no number'} to {baseline['commonest_share']:.0%})"
     if "skipped" not in gain:
-        text += f" → {100 * gain['after']:.2f} %, {gain['difference']:+.2f} {_interval(gain, 'wide_')}"
+        text += f" → {100 * gain['after']:.2f} %, {gain['difference']:+.2f} {_interval(gain)}"
     return text if synthetic else f"{text}; {metrics['verdict']}"

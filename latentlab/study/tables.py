@@ -18,7 +18,7 @@ from latentlab.study.figures import draw_arms, estimate
 from latentlab.study.results import leaves, load_result, published_folder, reports_folder
 
 PRESET_ORDER = ("tiny", "smol-cpu", "smol-cuda", "paper-cuda")
-BLOCKS = re.compile(r"(<!-- (notebooks|results|cost|bench):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
+BLOCKS = re.compile(r"(<!-- (notebooks|results|cost|bench|intervals):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 
 
 def build_report(folder: Path | None = None) -> Path:
@@ -135,6 +135,12 @@ def arms_table(arms: list[dict]) -> Markup:
     return table(keys, [[row.get(key) for key in keys] for row in flat])
 
 
+def verdict_table(rates: dict[str, dict]) -> Markup:
+    """How often studies of this size say each verdict, one row per true difference (points)."""
+    head = ["True difference (points)", *next(iter(rates.values()), {})]
+    return table(head, [[true, *(f"{share:.1%}" for share in row.values())] for true, row in rates.items()])
+
+
 def provenance(result: dict) -> dict:
     """When, for how long, from which commit, with which parameters and where a result was made."""
     about = {key: result.get(key) for key in ("started", "seconds", "commit")} | result["parameters"]
@@ -159,8 +165,8 @@ def command(result: dict) -> str:
     name, preset, parameters = result["name"], result["preset"], result["parameters"]
     if not preset:
         return f"make {name}"
-    if name == "perturb":
-        return "python scripts/measure_copies.py"
+    if name == preset:
+        return f"python scripts/measure_{ {'perturb': 'copies'}.get(name, name) }.py"
     if preset == "bench":
         return "latentlab bench " + " ".join(f"--{key} {parameters[key]}" for key in ("shape", "device", "threads"))
     notebook = re.match(r"(\d\d)_", name)
@@ -178,5 +184,5 @@ LOADER = jinja2.PackageLoader("latentlab.study")
 TEMPLATES = jinja2.Environment(loader=LOADER, extensions=["jinja2.ext.do"], autoescape=True, finalize=cell)
 TEMPLATES.trim_blocks = TEMPLATES.lstrip_blocks = True
 TEMPLATES.globals |= {f.__name__: f for f in (arms_by_seed, arms_table, command, provenance, table)}
-TEMPLATES.globals |= {f.__name__: f for f in (scalar_metrics, skipped_sections)}
+TEMPLATES.globals |= {f.__name__: f for f in (scalar_metrics, skipped_sections, verdict_table)}
 TEMPLATES.tests["budgeted"] = is_budgeted

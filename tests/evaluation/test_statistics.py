@@ -1,21 +1,27 @@
 """statistics.py against numbers from other routes: by hand, by enumeration, by simulation, by scipy's own routines."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from latentlab.evaluation.statistics import (
+    arm_comparison,
     detectable_difference,
+    half_width,
+    mean_squares,
     paired_comparison,
     pass_at_k,
     power_at,
-    seed_comparison,
     verdict,
+    verdict_rates,
     wilson_interval,
 )
+from scripts.measure_intervals import coverage, simulate, simulated_verdicts
 
 
 def outcomes(both: int, only_a: int, only_b: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +49,7 @@ def test_wilson_interval_equals_scipys(correct, n, confidence):
 
 
 def test_paired_comparison_counts_by_hand():
-    result = paired_comparison(*outcomes(50, 9, 3, 38), seed=0)
+    result = paired_comparison(*outcomes(50, 9, 3, 38))
     assert (result["n"], result["only_a"], result["only_b"]) == (100, 9, 3)
     assert result["difference"] == 6.0 and result["discordance"] == 0.12
     # two-sided exact: 2 * P(X <= 3) with X ~ Binomial(12, 1/2) = 2 * (1 + 12 + 66 + 220) / 4096
@@ -53,82 +59,211 @@ def test_paired_comparison_counts_by_hand():
 @pytest.mark.parametrize(("only_a", "only_b"), [(1, 0), (5, 5), (70, 62), (23, 0)])
 def test_mcnemar_is_the_binomial_test_of_the_discordant_problems(only_a, only_b):
     expected = stats.binomtest(only_a, only_a + only_b).pvalue
-    assert paired_comparison(*outcomes(300, only_a, only_b, 200), seed=0)["p_value"] == pytest.approx(expected)
+    assert paired_comparison(*outcomes(300, only_a, only_b, 200))["p_value"] == pytest.approx(expected)
 
 
-def test_interval_agrees_with_the_normal_one_and_with_scipys_bootstrap():
+def test_the_interval_of_one_seed_by_hand():
+    result = paired_comparison(*outcomes(300, 90, 60, 869))
+    d = 30 / 1319
+    half = 1.959964 * math.sqrt((150 + 2) / 1319 - d**2) / math.sqrt(1319)  # two more discordant problems
+    assert (result["low"], result["high"]) == pytest.approx((100 * (d - half), 100 * (d + half)), abs=1e-5)
+
+
+def test_the_interval_agrees_with_scipys_bootstrap():
     a, b = outcomes(300, 90, 60, 869)
-    result = paired_comparison(a, b, seed=0)
-    d = (90 - 60) / 1319
-    half = 1.96 * math.sqrt((150 / 1319 - d**2) / 1319)
-    assert (result["low"], result["high"]) == pytest.approx((100 * (d - half), 100 * (d + half)), abs=0.12)
+    result = paired_comparison(a, b)
     other = stats.bootstrap(((a - b),), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(1))
     limits = other.confidence_interval
     assert (result["low"], result["high"]) == pytest.approx((100 * limits.low, 100 * limits.high), abs=0.15)
 
 
-def test_interval_is_the_exact_resampling_distribution_of_a_tiny_case():
-    # d = (1, 1, 0, -1): all 4^4 resamples can be listed, and their quantiles read off.
-    a, b = [1, 1, 0, 0], [0, 0, 0, 1]
-    means = [100 * sum(pick) / 4 for pick in itertools.product([1, 1, 0, -1], repeat=4)]
-    result = paired_comparison(a, b, seed=0, confidence=0.8, resamples=20_000)
-    assert (result["low"], result["high"]) == tuple(np.quantile(means, [0.1, 0.9]))
-
-
 def test_swapping_the_arms_changes_the_sign_alone():
     a, b = outcomes(40, 30, 10, 20)
-    there, back = paired_comparison(a, b, seed=0), paired_comparison(b, a, seed=0)
+    there, back = paired_comparison(a, b), paired_comparison(b, a)
     assert there["difference"] == -back["difference"] and there["p_value"] == back["p_value"]
     assert (there["only_a"], there["only_b"]) == (back["only_b"], back["only_a"])
-    assert (there["low"], there["high"]) == pytest.approx((-back["high"], -back["low"]), abs=1.01)  # one problem = 1
+    assert (there["low"], there["high"]) == pytest.approx((-back["high"], -back["low"]))
 
 
-def test_the_seed_alone_decides_the_interval():
+def test_the_order_of_problems_changes_nothing():
     a, b = outcomes(31, 17, 9, 210)
-    first = paired_comparison(a, b, seed=0, confidence=0.937)
-    assert first == paired_comparison(a, b, seed=0, confidence=0.937)
     order = np.random.default_rng(0).permutation(a.size)
-    assert first == paired_comparison(a[order], b[order], seed=0, confidence=0.937)
+    assert paired_comparison(a[order], b[order]) == paired_comparison(a, b)
 
 
-def test_equal_arms_differ_by_exactly_nothing():
-    a, _ = outcomes(5, 3, 0, 4)
-    result = paired_comparison(a, a, seed=0)
-    assert (result["difference"], result["low"], result["high"], result["p_value"]) == (0.0, 0.0, 0.0, 1.0)
+@pytest.mark.parametrize("seeds", [1, 2, 3, 10])
+def test_without_a_discordant_problem_the_interval_is_narrow_and_no_certainty(seeds):
+    a = np.tile(outcomes(500, 0, 0, 819)[0], (seeds, 1))
+    result = arm_comparison(a, a)
+    assert result["difference"] == 0 and result["low"] == -result["high"]
+    assert 0 < result["high"] <= 100 * 1.959964 * math.sqrt(2) / 1319 + 1e-5
+    assert paired_comparison(a[0], a[0])["p_value"] == 1.0
+
+
+def test_a_difference_never_leaves_plus_or_minus_100_points():
+    assert (paired_comparison([1, 1], [0, 0])["low"], paired_comparison([1, 1], [0, 0])["high"]) < (100.0, 100.0)
+    assert paired_comparison([1, 1], [0, 0])["high"] == 100 and paired_comparison([0], [1])["low"] == -100
 
 
 # Several seeds
 
 
-def test_seed_comparison_equals_a_plain_loop_over_resampled_seeds_and_problems():
+def crossed(seeds=4, n=200):
+    """Outcomes a, b [seeds, n]: problems that gain at every seed, seeds that gain unequally, and noise."""
     rng = np.random.default_rng(0)
-    start = rng.random((1, 200)) < 0.5
-    a = (start | (rng.random((4, 200)) < np.array([[0.05], [0.1], [0.2], [0.3]]))).astype(int)
-    b = (start & (rng.random((4, 200)) < 0.9)).astype(int)
-    result = seed_comparison(a, b, seed=1, resamples=20_000)
-    d, means = a - b, []
-    for _ in range(20_000):
-        seeds, problems = rng.integers(4, size=4), rng.integers(200, size=200)
-        means.append(100 * d[seeds][:, problems].mean())
-    assert (result["low"], result["high"]) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.5)
-    assert result["difference"] == pytest.approx(100 * d.mean())
-    assert result["seed_differences"] == pytest.approx((100 * d.mean(axis=1)).tolist())
-    assert result["seed_sd"] == pytest.approx(np.std(100 * d.mean(axis=1), ddof=1))
+    start = rng.random((1, n)) < 0.5
+    gains = (rng.random((1, n)) < 0.3) | (rng.random((seeds, n)) < np.linspace(0.05, 0.15, seeds)[:, None])
+    a = (start | gains).astype(int)
+    return a, (start & (rng.random((seeds, n)) < 0.9)).astype(int)
 
 
-def test_equal_seeds_leave_the_variability_of_problems_alone():
+def looped_squares(d):
+    """The three mean squares with one loop over the cells."""
+    seeds, n = len(d), len(d[0])
+    mean = sum(map(sum, d)) / (seeds * n)
+    rows, columns = [sum(row) / n for row in d], [sum(row[i] for row in d) / seeds for i in range(n)]
+    residual = sum((d[s][i] - rows[s] - columns[i] + mean) ** 2 for s in range(seeds) for i in range(n))
+    between = n * sum((row - mean) ** 2 for row in rows) / (seeds - 1)
+    return between, seeds * sum((c - mean) ** 2 for c in columns) / n, residual / ((seeds - 1) * n)
+
+
+@pytest.mark.parametrize(("seeds", "confidence"), [(2, 0.95), (4, 0.95), (4, 0.8), (10, 0.99)])
+def test_the_interval_over_seeds_equals_the_rule_in_loops(seeds, confidence):
+    a, b = crossed(seeds)
+    seed, problem, residual = looped_squares((a - b).tolist())
+    assert mean_squares(a - b) == pytest.approx((seed, problem, residual))
+    own = problem - residual
+    assert own > 0 and seed > residual  # both parts of the rule are at work
+    z, t = stats.norm.ppf((1 + confidence) / 2), stats.t.ppf((1 + confidence) / 2, seeds - 1)
+    half = 100 * (own * z + seed * t) / math.sqrt((own + seed) * seeds * 200)
+    result, mean = arm_comparison(a, b, confidence=confidence), 100 * (a - b).mean()
+    assert (result["low"], result["difference"], result["high"]) == pytest.approx((mean - half, mean, mean + half))
+
+
+def test_what_is_reported_beside_the_interval():
+    a, b = crossed()
+    seed, problem, residual = looped_squares((a - b).tolist())
+    result, by_seed = arm_comparison(a, b), 100 * (a - b).mean(axis=1)
+    assert (result["seeds"], result["n"]) == (4, 200)
+    assert result["discordance"] == np.mean(a != b)
+    assert result["seed_sd"] == pytest.approx(np.std(by_seed, ddof=1))
+    assert result["seed_effect_sd"] == pytest.approx(100 * math.sqrt((seed - residual) / 200))
+    common = (problem - residual) / 4
+    assert result["shared"] == pytest.approx(common / (common + residual))
+    assert result["per_seed"] == [paired_comparison(a[s], b[s]) for s in range(4)]
+
+
+def test_one_seed_has_the_interval_over_problems():
+    a, b = crossed(1)
+    result, alone = arm_comparison(a, b), paired_comparison(a[0], b[0])
+    assert [result[key] for key in ("low", "high", "n")] == [alone[key] for key in ("low", "high", "n")]
+    assert result["seeds"] == 1 and "seed_sd" not in result
+
+
+def test_equal_problems_leave_students_interval_over_the_seeds():
+    """Problems that share nothing: P is 0."""
+    a = (np.arange(1200).reshape(3, 400) % 7 < np.array([[1], [2], [3]])).astype(int)
+    a = np.random.default_rng(0).permuted(a, axis=1)
+    seed, problem, residual = mean_squares(a)
+    assert problem <= residual
+    result, by_seed = arm_comparison(a, np.zeros_like(a)), 100 * a.mean(axis=1)
+    expected = stats.t.interval(0.95, 2, by_seed.mean(), stats.sem(by_seed))
+    assert (result["low"], result["high"]) == pytest.approx(expected)
+
+
+def test_equal_seeds_leave_the_interval_over_problems():
     a, b = outcomes(300, 90, 60, 869)
-    one = paired_comparison(a, b, seed=0)
-    four = seed_comparison(np.tile(a, (4, 1)), np.tile(b, (4, 1)), seed=0)
-    assert four["seed_sd"] == 0.0
-    assert (four["low"], four["high"]) == pytest.approx((one["low"], one["high"]), abs=0.1)
+    one, four = paired_comparison(a, b), arm_comparison(np.tile(a, (4, 1)), np.tile(b, (4, 1)))
+    assert four["seed_sd"] == 0 and four["shared"] == 1
+    assert (four["low"], four["high"]) == pytest.approx((one["low"], one["high"]), abs=0.02)
 
 
-def test_equal_problems_leave_the_variability_of_seeds_alone():
-    a = np.repeat([[1], [1], [0], [0]], 50, axis=1)  # two seeds gain everything, two nothing
-    result = seed_comparison(a, np.zeros_like(a), seed=0, confidence=0.8, resamples=20_000)
-    means = [100 * sum(pick) / 4 for pick in itertools.product([1, 1, 0, 0], repeat=4)]
-    assert (result["low"], result["high"]) == tuple(np.quantile(means, [0.1, 0.9]))
+def test_seeds_that_agree_by_chance_give_no_interval_of_width_0():
+    """M is at least the 5 % quantile of its distribution without variance between seeds."""
+    residual, n = 0.1, 1000
+    for seeds in (2, 3, 10):
+        least = (residual + 2 / n) * stats.chi2.ppf(0.05, seeds - 1) / (seeds - 1)
+        expected = stats.t.ppf(0.975, seeds - 1) * math.sqrt(least / (seeds * n))
+        assert half_width(0.0, 0.0, residual, seeds=seeds, n=n) == pytest.approx(expected)
+        assert half_width(least * 1.01, 0.0, residual, seeds=seeds, n=n) > expected
+
+
+# Coverage and error rates, simulated
+
+
+def test_the_simulation_draws_what_it_says():
+    """Against whole tables of differences, drawn cell by cell."""
+    seeds, n, studies = 3, 400, 1500
+    mean, squares = simulate(
+        np.random.default_rng(0), studies, seeds=seeds, n=n, discordance=0.2, seed_sd=2.0, shared=0.3, difference=1.0
+    )
+    rng, tables = np.random.default_rng(1), []
+    for _ in range(studies):
+        true = rng.normal(0.01, 0.02, (seeds, 1))
+        x = (true - 0.3 * 0.01) / 0.7
+        u, fixed, same = rng.random((seeds, n)), rng.random(n), rng.random(n) < 0.3
+        d = (u < (0.2 + x) / 2).astype(int) - (u > 1 - (0.2 - x) / 2)
+        tables.append(np.where(same, (fixed < 0.105).astype(int) - (fixed > 1 - 0.095), d))
+    drawn = np.array([mean_squares(d) for d in tables])
+    assert np.mean(mean) == pytest.approx(1.0, abs=0.15)
+    assert np.std(mean) == pytest.approx(np.std([100 * d.mean() for d in tables]), rel=0.08)
+    for values, others in zip(squares, drawn.T, strict=True):
+        assert np.mean(values) == pytest.approx(others.mean(), rel=0.1)
+        assert np.median(values) == pytest.approx(np.median(others), rel=0.12)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("sd", [0.0, 0.5, 2.0])
+def test_the_interval_covers_the_true_difference_as_often_as_it_says(seeds, sd):
+    cell = {"seeds": seeds, "n": 1319, "discordance": 0.1, "shared": 0.1, "difference": 1.72}
+    assert 0.93 <= coverage(np.random.default_rng(0), 4000, seed_sd=sd, **cell) <= 0.975
+
+
+def test_one_seed_covers_new_problems_and_not_new_seeds():
+    cell = {"seeds": 1, "n": 1319, "discordance": 0.1}
+    assert 0.94 <= coverage(np.random.default_rng(0), 10_000, **cell) <= 0.96
+    assert coverage(np.random.default_rng(0), 4000, seed_sd=1.0, **cell) < 0.85
+
+
+@pytest.mark.parametrize(("seeds", "sd", "true"), [(1, 0.0, 1.72), (1, 1.0, 0.0), (2, 1.0, 1.72), (5, 0.5, 0.0)])
+def test_verdict_rates_agree_with_simulated_studies(seeds, sd, true):
+    cell = {"n": 4000, "seeds": seeds, "discordance": 0.15, "shared": 0.2}
+    found = simulated_verdicts(np.random.default_rng(0), 10_000, seed_sd=sd, difference=true, **cell)
+    rates = verdict_rates(true, seed_effect_sd=sd, **cell)
+    assert list(rates) == ["reproduced", "smaller gain", "not reproduced", "not resolved"]
+    assert sum(rates.values()) == pytest.approx(1) and list(rates.values()) == pytest.approx(found, abs=0.015)
+
+
+def test_verdict_rates_by_hand_for_one_seed():
+    """se 0.8707 points, half width 1.7066 + a little: reproduced if the mean is above it, here half of the time."""
+    rates = verdict_rates(1.72, n=1319, discordance=0.1)
+    half = 100 * 1.959964 * math.sqrt((0.1 - 0.0172**2 + 2 / 1319) / 1319)
+    se = 100 * math.sqrt((0.1 - 0.0172**2) / 1319)
+    assert rates["reproduced"] == pytest.approx(stats.norm.sf((half - 1.72) / se), abs=1e-6)
+    assert rates["not reproduced"] == pytest.approx(stats.norm.cdf((1.72 - half - 1.72) / se), abs=1e-6)
+    assert rates["smaller gain"] == 0
+
+
+PUBLISHED = Path(__file__).parents[2] / "reports" / "published" / "intervals" / "intervals.json"
+
+
+def test_every_published_cell_lies_in_the_band_or_cannot():
+    """One seed shows no variance between seeds; all other cells lie between 93 and 97.5 %."""
+    metrics = json.loads(PUBLISHED.read_text())["metrics"]
+    cells = [
+        (seeds, n, sd, value)
+        for seeds, sizes in metrics["coverage"].items()
+        for n, by_sd in sizes.items()
+        for sd, values in by_sd.items()
+        for value in values
+    ]
+    assert {cell[:3] for cell in cells} == set(
+        itertools.product(("1", "2", "3", "5", "10"), ("200", "1319", "4000"), ("0", "0.5", "1", "2"))
+    )
+    assert metrics["studies"] >= 2000 and len(cells) == 60 * 9
+    outside = {cell[:3] for cell in cells if not 0.93 <= cell[3] <= 0.975}
+    assert outside and all(seeds == "1" and sd != "0" for seeds, _, sd in outside)
+    assert metrics["verdict_gap"] < 0.01
 
 
 # pass@k
@@ -219,14 +354,21 @@ def test_verdict_takes_another_target():
         lambda: wilson_interval(5, 4),
         lambda: wilson_interval(0, 0),
         lambda: wilson_interval(1, 4, confidence=95),
-        lambda: paired_comparison([1, 0], [1], seed=0),
-        lambda: paired_comparison([], [], seed=0),
-        lambda: paired_comparison([0.5, 1], [1, 0], seed=0),
-        lambda: paired_comparison([float("nan"), 1], [1, 0], seed=0),
-        lambda: paired_comparison([1, 0], [1, 0], seed=0, resamples=0),
-        lambda: seed_comparison([1, 0], [1, 0], seed=0),
-        lambda: seed_comparison([[1, 0]], [[1, 0]], seed=0),
-        lambda: seed_comparison([[1, 2], [0, 0]], [[1, 0], [0, 0]], seed=0),
+        lambda: paired_comparison([1, 0], [1]),
+        lambda: paired_comparison([], []),
+        lambda: paired_comparison([0.5, 1], [1, 0]),
+        lambda: paired_comparison([float("nan"), 1], [1, 0]),
+        lambda: paired_comparison([1, 0], [1, 0], confidence=95),
+        lambda: arm_comparison([1, 0], [1, 0]),
+        lambda: arm_comparison([[1, 0]], [[1, 0], [0, 0]]),
+        lambda: arm_comparison(np.zeros((0, 3)), np.zeros((0, 3))),
+        lambda: arm_comparison([[1, 2], [0, 0]], [[1, 0], [0, 0]]),
+        lambda: verdict_rates(1.0, n=0, discordance=0.1),
+        lambda: verdict_rates(11.0, n=100, discordance=0.1),
+        lambda: verdict_rates(1.0, n=100, discordance=0.1, seeds=0),
+        lambda: verdict_rates(1.0, n=100, discordance=0.1, seed_effect_sd=-1.0),
+        lambda: verdict_rates(1.0, n=100, discordance=0.1, seed_effect_sd=float("nan")),
+        lambda: verdict_rates(1.0, n=100, discordance=0.1, shared=1.0),
         lambda: pass_at_k([1], 4, 5),
         lambda: pass_at_k([5], 4, 1),
         lambda: pass_at_k([1.5], 4, 1),
