@@ -24,13 +24,18 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import hypothesis  # noqa: F401 - imported once, for all children
-import numpy  # noqa: F401
+import _hypothesis_pytestplugin  # noqa: F401 - what the tests need is imported here once, for all children
+import beartype
+import hypothesis  # noqa: F401
+import jaxtyping  # noqa: F401
+import pydantic  # noqa: F401
 import pytest
 import scipy.stats  # noqa: F401
 import tokenizers  # noqa: F401
 import torch
+import tqdm  # noqa: F401
 import transformers
+import tyro  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 SCRATCH, EQUIVALENT = ROOT / "out" / "mutants", ROOT / "tests" / "mutants_equivalent.json"
@@ -276,7 +281,17 @@ def start(words, plugin, log, change=None):
             resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 5))
             signal.alarm(4 * LIMIT)  # of one that waits
             replace_source(*change)
-        words = [*words, "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-m", "not slow and not network"]
+        words = [
+            *words,
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "_hypothesis_pytestplugin",
+            "--hypothesis-seed=0",
+            "-m",
+            "not slow and not network",
+        ]
         code = int(pytest.main(words, plugins=[plugin]))
     except BaseException:
         code = 3
@@ -422,10 +437,12 @@ def main():
     options, started = parser.parse_args(), time.time()
     torch.set_num_threads(1)  # no thread must be left out of a fork
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # nbval alone takes half a second
     os.chdir(ROOT)
     SCRATCH.mkdir(parents=True, exist_ok=True)
     for name in ("GPT2LMHeadModel", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
-        getattr(transformers, name)  # imported here, not in every child
+        getattr(transformers, name)
+    beartype.beartype(lambda x: x)
     files = (path for folder in ("latentlab", "tests") for path in sorted((ROOT / folder).rglob("*.py")))
     state, outcomes = digest(*(path.read_text() for path in files if path != Path(__file__))), {}
     kept = SCRATCH / "outcomes.jsonl"
