@@ -78,3 +78,36 @@ def test_a_summary_names_both_deployments(problems, config):
 def test_no_problems_is_one_line():
     with pytest.raises(ValueError, match="^problems: got an empty list, expected at least one"):
         evaluate(tiny_gpt2(), [], batch_size=4)
+
+
+def test_the_two_grading_rules_are_counted_apart():
+    assert outcomes(["### 7", "### 7.0", "7", "### 8"], ["7", "8"], 2).correct_by_string() == 2
+
+
+def test_a_summary_by_hand(problems, config, monkeypatch):
+    """Four problems, greedy 1 of 4 right, and of K = 2 sampled ones 2, 1, 0 and 1."""
+    calls = []
+
+    def given(model, on, *, batch_size, num_generations=1, mask=None, temperature=0.0, run_seed=0):
+        calls.append((batch_size, num_generations, mask, temperature, run_seed))
+        right = [[1], [0], [0], [0]] if num_generations == 1 else [[1, 1], [0, 1], [0, 0], [1, 0]]
+        texts = [f"### {p.answer}" if r else "### -1" for p, row in zip(on, right, strict=True) for r in row]
+        return Evaluation(tuple(on), np.array(right, float), tuple(texts))
+
+    monkeypatch.setattr(accuracy, "evaluate", given)
+    c, mask = config(evaluate={"num_generations": 2, "batch_size": 7}, seed=5), MaskSpec(rate=0.25)
+    model = tiny_gpt2()
+    result = summary(model, problems, c, mask=mask, temperature=0.9)
+    assert calls == [(7, 1, None, 0.0, 0), (3, 2, mask, 0.9, 5)]
+    greedy, sampled = result["greedy"], result["sampled"]
+    assert greedy["correct"] == 1 and greedy["pass@1"] == 0.25 and greedy["correct_string_rule"] == 1
+    assert greedy["interval"] == pytest.approx(accuracy.wilson_interval(1, 4))
+    assert sampled == {"mask_rate": 0.25, "mean": 0.5, "pass@k": {"1": 0.5, "2": 0.75}, "majority": 0.5}
+    assert result["weights"] == model.provenance
+    assert (
+        summary(model, problems, config(evaluate={"num_generations": 2, "batch_size": 1}), mask=None, temperature=1)[
+            "sampled"
+        ]["mask_rate"]
+        == 0.0
+    )
+    assert calls[-1][0] == 1

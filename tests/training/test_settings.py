@@ -1,0 +1,200 @@
+"""Every setting reaches the place where it acts, with its value: what no metric of a run would show."""
+
+import pytest
+import torch
+
+from latentlab.advantage import group_advantages
+from latentlab.grpo import policy_gradient
+from latentlab.loss import grpo_loss
+from latentlab.masks import MaskSpec
+from latentlab.pretrained.loading import model_from_config
+from latentlab.rollouts import rollout
+from latentlab.training import arms, curriculum
+from latentlab.training.arms import fit_grpo
+from latentlab.training.curriculum import fit_curriculum, set_stage, stage_text
+from latentlab.training.run import read_metrics
+from latentlab.training.steps import update, warmup_cosine
+from tests.conftest import sharpen, tiny_gpt2
+from tests.training.test_arms import graded, gradients, same, weights
+
+
+@pytest.fixture
+def optimizers(monkeypatch):
+    """The settings of every AdamW, and its learning rate at each step."""
+    made, original = [], torch.optim.AdamW
+
+    class Watched(original):
+        def __init__(self, parameters, **settings):
+            made.append((settings, []))
+            super().__init__(parameters, **settings)
+            self.rates = made[-1][1]
+
+        def step(self):
+            self.rates.append(self.param_groups[0]["lr"])
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    return made
+
+
+# -- GRPO -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_has_both_clip_bounds_and_the_kl_to_a_reference_under_the_same_masks(problems, config):
+    """Against the loss of the recorded rollouts in one piece, with every setting away from its default."""
+    model, reference = sharpen(tiny_gpt2()).double(), sharpen(tiny_gpt2(seed=1)).double().requires_grad_(False)
+    out = rollout(model, problems, num_generations=4, masks=MaskSpec(rate=0.3), temperature=1.0, run_seed=0, step=0)
+    out.logp.add_(torch.arange(out.logp.numel()).sin().view_as(out.logp) * out.token_mask)  # so that ratios clip
+    advantages = group_advantages(out.rewards(graded)).flatten()
+    settings = {"epsilon": 0.1, "epsilon_high": 0.5, "beta": 0.3}
+    got = policy_gradient(model, out, advantages, config(grpo={**settings, "micro_batch": 3}), reference=reference)
+    grads = gradients(model)
+    given = (model.score(out, masks=out.masks), out.logp, advantages, out.token_mask)
+    ref_logp = reference.score(out, masks=out.masks)
+    limit = {"max_completion_length": model.max_new_tokens}
+    loss, stats = grpo_loss(*given, ref_logp=ref_logp, **limit, **settings)
+    loss.backward()
+    assert got["loss"] == pytest.approx(loss.item(), abs=1e-12)
+    assert {name: got[name] for name in stats} == pytest.approx(stats, abs=1e-12)
+    assert got["entropy"] == pytest.approx(out.entropy.sum().item() / int(out.token_mask.sum()))
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-12)
+    for changes in ({"epsilon": 0.2}, {"epsilon_high": 0.1}, {"beta": 0.1}):  # each of them acts here
+        assert abs(grpo_loss(*given, ref_logp=ref_logp, **limit, **{**settings, **changes})[0] - loss) > 1e-3
+    unmasked = grpo_loss(*given, ref_logp=reference.score(out, masks=None), **limit, **settings)[0]
+    assert abs(unmasked - loss) > 1e-5
+
+
+def test_the_reference_stays_the_initial_model(config, word_sets, tmp_path, monkeypatch):
+    seen, original = [], arms.policy_gradient
+
+    def watched(model, *args, reference, **settings):
+        seen.append((weights(reference), weights(model)))
+        return original(model, *args, reference=reference, **settings)
+
+    monkeypatch.setattr(arms, "policy_gradient", watched)
+    c = config(grpo={"beta": 0.1, "steps": 3, "learning_rate": 1e-2})
+    model = sharpen(model_from_config(c))
+    before = weights(model)
+    fit_grpo(model, *word_sets, c, out=tmp_path / "run", reward=graded)
+    assert len(seen) == 3 and all(same(reference, before) for reference, _ in seen)
+    assert same(seen[0][1], before) and not same(seen[1][1], before)
+    first, *rest = [line["kl"] for line in read_metrics(tmp_path / "run")[1:]]
+    assert abs(first) < 1e-9 and min(rest) > 1e-6
+
+
+def test_without_a_kl_term_there_is_no_reference(config, word_sets, tmp_path, monkeypatch):
+    seen, original = [], arms.policy_gradient
+    monkeypatch.setattr(arms, "policy_gradient", lambda *a, **kw: (seen.append(kw["reference"]), original(*a, **kw))[1])
+    c = config(grpo={"beta": 0.0, "steps": 1})
+    fit_grpo(model_from_config(c), *word_sets, c, out=tmp_path / "run", reward=graded)
+    assert seen == [None]
+
+
+def test_grpo_warms_up_decays_clips_and_validates_as_configured(config, word_sets, tmp_path, monkeypatch, optimizers):
+    norms, original = [], arms.update
+    monkeypatch.setattr(arms, "update", lambda *a, **kw: (norms.append(kw["max_grad_norm"]), original(*a, **kw))[1])
+    settings = {"learning_rate": 0.012, "warmup_steps": 3, "weight_decay": 0.5, "max_grad_norm": 0.25}
+    c = config(grpo={**settings, "steps": 5, "eval_every": 2, "num_iterations": 2})
+    fit_grpo(model_from_config(c), *word_sets, c, out=tmp_path / "run", reward=graded)
+    ((given, rates),) = optimizers
+    assert given["weight_decay"] == 0.5
+    assert rates == pytest.approx([rate for rate in (0.004, 0.008, 0.012, 0.012, 0.012) for _ in range(2)])
+    assert norms == [0.25] * 10
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "validation_accuracy" in line] == [-1, 1, 3, 4]
+
+
+def test_a_line_of_grpo_is_about_its_own_rollouts(config, word_sets, tmp_path, monkeypatch):
+    seen, original = [], arms.rollout
+    monkeypatch.setattr(arms, "rollout", lambda *a, **kw: (seen.append(original(*a, **kw)), seen[-1])[1])
+    c = config(grpo={"steps": 2, "num_problems": 3, "num_generations": 4, "num_iterations": 2, "arm": "temperature"})
+    fit_grpo(sharpen(model_from_config(c)), *word_sets, c, out=tmp_path / "run", reward=graded)
+    for line, out in zip(read_metrics(tmp_path / "run")[1:], seen, strict=True):
+        rewards = out.rewards(graded)
+        assert (line["arm"], line["candidates"], line["groups"]) == ("temperature", 3, 3)
+        assert line["reward"] == pytest.approx(rewards.mean().item())
+        assert line["reward_std"] == pytest.approx(rewards.std(1).mean().item())
+        assert line["completions/mean_length"] == pytest.approx(out.token_mask.sum().item() / 12)
+        assert line["replay_gap"] < 1e-5  # of the first update: the second has moved
+
+
+def test_the_supervised_arm_sees_as_many_sequences_all_latent_without_the_decoding_loss(
+    config, word_sets, tmp_path, monkeypatch
+):
+    seen, original = [], arms.curriculum_gradient
+
+    def watched(model, problems, stage, c, *, step):
+        seen.append(([p.id for p in problems], stage, c.curriculum.decode_weight, step))
+        return original(model, problems, stage, c, step=step)
+
+    monkeypatch.setattr(arms, "curriculum_gradient", watched)
+    c = config(grpo={"arm": "supervised", "steps": 2}, curriculum={"decode_weight": 0.5})
+    summary = fit_grpo(model_from_config(c), *word_sets, c, out=tmp_path / "run")
+    assert [row[1:] for row in seen] == [(2, 0.0, 0), (2, 0.0, 1)]
+    assert [len(row[0]) for row in seen] == [12, 12] and summary["rollouts"] == 24
+    assert len(set(seen[0][0] + seen[1][0])) == 24  # the whole epoch, each problem once
+
+
+# -- curriculum -----------------------------------------------------------------------------------------------------
+
+
+def test_each_stage_of_the_curriculum_has_its_own_optimizer_and_cosine(config, word_sets, tmp_path, optimizers):
+    settings = {"learning_rate": 0.01, "weight_decay": 0.3, "betas": [0.8, 0.9], "final_lr_fraction": 0.2}
+    c = config(curriculum={**settings, "warmup_steps": 2, "steps": [4, 3, 5], "stop_accuracy": 2.0})
+    fit_curriculum(model_from_config(c), *word_sets, c, out=tmp_path / "run")
+    assert [given["betas"] for given, _ in optimizers] == [(0.8, 0.9)] * 3
+    assert [given["weight_decay"] for given, _ in optimizers] == [0.3] * 3
+    for (_, rates), total in zip(optimizers, (4, 3, 5), strict=True):
+        assert rates == pytest.approx([0.01 * warmup_cosine(i, total=total, warmup=2, final=0.2) for i in range(total)])
+
+
+def test_stage_accuracies_are_the_best_of_each_and_only_the_last_stage_is_kept(
+    config, word_sets, tmp_path, monkeypatch
+):
+    accuracies = iter([0.9, 0.8, 0.5, 0.7, 0.6])
+    monkeypatch.setattr(curriculum.Run, "accuracy", lambda run: next(accuracies))
+    c = config(curriculum={"steps": [2, 2, 6], "eval_every": 2, "stop_accuracy": 1.0})
+    summary = fit_curriculum(model_from_config(c), *word_sets, c, out=tmp_path / "run")
+    assert summary == {"stages": {"0": 0.9, "1": 0.8, "2": 0.7}, "validation_accuracy": 0.7}
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "validation_accuracy" in line] == [1, 3, 5, 7, 9]
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["progress"]["best_step"] == 7
+
+
+def test_an_earlier_stage_may_write_its_longest_validation_text(config, word_sets):
+    c = config(curriculum={"steps": [2, 2, 2], "c_thought": 3}, max_new_tokens=4)
+    model = model_from_config(c)
+    for stage in range(3):
+        set_stage(model, c, stage, word_sets[1])
+        texts = model.tokenizer([stage_text(p, stage, 2) for p in word_sets[1]], add_special_tokens=False)["input_ids"]
+        assert model.num_thoughts == 3 * stage
+        assert model.max_new_tokens == (4 if stage == 2 else 1 + max(map(len, texts)))
+
+
+# -- one step -------------------------------------------------------------------------------------------------------
+
+
+def test_an_update_clips_the_gradient_and_returns_the_norm_before():
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.data.zero_()
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    stats = update(model, torch.optim.SGD(model.parameters(), lr=1.0), {"loss": 2.0}, step=0, max_grad_norm=0.5)
+    assert stats == {"loss": 2.0, "grad_norm": pytest.approx(5.0)} and model.weight.grad is None
+    assert model.weight.tolist() == [pytest.approx([-0.3, -0.4], rel=1e-5)]
+
+
+def test_a_number_that_is_not_finite_moves_no_weight():
+    model = torch.nn.Linear(2, 1, bias=False)
+    before, model.weight.grad = model.weight.clone(), torch.ones(1, 2)
+    with pytest.raises(FloatingPointError, match="^loss: got nan at step 7"):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        update(model, optimizer, {"loss": float("nan")}, step=7, max_grad_norm=1.0)
+    assert torch.equal(model.weight, before)
+
+
+def test_the_cosine_by_hand():
+    shares = [warmup_cosine(i, total=6, warmup=2, final=0.2) for i in range(8)]
+    half = 0.2 + 0.8 * (1 + 0.5**0.5) / 2
+    assert shares == pytest.approx([0.5, 1.0, 1.0, half, 0.6, 1.2 - half, 0.2, 0.2])
+    assert warmup_cosine(0, total=2, warmup=2, final=0.0) == 0.5 and warmup_cosine(2, total=2, warmup=2, final=0) == 1
