@@ -20,9 +20,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from jaxtyping import Float, Int
@@ -149,29 +150,113 @@ def _signed(word: int) -> int:
 # -- where masks act: the outputs of residual branches --------------------------------------------
 
 
-def branch_outputs(lm: nn.Module, sites: tuple[str, ...]) -> list[nn.Module]:
-    """The last linear map of each attention and MLP branch in `sites`, layer by layer.
+ROLES = {"attention": ("att",), "mlp": ("mlp", "feed_forward", "ffn", "moe", "fc")}  # parts of child names
 
-    Its output is what the branch adds to the residual stream.
+
+def branch_outputs(lm: nn.Module, sites: tuple[str, ...]) -> list[nn.Module]:
+    """The modules whose outputs are what the branches in `sites` add to the residual stream.
+
+    Layer by layer: the linear map that the branch runs last, or the norm behind it. Which one is
+    decided by running each layer under masks (`_acts_alone`).
+    Raises ValueError if no module of a branch qualifies.
     """
-    words = ["att" if site == "attention" else "mlp" for site in sites if site != "embedding"]
-    return [_linear_maps(layer, word)[-1] for layer in decoder_layers(lm) for word in words]
+    words = [site for site in sites if site != "embedding"]
+    pairs = [_branch_pair(lm, layer, call) for layer, call in _layer_calls(lm) if words]
+    return [pair[word] for pair in pairs for word in words]
 
 
 def decoder_layers(lm: nn.Module) -> nn.ModuleList:
     """The decoder blocks: the first ModuleList whose members have an attention and an MLP child."""
     for module in lm.modules():
-        if isinstance(module, nn.ModuleList) and module and all(_linear_maps(module[0], w) for w in ("att", "mlp")):
+        if isinstance(module, nn.ModuleList) and module and all(_branch(module[0], site) for site in ROLES):
             return module
     raise ValueError(
-        f"backbone: got {type(lm).__name__}, expected blocks with an attention and an mlp child (GPT-2, Llama)"
+        f"backbone: got {type(lm).__name__}, expected blocks with an attention and an mlp child; "
+        "use a family that docs/backbones.md lists as supported"
     )
 
 
-def _linear_maps(layer: nn.Module, role: str) -> list[nn.Module]:
-    """Modules with a weight matrix (Linear, Conv1D) in children of `layer` named after `role`."""
-    children = [child for name, child in layer.named_children() if role in name]
-    return [m for child in children for m in child.modules() if getattr(m, "weight", torch.empty(0)).dim() == 2]
+def _branch(layer: nn.Module, site: str) -> list[nn.Module]:
+    """The children of `layer` named after `site` that have a weight matrix somewhere."""
+    named = [child for name, child in layer.named_children() if any(word in name for word in ROLES[site])]
+    return [child for child in named if any(_is_map(module) for module in child.modules())]
+
+
+def _is_map(module: nn.Module) -> bool:  # Linear, Conv1D
+    return getattr(module, "weight", torch.empty(0)).dim() == 2
+
+
+@torch.no_grad()
+def _layer_calls(lm: nn.Module) -> list[tuple[nn.Module, Callable[[], Tensor]]]:
+    """Each decoder layer with a function that runs it on random inputs [1, 3, D]: -> [1, 3, D]."""
+    calls: list[tuple[nn.Module, Callable[[], Tensor]]] = []
+    generator = torch.Generator().manual_seed(0)
+
+    def record(layer, args, kwargs):
+        x = torch.randn(args[0].shape, generator=generator).to(args[0])
+
+        def call() -> Tensor:
+            out = layer(x, *args[1:], **kwargs)
+            return (out[0] if isinstance(out, tuple) else out) - x
+
+        calls.append((layer, call))
+
+    with ExitStack() as hooks:
+        for layer in decoder_layers(lm):
+            hooks.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
+        lm(input_ids=torch.arange(3, device=next(lm.parameters()).device)[None], use_cache=False)
+    return calls
+
+
+@torch.no_grad()
+def _branch_pair(lm: nn.Module, layer: nn.Module, call: Callable[[], Tensor]) -> dict[str, nn.Module]:
+    """The site of the layer's attention and of its MLP branch."""
+    ran: list[tuple[nn.Module, bool]] = []  # modules in the order of execution; as wide as the stream?
+    shape = call().shape
+    with ExitStack() as hooks:
+        for module in layer.modules():
+            hook = lambda m, _, out: ran.append((m, isinstance(out, Tensor) and out.shape == shape))  # noqa: E731
+            hooks.enter_context(module.register_forward_hook(hook))
+        call()
+    order = [module for module, _ in ran]
+    wide = {module for module, is_wide in ran if is_wide}
+    children = [module for module in order if module in set(layer.children())]
+    candidates = {}
+    for site in ROLES:
+        branch = [child for child in children if child in _branch(layer, site)][-1]
+        last = [module for module in order if module in set(branch.modules()) and _is_map(module)][-1]
+        behind = children[children.index(branch) + 1 :][:1]
+        candidates[site] = [module for module in (last, branch, *behind) if module in wide]
+    for attention, mlp in product(*candidates.values()):
+        if _acts_alone(call, [attention, mlp], shape):
+            return {"attention": attention, "mlp": mlp}
+    raise ValueError(
+        f"backbone: got {type(lm).__name__}, expected layers that add an attention and an mlp branch to the residual "
+        "stream, so that masks can multiply what is added; use a family that docs/backbones.md lists as supported"
+    )
+
+
+def _acts_alone(call: Callable[[], Tensor], modules: list[nn.Module], shape: torch.Size) -> bool:
+    """Whether masks on the two modules multiply exactly what each branch adds to the stream.
+
+    With one branch at 0 the layer adds f * a under mask f, where it adds a under ones; with both at
+    0 it adds nothing.
+    """
+    f = torch.randint(2, shape, generator=torch.Generator().manual_seed(1)).to(next(modules[0].parameters()))
+    zeros, ones = torch.zeros_like(f), torch.ones_like(f)
+
+    def added(*factors: Tensor) -> Tensor:
+        with scaled(modules, torch.stack(factors, 2), shape[1]):
+            return call()
+
+    nothing = added(zeros, zeros)
+    for site in (0, 1):
+        order = slice(None, None, 1 if site == 0 else -1)
+        alone, masked = added(*(ones, zeros)[order]), added(*(f, zeros)[order])
+        bound = torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max()
+        if not (nothing.abs().max() <= bound and (masked - f * alone).abs().max() <= bound):
+            return False
+    return True
 
 
 @contextmanager

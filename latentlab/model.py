@@ -22,11 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from latentlab.attention import RolloutCache, rollout_attention
 from latentlab.masks import Masks, branch_outputs, scale_first, scaled
@@ -57,7 +59,7 @@ class State:
 class LatentReasoner(nn.Module):
     """A causal LM with `num_thoughts` latent steps between question and answer.
 
-    lm: a GPT-2 or Llama-family `transformers` causal LM.
+    lm: a `transformers` causal LM of a supported family (docs/backbones.md).
     tokenizer: has START, LATENT and END as single tokens.
     max_new_tokens: longest answer in tokens, eos included.
     feedback: "thought" (Coconut), or a control: "pause" (the embedding of <|latent|> replaces the
@@ -133,12 +135,15 @@ class LatentReasoner(nn.Module):
     def head(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Logits in float32 or wider, computed without autocast.
 
-        bfloat16 logits are spaced by about 0.1 where it matters: ties, and log-probs that do not
-        replay (arXiv 2506.13585).
+        They come from the model's own forward, with `hidden` in place of its base model's output,
+        so that scales and caps of logits apply. bfloat16 logits are spaced by about 0.1 where it
+        matters: ties, and log-probs that do not replay (arXiv 2506.13585).
         """
-        head = self.lm.get_output_embeddings()
+        hidden = hidden.to(self.lm.get_output_embeddings().weight.dtype)
+        lm = copy(self.lm)  # shares all modules but the base model
+        lm._modules = self.lm._modules | {lm.base_model_prefix: _Given(hidden.reshape(1, -1, hidden.shape[-1]))}
         with torch.autocast(self.device.type, enabled=False):
-            logits = head(hidden.to(head.weight.dtype))
+            logits = lm(use_cache=False).logits.view(*hidden.shape[:-1], -1)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def forward_pass(self, state: State, inputs: Float[Tensor, "R T D"]) -> Float[Tensor, "R T D"]:
@@ -153,14 +158,13 @@ class LatentReasoner(nn.Module):
             hooks = scaled(self.branches(masks.spec.sites), factors, masked)
             if "embedding" in masks.spec.sites:
                 inputs = scale_first(inputs, factors[:, :, -1], masked)
-        with self.autocast(), hooks, rollout_attention(self.lm.config):
+        with self.autocast(), hooks, rollout_attention(self.lm.config, cache):
             output = self.lm.base_model(
                 inputs_embeds=inputs,
                 attention_mask=cache.visible(new),
                 position_ids=positions.clamp(min=0),  # padding is before position 0
                 past_key_values=cache,
                 use_cache=True,
-                rollout_cache=cache,
             )
         return output.last_hidden_state
 
@@ -276,6 +280,24 @@ class LatentReasoner(nn.Module):
         places = r.token_mask.nonzero(as_tuple=True)  # the N answer tokens
         logp = token_logps(self.head(hidden[places]), r.tokens[places], r.temperature)  # [N]
         return logp.new_zeros(r.tokens.shape).index_put(places, logp)
+
+
+class _Given(nn.Module):
+    """A base model whose last hidden states are given, whatever it is called with."""
+
+    def __init__(self, hidden: Float[Tensor, "1 T D"]):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_, **__) -> _Output:
+        return _Output(last_hidden_state=self.hidden)
+
+
+class _Output(BaseModelOutput):
+    """Every other field of a base model's output, which differ by family, is None."""
+
+    def __getattr__(self, _):
+        return None
 
 
 def policy(logits: Float[Tensor, "*rows V"], temperature: float) -> Float[Tensor, "*rows V"]:

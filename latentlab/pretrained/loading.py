@@ -1,7 +1,7 @@
 """Loading and saving models: weights, tokenizer and the settings of latent reasoning.
 
     load_model("tiny")             the checkpoint that comes with the library
-    load_model(name_or_path)       a folder or Hub id: of latentlab, or any GPT-2 / Llama-family LM
+    load_model(name_or_path)       a folder or Hub id: of latentlab, or any supported LM
     load_model("…/checkpoint_25")  a published Coconut checkpoint, either layout (coconut.py)
     model_from_config(config)      what a preset asks for
     save_model(model, folder)      safetensors + tokenizer + config + latentlab.json
@@ -28,6 +28,7 @@ from latentlab.data.word_problems import WORDS
 from latentlab.model import END, LATENT, START, LatentReasoner
 from latentlab.pretrained import coconut
 from latentlab.pretrained.scratch import build_model
+from latentlab.pretrained.selfcheck import check_backbone
 from latentlab.runtime.environment import TIMEOUT, hub_answers, repository_root
 from latentlab.runtime.files import read_json
 
@@ -62,7 +63,7 @@ def load_model(name_or_path: str | Path, *, base: str = coconut.BASE, **settings
 
     Returns a model whose `provenance` has kind, name and sha256 of the weights.
     Raises FileNotFoundError (no such checkpoint, Hub not reachable) or ValueError (damaged or
-    incomplete checkpoint, settings missing), one line each.
+    incomplete checkpoint, settings missing, backbone not supported), one line each.
     """
     name = str(shipped_checkpoint("tiny") if name_or_path == "tiny" else name_or_path)
     if Path(name, "metrics.jsonl").exists() and Path(name, "best").exists():
@@ -82,6 +83,7 @@ def load_model(name_or_path: str | Path, *, base: str = coconut.BASE, **settings
     if (made := Path(name, "PROVENANCE.json")).is_file() and not state_dict:  # as its maker describes them
         kind = read_json(made, "the source of these weights").get("kind", kind)
     model.provenance = {"kind": kind, "name": Path(name).name, **weights_hash(state_dict or name)}
+    check_backbone(model)
     return model
 
 
@@ -104,7 +106,7 @@ def _load_pair(name: str) -> tuple[Any, Any]:
         raise FileNotFoundError(
             f"Hub: got no answer for {name} within {TIMEOUT:g} s, and no folder has that name; {REMEDY}"
         )
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
+    options = {"dtype": torch.float32, "output_loading_info": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # None would ask the user
         load: Any = AutoModelForCausalLM.from_pretrained
