@@ -156,13 +156,19 @@ ROLES = {"attention": ("att",), "mlp": ("mlp", "feed_forward", "ffn", "moe", "fc
 def branch_outputs(lm: nn.Module, sites: tuple[str, ...]) -> list[nn.Module]:
     """The modules whose outputs are what the branches in `sites` add to the residual stream.
 
-    Layer by layer: the linear map that the branch runs last, or the norm behind it. Which one is
-    decided by running each layer under masks (`_acts_alone`).
-    Raises ValueError if no module of a branch qualifies.
+    Layer by layer: the linear map that a branch runs last, else the whole branch, else the norm
+    behind it: the first that `_gaps` confirms. Raises ValueError if there is none.
     """
     words = [site for site in sites if site != "embedding"]
-    pairs = [_branch_pair(lm, layer, call) for layer, call in _layer_calls(lm) if words]
-    return [pair[word] for pair in pairs for word in words]
+    layers = _layer_calls(lm) if words else []
+    return [branches[word] for layer, call in layers for branches in [_find(lm, layer, call)] for word in words]
+
+
+def branch_gaps(lm: nn.Module) -> tuple[float, float]:
+    """How far masks are from multiplying what attention and MLP branches add, relative; 0 is exact."""
+    gaps = [_gaps(call, list(_find(lm, layer, call).values())) for layer, call in _layer_calls(lm)]
+    attention, mlp = torch.tensor(gaps).amax(0).tolist()
+    return attention, mlp
 
 
 def decoder_layers(lm: nn.Module) -> nn.ModuleList:
@@ -188,13 +194,14 @@ def _is_map(module: nn.Module) -> bool:  # Linear, Conv1D
 
 @torch.no_grad()
 def _layer_calls(lm: nn.Module) -> list[tuple[nn.Module, Callable[[], Tensor]]]:
-    """Each decoder layer with a function that runs it on random inputs [1, 3, D]: -> [1, 3, D]."""
+    """Each decoder layer, and a function: what it adds to random inputs [1, 3, D]."""
     calls: list[tuple[nn.Module, Callable[[], Tensor]]] = []
     generator = torch.Generator().manual_seed(0)
 
     def record(layer, args, kwargs):
-        x = torch.randn(args[0].shape, generator=generator).to(args[0])
+        x = torch.randn(args[0].shape, generator=generator).to(args[0]) / 100  # small: out - x keeps its digits
 
+        @torch.no_grad()
         def call() -> Tensor:
             out = layer(x, *args[1:], **kwargs)
             return (out[0] if isinstance(out, tuple) else out) - x
@@ -208,27 +215,24 @@ def _layer_calls(lm: nn.Module) -> list[tuple[nn.Module, Callable[[], Tensor]]]:
     return calls
 
 
-@torch.no_grad()
-def _branch_pair(lm: nn.Module, layer: nn.Module, call: Callable[[], Tensor]) -> dict[str, nn.Module]:
-    """The site of the layer's attention and of its MLP branch."""
-    ran: list[tuple[nn.Module, bool]] = []  # modules in the order of execution; as wide as the stream?
-    shape = call().shape
+def _find(lm: nn.Module, layer: nn.Module, call: Callable[[], Tensor]) -> dict[str, nn.Module]:
+    """The modules of one layer that masks on "attention" and on "mlp" multiply."""
+    shapes: dict[nn.Module, torch.Size | None] = {}  # of the outputs, in the order of execution
     with ExitStack() as hooks:
         for module in layer.modules():
-            hook = lambda m, _, out: ran.append((m, isinstance(out, Tensor) and out.shape == shape))  # noqa: E731
+            hook = lambda m, _, out: shapes.update({m: getattr(out, "shape", None)})  # noqa: E731
             hooks.enter_context(module.register_forward_hook(hook))
-        call()
-    order = [module for module, _ in ran]
-    wide = {module for module, is_wide in ran if is_wide}
-    children = [module for module in order if module in set(layer.children())]
-    candidates = {}
+        stream = call().shape
+    children = [module for module in shapes if module in set(layer.children())]
+    candidates = []
     for site in ROLES:
         branch = [child for child in children if child in _branch(layer, site)][-1]
-        last = [module for module in order if module in set(branch.modules()) and _is_map(module)][-1]
+        last = [module for module in shapes if module in set(branch.modules()) and _is_map(module)][-1]
         behind = children[children.index(branch) + 1 :][:1]
-        candidates[site] = [module for module in (last, branch, *behind) if module in wide]
-    for attention, mlp in product(*candidates.values()):
-        if _acts_alone(call, [attention, mlp], shape):
+        candidates.append([module for module in (last, branch, *behind) if shapes[module] == stream])
+    eps = torch.finfo(next(lm.parameters()).dtype).eps
+    for attention, mlp in product(*candidates):
+        if not any(gap > eps**0.5 for gap in _gaps(call, [attention, mlp])):  # NaN weights are no other family
             return {"attention": attention, "mlp": mlp}
     raise ValueError(
         f"backbone: got {type(lm).__name__}, expected layers that add an attention and an mlp branch to the residual "
@@ -236,27 +240,24 @@ def _branch_pair(lm: nn.Module, layer: nn.Module, call: Callable[[], Tensor]) ->
     )
 
 
-def _acts_alone(call: Callable[[], Tensor], modules: list[nn.Module], shape: torch.Size) -> bool:
-    """Whether masks on the two modules multiply exactly what each branch adds to the stream.
+def _gaps(call: Callable[[], Tensor], modules: list[nn.Module]) -> list[float]:
+    """For each of two modules: the error of masks on it, relative to what its branch adds.
 
-    With one branch at 0 the layer adds f * a under mask f, where it adds a under ones; with both at
-    0 it adds nothing.
+    With the other module at 0 the layer must add f * a under mask f, where it adds a under ones;
+    with both at 0 it must add nothing.
     """
-    f = torch.randint(2, shape, generator=torch.Generator().manual_seed(1)).to(next(modules[0].parameters()))
-    zeros, ones = torch.zeros_like(f), torch.ones_like(f)
+    shape, gaps = call().shape, []
+    f = torch.randint(2, shape, generator=torch.Generator().manual_seed(1)).to(call())
+    for module, other in (modules, modules[::-1]):
 
-    def added(*factors: Tensor) -> Tensor:
-        with scaled(modules, torch.stack(factors, 2), shape[1]):
-            return call()
+        def added(factor: Tensor, module=module, other=other) -> Tensor:
+            with scaled([module, other], torch.stack([factor, torch.zeros_like(f)], 2), shape[1]):
+                return call()
 
-    nothing = added(zeros, zeros)
-    for site in (0, 1):
-        order = slice(None, None, 1 if site == 0 else -1)
-        alone, masked = added(*(ones, zeros)[order]), added(*(f, zeros)[order])
-        bound = torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max()
-        if not (nothing.abs().max() <= bound and (masked - f * alone).abs().max() <= bound):
-            return False
-    return True
+        alone, masked, nothing = (added(factor) for factor in (torch.ones_like(f), f, torch.zeros_like(f)))
+        error = torch.maximum((masked - f * alone).abs().max(), nothing.abs().max())
+        gaps.append(float(error / alone.abs().max()))
+    return gaps
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from latentlab.masks import SITES, Masks, MaskSpec
+from latentlab.masks import SITES, Masks, MaskSpec, branch_gaps
 from latentlab.model import LatentReasoner
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-4, torch.bfloat16: 0.1}
@@ -64,7 +64,7 @@ def check_backbone(model: LatentReasoner) -> None:
 
 
 def compare(model: LatentReasoner, *, full: bool = False) -> list[Gap]:
-    """Engine against plain forward: embeddings, thoughts, log_probs; in `full` answers, gradient.
+    """Engine against plain forward: embeddings, thoughts, log_probs; in `full` masks, answers, gradient.
 
     Raises what the backbone's code raises where it cannot be run.
     """
@@ -91,6 +91,7 @@ def compare(model: LatentReasoner, *, full: bool = False) -> list[Gap]:
             Gap("log_probs", _relative(logp, plain_logp, plain_logits.abs().max().clamp(min=1)), bound),
         ]
     if full:
+        gaps += [Gap(f"{site}_masks", gap, bound) for site, gap in zip(SITES[:2], branch_gaps(probe.lm), strict=True)]
         answers = [_greedy(probe, prompt) != _plain_greedy(probe, prompt) for prompt in prompts]
         gaps.append(Gap("answers", sum(answers), 0))
         weights = [weight for weight in probe.lm.parameters() if weight.requires_grad]
