@@ -22,16 +22,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
 
 from latentlab.attention import RolloutCache, rollout_attention
-from latentlab.masks import Masks, branch_outputs, scale_first, scaled
+from latentlab.backbone import branch_outputs, longest_sequence, own_logits
+from latentlab.masks import Masks, scale_first, scaled
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 FEEDBACKS = ("thought", "pause", "none")
@@ -133,17 +132,14 @@ class LatentReasoner(nn.Module):
         return self.lm.get_input_embeddings()(token_ids)
 
     def head(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
-        """Logits in float32 or wider, computed without autocast.
+        """Logits (`own_logits`) in float32 or wider, computed without autocast.
 
-        They come from the model's own forward, with `hidden` in place of its base model's output,
-        so that scales and caps of logits apply. bfloat16 logits are spaced by about 0.1 where it
-        matters: ties, and log-probs that do not replay (arXiv 2506.13585).
+        bfloat16 logits are spaced by about 0.1 where it matters: ties, and log-probs that do not
+        replay (arXiv 2506.13585).
         """
         hidden = hidden.to(self.lm.get_output_embeddings().weight.dtype)
-        lm = copy(self.lm)  # shares all modules but the base model
-        lm._modules = self.lm._modules | {lm.base_model_prefix: _Given(hidden.reshape(1, -1, hidden.shape[-1]))}
         with torch.autocast(self.device.type, enabled=False):
-            logits = lm(use_cache=False).logits.view(*hidden.shape[:-1], -1)
+            logits = own_logits(self.lm, hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def forward_pass(self, state: State, inputs: Float[Tensor, "R T D"]) -> Float[Tensor, "R T D"]:
@@ -242,7 +238,7 @@ class LatentReasoner(nn.Module):
 
     def check_length(self, prompt: int, answer: int) -> None:
         """Raise ValueError if prompt, thoughts, <end> and answer[:-1] do not fit."""
-        limit = self.lm.config.max_position_embeddings
+        limit = longest_sequence(self.lm.config)
         need = prompt + self.num_thoughts + answer
         if need > limit:
             raise ValueError(
@@ -280,24 +276,6 @@ class LatentReasoner(nn.Module):
         places = r.token_mask.nonzero(as_tuple=True)  # the N answer tokens
         logp = token_logps(self.head(hidden[places]), r.tokens[places], r.temperature)  # [N]
         return logp.new_zeros(r.tokens.shape).index_put(places, logp)
-
-
-class _Given(nn.Module):
-    """A base model whose last hidden states are given, whatever it is called with."""
-
-    def __init__(self, hidden: Float[Tensor, "1 T D"]):
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, *_, **__) -> _Output:
-        return _Output(last_hidden_state=self.hidden)
-
-
-class _Output(BaseModelOutput):
-    """Every other field of a base model's output, which differ by family, is None."""
-
-    def __getattr__(self, _):
-        return None
 
 
 def policy(logits: Float[Tensor, "*rows V"], temperature: float) -> Float[Tensor, "*rows V"]:

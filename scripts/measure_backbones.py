@@ -131,8 +131,8 @@ without cache. A backbone is right, or it is refused in one line before any comp
 
 Each row is a tiny random model of the family's own config class, in float64 (mixtures of experts: float32). Gaps are
 the largest difference from the plain forward, relative to its largest value (log-probs: to the largest logit), with the
-bound in brackets. Masks: the error of multiplying what a branch adds. Answers: greedy answers that differ. Many families
-compute norms, or eager softmax, in float32 in a model of any precision, hence the wider bounds.
+bound in brackets. Masks: the error of multiplying what a branch adds. Answers: greedy answers that differ. Many
+families compute norms, or eager softmax, in float32 in a model of any precision, hence the wider bounds.
 
 | family | thoughts | log-probs | attention masks | mlp masks | answers | gradient |
 |---|---|---|---|---|---|---|

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentlab import attention
-from latentlab.masks import branch_outputs
+from latentlab.backbone import branch_outputs
 from latentlab.model import LatentReasoner, State
 from latentlab.pretrained import load_model
 from latentlab.pretrained.selfcheck import check_backbone, compare
