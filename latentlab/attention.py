@@ -17,7 +17,7 @@ For B = 2 problems, K = 3 rollouts and row 4 finished (`keep`):
     place in [B * width] rows  0  1  2  3  4      width = 3: place 5 is filled with zeros
 
 `transformers` calls it: `attention` is registered as attention function "latentlab", and a
-`RolloutCache` is passed as `past_key_values` and, for the attention function, as `rollout_cache`.
+`RolloutCache` is passed as `past_key_values`; `rollout_attention` hands it to the attention function.
 
 Source: attention over a shared prefix in two parts is Hydragen's, arXiv 2402.05099. Deviations:
 1. One softmax over concatenated scores instead of two partial ones that are merged; with gradient.
@@ -33,6 +33,7 @@ Q prefix and S suffix positions, T new positions, d head width.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -161,29 +162,50 @@ def attention(
     attention_mask: Bool[Tensor, "_ 1 T S"] | None,
     *,
     scaling: float,
-    rollout_cache: RolloutCache,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_,
 ) -> tuple[Float[Tensor, "R T HG d"], None]:
-    """The attention function `transformers` calls; in the prefix, where R is B, plain attention."""
-    cache = rollout_cache
+    """The attention function `transformers` calls; in the prefix, where R is B, plain attention.
+
+    sliding_window: a query sees the keys at most `sliding_window` - 1 positions before it.
+    softcap: scores s become softcap * tanh(s / softcap).
+    """
+    cache = _current.get()
     if cache.in_prefix:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
-    prefix = cache.prefix[module.layer_idx]
+        assert attention_mask is not None  # `visible`
+        if sliding_window is not None:
+            attention_mask = attention_mask & _near(sliding_window, query.shape[2], key.shape[2], query.device)
+        if softcap is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+        keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        scores = _capped(query @ keys.transpose(-1, -2) * scaling, softcap).masked_fill(~attention_mask, -torch.inf)
+        return (scores.softmax(-1) @ values).transpose(1, 2), None
+    prefix_keys, prefix_values = cache.prefix[module.layer_idx]
     with torch.autocast(query.device.type, enabled=False):  # bfloat16 scores: probs off by percents
-        out = _suffix_attention(query.to(key.dtype) * scaling, key, value, attention_mask, cache, *prefix)
+        query_wide = query.to(key.dtype) * scaling
+        out = _suffix_attention(
+            query_wide, key, value, attention_mask, cache, prefix_keys, prefix_values, sliding_window, softcap
+        )
     return out.to(query.dtype).transpose(1, 2), None
 
 
-def _suffix_attention(query, key, value, attention_mask, cache, prefix_keys, prefix_values) -> Tensor:
+def _suffix_attention(
+    query, key, value, attention_mask, cache, prefix_keys, prefix_values, sliding_window, softcap
+) -> Tensor:
     """One softmax over the scores of a row's question and of its own suffix: -> [R, H G, T, d]."""
     rows, heads, new, width = query.shape
     shared = heads // key.shape[1]
     query = query.reshape(rows, key.shape[1], shared * new, width)  # G query heads share a key head
-    scores = cache.stack(query) @ prefix_keys.transpose(-1, -2)  # [B, H, width G T, Q]
+    scores = _capped(cache.stack(query) @ prefix_keys.transpose(-1, -2), softcap)  # [B, H, width G T, Q]
     left = cache.unstack(scores.masked_fill(~cache.valid[:, None, None], -torch.inf))  # [R, H, G T, Q]
-    right = query @ key.transpose(-1, -2)  # [R, H, G T, S]
+    right = _capped(query @ key.transpose(-1, -2), softcap)  # [R, H, G T, S]
     if attention_mask is not None:
         right = right.masked_fill(~attention_mask.repeat(1, 1, shared, 1), -torch.inf)
+    if sliding_window is not None:  # padding is on the left, so distances are differences of indices
+        near = _near(sliding_window, new, left.shape[-1] + right.shape[-1], query.device).repeat(shared, 1)
+        far_left, far_right = (~near).split([left.shape[-1], right.shape[-1]], -1)
+        left, right = left.masked_fill(far_left, -torch.inf), right.masked_fill(far_right, -torch.inf)
     probs = torch.cat([left, right], -1).softmax(-1)
     left, right = probs.split([left.shape[-1], right.shape[-1]], -1)
     single = right.shape[2] == 1  # vector times small matrix: faster as elementwise product and sum
@@ -192,21 +214,36 @@ def _suffix_attention(query, key, value, attention_mask, cache, prefix_keys, pre
     return out.reshape(rows, heads, new, width)
 
 
+def _near(window: int, new: int, length: int, device) -> Bool[Tensor, "T S"]:
+    """Whether a key is inside the window of a query; the queries are the last `new` positions."""
+    index = torch.arange(length, device=device)
+    return index[length - new :, None] - index < window
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
 def _wide(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Both one precision wider than the values: float32 for half precision, else float64."""
     dtype = torch.float32 if values.dtype in (torch.bfloat16, torch.float16) else torch.float64
     return keys.to(dtype), values.to(dtype)
 
 
+_current: ContextVar[RolloutCache] = ContextVar("rollout_cache")  # not all families pass keywords on
+
+
 @contextmanager
-def rollout_attention(config):
-    """Inside, models of this `config` call `attention`; calls outside are not affected."""
+def rollout_attention(config, cache: RolloutCache):
+    """Inside, models of this `config` call `attention` with `cache`; calls outside are not affected."""
     before = config._attn_implementation
+    token = _current.set(cache)
     config._attn_implementation = NAME
     try:
         yield
     finally:
         config._attn_implementation = before
+        _current.reset(token)
 
 
 AttentionInterface.register(NAME, attention)

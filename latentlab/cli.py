@@ -5,7 +5,7 @@
     evaluate   accuracy of a checkpoint on a benchmark      CHECKPOINT --benchmark gsm8k
     sweep      arms x seeds as independent runs             --executor slurm
     reproduce  GSM8K inside a time budget                   --preset smol --budget-minutes 24
-    verify     exact theory, exact replay: a self-check     --device cuda --dtype bfloat16
+    verify     exact theory, replay, one's own checkpoint   CHECKPOINT --device cuda
     study      run the notebooks in order, write the report --only 02
     data       print or write problems                      --split test --n 5
     report     rebuild RESULTS.md from the result files     --publish

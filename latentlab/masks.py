@@ -173,32 +173,7 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-# -- where masks act: the outputs of residual branches --------------------------------------------
-
-
-def branch_outputs(lm: nn.Module, sites: tuple[str, ...]) -> list[nn.Module]:
-    """The last linear map of each attention and MLP branch in `sites`, layer by layer.
-
-    Its output is what the branch adds to the residual stream.
-    """
-    words = ["att" if site == "attention" else "mlp" for site in sites if site != "embedding"]
-    return [_linear_maps(layer, word)[-1] for layer in decoder_layers(lm) for word in words]
-
-
-def decoder_layers(lm: nn.Module) -> nn.ModuleList:
-    """The decoder blocks: the first ModuleList whose members have an attention and an MLP child."""
-    for module in lm.modules():
-        if isinstance(module, nn.ModuleList) and module and all(_linear_maps(module[0], w) for w in ("att", "mlp")):
-            return module
-    raise ValueError(
-        f"backbone: got {type(lm).__name__}, expected blocks with an attention and an mlp child (GPT-2, Llama)"
-    )
-
-
-def _linear_maps(layer: nn.Module, role: str) -> list[nn.Module]:
-    """Modules with a weight matrix (Linear, Conv1D) in children of `layer` named after `role`."""
-    children = [child for name, child in layer.named_children() if role in name]
-    return [m for child in children for m in child.modules() if getattr(m, "weight", torch.empty(0)).dim() == 2]
+# -- masks on the outputs of modules --------------------------------------------------------------
 
 
 @contextmanager

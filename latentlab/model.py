@@ -29,7 +29,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from latentlab.attention import RolloutCache, rollout_attention
-from latentlab.masks import Masks, branch_outputs, scale_first, scaled
+from latentlab.backbone import branch_outputs, longest_sequence, own_logits
+from latentlab.masks import Masks, scale_first, scaled
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 FEEDBACKS = ("thought", "pause", "none")
@@ -57,7 +58,7 @@ class State:
 class LatentReasoner(nn.Module):
     """A causal LM with `num_thoughts` latent steps between question and answer.
 
-    lm: a GPT-2 or Llama-family `transformers` causal LM.
+    lm: a `transformers` causal LM of a supported family (docs/backbones.md).
     tokenizer: has START, LATENT and END as single tokens.
     max_new_tokens: longest answer in tokens, eos included.
     feedback: "thought" (Coconut), or a control: "pause" (the embedding of <|latent|> replaces the
@@ -134,14 +135,14 @@ class LatentReasoner(nn.Module):
         return self.lm.get_input_embeddings()(token_ids)
 
     def head(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
-        """Logits in float32 or wider, computed without autocast.
+        """Logits (`own_logits`) in float32 or wider, computed without autocast.
 
         bfloat16 logits are spaced by about 0.1 where it matters: ties, and log-probs that do not
         replay (arXiv 2506.13585).
         """
-        head = self.lm.get_output_embeddings()
+        hidden = hidden.to(self.lm.get_output_embeddings().weight.dtype)
         with torch.autocast(self.device.type, enabled=False):
-            logits = head(hidden.to(head.weight.dtype))
+            logits = own_logits(self.lm, hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def forward_pass(self, state: State, inputs: Float[Tensor, "R T D"]) -> Float[Tensor, "R T D"]:
@@ -156,14 +157,13 @@ class LatentReasoner(nn.Module):
             hooks = scaled(self.branches(masks.spec.sites), factors, masked)
             if "embedding" in masks.spec.sites:
                 inputs = scale_first(inputs, factors[:, :, -1], masked)
-        with self.autocast(), hooks, rollout_attention(self.lm.config):
+        with self.autocast(), hooks, rollout_attention(self.lm.config, cache):
             output = self.lm.base_model(
                 inputs_embeds=inputs,
                 attention_mask=cache.visible(new),
                 position_ids=positions.clamp(min=0),  # padding is before position 0
                 past_key_values=cache,
                 use_cache=True,
-                rollout_cache=cache,
             )
         return output.last_hidden_state
 
@@ -241,7 +241,7 @@ class LatentReasoner(nn.Module):
 
     def check_length(self, prompt: int, answer: int) -> None:
         """Raise ValueError if prompt, thoughts, <end> and answer[:-1] do not fit."""
-        limit = self.lm.config.max_position_embeddings
+        limit = longest_sequence(self.lm.config)
         need = prompt + self.num_thoughts + answer
         if need > limit:
             raise ValueError(

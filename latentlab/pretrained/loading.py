@@ -1,7 +1,7 @@
 """Loading and saving models: weights, tokenizer and the settings of latent reasoning.
 
     load_model("tiny")             the checkpoint that comes with the library
-    load_model(name_or_path)       a folder or Hub id: of latentlab, or any GPT-2 / Llama-family LM
+    load_model(name_or_path)       a folder or Hub id: of latentlab, or any supported LM
     load_model("…/checkpoint_25")  a published Coconut checkpoint, either layout (coconut.py)
     model_from_config(config)      what a preset asks for
     save_model(model, folder)      safetensors + tokenizer + config + latentlab.json
@@ -29,6 +29,7 @@ from latentlab.data.word_problems import WORDS
 from latentlab.model import END, LATENT, START, LatentReasoner
 from latentlab.pretrained import coconut, weights
 from latentlab.pretrained.scratch import build_model
+from latentlab.pretrained.selfcheck import check_backbone
 from latentlab.runtime.environment import TIMEOUT, hub_answers, repository_root
 from latentlab.runtime.files import read_json
 
@@ -69,8 +70,8 @@ def load_model(
 
     Returns a model whose `provenance` has kind, name and sha256 of the weights.
     Raises FileNotFoundError (no such checkpoint, Hub not reachable) or ValueError (damaged or
-    incomplete checkpoint, weights other than the config's or not finite, settings missing), one
-    line each.
+    incomplete checkpoint, weights other than the config's or not finite, settings missing, backbone
+    not supported), one line each.
     """
     name = str(shipped_checkpoint("tiny") if name_or_path == "tiny" else name_or_path)
     if Path(name, "metrics.jsonl").exists() and Path(name, "best").exists():
@@ -93,6 +94,7 @@ def load_model(
     if (made := Path(name, "PROVENANCE.json")).is_file() and not state_dict:  # as its maker describes them
         kind = read_json(made, "the source of these weights").get("kind", kind)
     model.provenance = {"kind": kind, "name": Path(name).name, **weights_hash(state_dict or name)}
+    check_backbone(model)
     return model
 
 
@@ -111,7 +113,7 @@ def _load_pair(name: str) -> tuple[Any, Any]:
         raise FileNotFoundError(
             f"Hub: got no answer for {name} within {TIMEOUT:g} s, and no folder has that name; {REMEDY}"
         )
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa", "use_safetensors": True}
+    options = {"dtype": torch.float32, "use_safetensors": True}
     try:
         raw, _ = PretrainedConfig.get_config_dict(name)
         weights.expect_causal_lm(name, raw)

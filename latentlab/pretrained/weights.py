@@ -56,8 +56,6 @@ def expect_causal_lm(name: str, config: dict[str, Any]) -> None:
         reason = f"unknown to transformers {transformers.__version__}"
     elif model is None or config.get("is_encoder_decoder"):
         reason = "which is no decoder-only causal LM"
-    elif not model._supports_sdpa:
-        reason = "whose layers do not use torch's scaled_dot_product_attention"
     if reason:
         raise ValueError(f"checkpoint {name}: got model_type {family}, {reason}; use a model such as GPT-2 or Llama")
     if quantised := config.get("quantization_config"):

@@ -172,8 +172,9 @@ def _study_folder(verb: Sweep | Reproduce, name: str) -> str:
 
 
 class Verify(Verb):
-    """Check the theory exactly, and that this machine replays rollouts to rounding error."""
+    """Check the theory exactly, that this machine replays rollouts, and a checkpoint's backbone."""
 
+    checkpoint: tyro.conf.Positional[str] = ""  # "tiny", run folder, checkpoint or Hub id to compare with itself
     device: str = "cpu"  # cpu | cuda
     dtype: Literal["float64", "float32", "bfloat16"] = "float32"
     json: str = ""  # write the table to this file as well
@@ -182,7 +183,7 @@ class Verify(Verb):
         from latentlab.verify import table
 
         device = str(distributed.select_device(self.device))
-        return table.main(device, self.dtype, files.expect_file(self.json))
+        return table.main(device, self.dtype, files.expect_file(self.json), self.checkpoint)
 
 
 class Bench(Computing):

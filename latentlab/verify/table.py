@@ -2,16 +2,22 @@
 
 The exact rows (theory/proofs.py) always run in float64 on the CPU. The others (engine.py) check on
 `device` in `dtype` that the engine equals the plain definition of a latent rollout and replays.
+Rows of a checkpoint (`latentlab verify CHECKPOINT`) come first.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+import torch
+
+from latentlab.pretrained.loading import load_model
+from latentlab.pretrained.selfcheck import ANSWER, THOUGHTS, compare
 from latentlab.runtime.distributed import select_device
 from latentlab.runtime.environment import environment
 from latentlab.runtime.files import write_atomically
@@ -43,9 +49,23 @@ def run_verify(device: str = "cpu", dtype: str = "float64", only: Iterable[str] 
     return rows
 
 
-def main(device: str = "cpu", dtype: str = "float32", json_path: str | Path | None = None) -> int:
+def compare_checkpoint(checkpoint: str, device: str, dtype: str) -> list[Property]:
+    """The engine against the own forward of a checkpoint's backbone, one row each (selfcheck.py).
+
+    Raises what `load_model` raises; a backbone that is not supported is refused there.
+    """
+    model = load_model(checkpoint, num_thoughts=THOUGHTS, max_new_tokens=ANSWER)  # the comparison has its own
+    kind = f"{model.lm.config.model_type} in {checkpoint}"
+    gaps = compare(model.to(device=torch.device(device), dtype=getattr(torch, dtype)), full=True)
+    return [Property(gap.name, gap.value, gap.bound, gap.ok, kind) for gap in gaps]
+
+
+def main(device: str = "cpu", dtype: str = "float32", json_path: str | Path | None = None, checkpoint: str = "") -> int:
     """Print the table, write it as JSON, and return the exit code: 1 if a property fails."""
-    rows = run_verify(device, dtype)
+    rows = compare_checkpoint(checkpoint, device, dtype) if checkpoint else []
+    if checkpoint:
+        print(f"{checkpoint}: compared with its own forward; the library's own checks follow", file=sys.stderr)
+    rows += run_verify(device, dtype)
     print(f"{'property':<18} {'value':>9}     {'bound':<8} ok   ")
     for p in rows:
         relation, ok = "≥" if p.at_least else "≤", "yes" if p.ok else "NO"

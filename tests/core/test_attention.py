@@ -1,9 +1,11 @@
 """attention.py: one softmax over a shared prefix and an own suffix equals ordinary attention over both, repeated."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from latentlab.attention import Positions, RolloutCache, attention
+from latentlab.attention import Positions, RolloutCache, attention, rollout_attention
 from latentlab.masks import MaskSpec
 from latentlab.rollouts import rollout
 from tests.conftest import sharpen, tiny_gpt2
@@ -49,7 +51,8 @@ def passed(cache, query, keys, values):
     """The attention function as transformers calls it."""
     mask = cache.visible(query.shape[2])
     all_keys, all_values = cache.update(keys, values, 0)
-    out, _ = attention(Layer(), query, all_keys, all_values, mask, scaling=1 / 3, rollout_cache=cache)
+    with rollout_attention(SimpleNamespace(_attn_implementation="sdpa"), cache):
+        out, _ = attention(Layer(), query, all_keys, all_values, mask, scaling=1 / 3)
     return out, (all_keys, all_values)
 
 

@@ -7,7 +7,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from latentlab.masks import MaskSpec, decoder_layers, draw_masks, rollout_seeds
+from latentlab.backbone import decoder_layers
+from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
 from latentlab.model import LatentReasoner, token_logps
 from latentlab.rollouts import encode_prompts
 from tests.conftest import BACKBONES

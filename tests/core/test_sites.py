@@ -1,11 +1,12 @@
-"""masks.py: branches are found by role in both families of backbones; a hook lasts for one pass."""
+"""backbone.py: branches are found by role in both families of backbones; a hook lasts for one pass."""
 
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from latentlab.masks import branch_outputs, decoder_layers, scaled
+from latentlab.backbone import branch_outputs, decoder_layers
+from latentlab.masks import scaled
 
 
 def names_of(model, sites):

@@ -1,0 +1,150 @@
+"""A backbone is right or refused: families of transformers as tiny random models (scripts/measure_backbones.py)."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from latentlab import attention
+from latentlab.backbone import branch_outputs
+from latentlab.model import LatentReasoner, State
+from latentlab.pretrained import load_model
+from latentlab.pretrained.selfcheck import check_backbone, compare
+from latentlab.runtime.environment import repository_root
+from latentlab.study.results import load_result, published_folder
+
+spec = importlib.util.spec_from_file_location(
+    "measure_backbones", repository_root() / "scripts" / "measure_backbones.py"
+)
+assert spec and spec.loader
+measure_backbones = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(measure_backbones)
+build, FAMILIES = measure_backbones.build, measure_backbones.FAMILIES
+ROWS = ["embeddings", "thoughts", "log_probs", "attention_masks", "mlp_masks", "answers", "gradient"]
+REFUSED = {
+    "Falcon": "which cannot be run with latent thoughts and masks",
+    "Falcon, ALiBi": "which cannot be run with latent thoughts and masks",
+    "OPT": "expected layers that add an attention and an mlp branch to the residual stream",
+    "Bloom": "no attribute 'max_position_embeddings'",
+    "MPT": "no attribute 'max_position_embeddings'",
+    "GPT-J": "whose own forward differs from the engine's in thoughts by",
+    "GPT-Neo, window 24": "whose own forward differs from the engine's in thoughts by",
+    "GPT-OSS": "expected layers that add an attention and an mlp branch to the residual stream",
+    "Mamba": "expected blocks with an attention and an mlp child",
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(REFUSED)))
+def test_a_supported_family_equals_its_plain_forward(name):
+    gaps = compare(build(name), full=True)
+    assert [gap.name for gap in gaps] == ROWS
+    assert not [gap for gap in gaps if not gap.ok]
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_family_that_is_not_supported_is_refused_in_one_line(name):
+    model = build(name)
+    with pytest.raises(ValueError, match=REFUSED[name]) as caught:
+        check_backbone(model)
+    line = str(caught.value)
+    assert line.startswith("backbone: got ") and type(model.lm).__name__ in line and "\n" not in line
+    assert line.endswith("use a family that docs/backbones.md lists as supported")
+
+
+def skip_windows(patch):
+    patch.setattr(attention, "_near", lambda window, new, length, device: torch.ones(new, length, dtype=torch.bool))
+
+
+def skip_caps(patch):
+    patch.setattr(attention, "_capped", lambda scores, softcap: scores)
+
+
+def skip_the_models_own_head(patch):
+    patch.setattr(LatentReasoner, "head", lambda self, hidden: self.lm.get_output_embeddings()(hidden))
+
+
+def start_at_position_one(patch):
+    real = State.__init__
+    patch.setattr(State, "__init__", lambda self, *, position, **rest: real(self, position=position + 1, **rest))
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake", "differ"),
+    [
+        ("Mistral, window 24", skip_windows, "thoughts by .*, log_probs by"),
+        ("Gemma-3, window 24", skip_windows, "thoughts by"),
+        ("Phi-3, window 24", skip_windows, "thoughts by"),
+        ("Gemma-2, window 24, caps 5 and 3", skip_caps, "thoughts by"),
+        ("Granite, all multipliers", skip_the_models_own_head, "differs from the engine's in log_probs by"),
+        ("Cohere, logit_scale 0.25", skip_the_models_own_head, "differs from the engine's in log_probs by"),
+        ("Gemma-2, window 24, caps 5 and 3", skip_the_models_own_head, "in log_probs by"),
+        ("GPT-2", start_at_position_one, "thoughts by"),
+    ],
+)
+def test_what_the_engine_would_leave_out_is_seen(name, mistake, differ, monkeypatch):
+    mistake(monkeypatch)
+    with pytest.raises(ValueError, match=differ):
+        check_backbone(build(name))
+
+
+def test_granites_entropy_is_that_of_its_scaled_logits():
+    model = build("Granite, all multipliers")
+    ids = torch.tensor([[5, 6, 7]])
+    hidden = model.lm.base_model(ids, use_cache=False).last_hidden_state
+    entropy, plain = (
+        torch.distributions.Categorical(logits=x).entropy() for x in (model.head(hidden), model.lm(ids).logits)
+    )
+    torch.testing.assert_close(entropy, plain, rtol=0, atol=1e-12)
+    unscaled = torch.distributions.Categorical(logits=model.lm.lm_head(hidden)).entropy()
+    assert (plain - unscaled).min() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "sites"),
+    [
+        ("Phi-3, window 24", ("self_attn.o_proj", "mlp.down_proj")),
+        ("Gemma-2, window 24, caps 5 and 3", ("post_attention_layernorm", "post_feedforward_layernorm")),
+        ("Gemma-3, window 24", ("post_attention_layernorm", "post_feedforward_layernorm")),
+        ("OLMo-2", ("post_attention_layernorm", "post_feedforward_layernorm")),
+        ("GLM-4", ("post_self_attn_layernorm", "post_mlp_layernorm")),
+        ("GPT-NeoX", ("attention.dense", "mlp.dense_4h_to_h")),
+        ("Phi", ("self_attn.dense", "mlp.fc2")),
+        ("Cohere, logit_scale 0.25", ("self_attn.o_proj", "mlp.down_proj")),
+        ("Mixtral", ("self_attn.o_proj", "mlp")),
+    ],
+)
+def test_masks_sit_on_what_is_added_to_the_residual_stream(name, sites):
+    lm = build(name).lm
+    names = {module: name for name, module in lm.named_modules()}
+    found = [names[module] for module in branch_outputs(lm, ("attention", "mlp"))]
+    assert [x.split(".", 3)[-1] for x in found] == list(sites) * 2
+
+
+def saved(name, folder):
+    model = build(name)
+    model.lm.float().save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["Gemma-2, window 24, caps 5 and 3", "Phi-3, window 24", "Granite, all multipliers"])
+def test_load_model_reads_a_supported_family(name, tmp_path):
+    model = load_model(saved(name, tmp_path), num_thoughts=2, max_new_tokens=4)
+    assert all(gap.ok for gap in compare(model, full=True))
+
+
+@pytest.mark.parametrize("name", ["Falcon", "GPT-J", "Mamba"])
+def test_load_model_refuses_the_others(name, tmp_path):
+    with pytest.raises(ValueError, match=r"^backbone: got .*; use a family"):
+        load_model(saved(name, tmp_path), num_thoughts=2, max_new_tokens=4)
+
+
+def test_the_published_page_is_what_its_result_says():
+    path = published_folder() / "backbones.json"
+    result = load_result(path)
+    assert result and json.loads(path.read_text())["name"] == "backbones"
+    assert (repository_root() / "docs" / "backbones.md").read_text() == measure_backbones.page(result)
+    rows = result["metrics"]["families"]
+    assert list(rows) == list(FAMILIES) and {name for name in rows if "refused" in rows[name]} == set(REFUSED)
+    assert all(gap["ok"] for row in rows.values() for gap in row.get("gaps", {}).values())
