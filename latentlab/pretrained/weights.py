@@ -5,7 +5,6 @@ Every fault is one line that names the file or tensor. Nothing is repaired.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,13 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.core_model_loading import revert_weight_conversion
 
+from latentlab.runtime.files import read_json
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", INDEX)
 OTHER_FORMATS = {  # pattern of file names: what such a folder holds, and what to do
-    "adapter_config.json": ("an adapter alone", "merge it into its base model (peft: merge_and_unload) and save that"),
+    ADAPTER: ("an adapter", "merge it into its base model (peft: merge_and_unload) and save that"),
     "*.gguf": ("GGUF weights", "use the original model in safetensors"),
     "*.bin": ("weights as pickles, which are not read", "load them with transformers and call save_pretrained"),
 }
@@ -38,13 +41,19 @@ def expect_readable(folder: Path) -> None:
                 raise ValueError(f"{file}: got a web page, expected the file itself; download the raw file")
     weights = (folder / WEIGHTS).exists() or (folder / INDEX).exists()
     for pattern, (held, remedy) in OTHER_FORMATS.items():
-        if not weights and any(folder.glob(pattern)):
+        if any(folder.glob(pattern)) and (pattern == ADAPTER or not weights):
             raise ValueError(f"checkpoint {folder}: got {held}, expected {WEIGHTS}; {remedy}")
     if not weights or not (folder / "config.json").exists():
         raise FileNotFoundError(
             f"checkpoint: got the folder {folder} without config.json and *.safetensors, expected a saved model; "
             "name a folder written by `latentlab curriculum` or `latentlab grpo`"
         )
+    if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "*vocab*", "*.model")):
+        got = "got no tokenizer, expected tokenizer.json and tokenizer_config.json"
+        raise FileNotFoundError(f"checkpoint {folder}: {got}; save the tokenizer of this model there")
+    for path in map(folder.joinpath, OBJECTS):
+        if path.exists():
+            read_json(path, "what transformers writes")
 
 
 def expect_causal_lm(name: str, config: dict[str, Any]) -> None:
@@ -64,14 +73,14 @@ def expect_causal_lm(name: str, config: dict[str, Any]) -> None:
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the files that transformers reads in `folder`, one tensor in memory at a time."""
-    files = [folder / WEIGHTS]
-    if not files[0].exists():
-        files = [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                yield name, file.get_tensor(name)
+    """(key, tensor) of the single file and the shards in `folder`, one tensor in memory at a time."""
+    names = {WEIGHTS} if (folder / WEIGHTS).exists() else set()
+    if (folder / INDEX).exists():  # beside a single file: which one is meant?
+        names |= set(read_json(folder / INDEX, "the list of shards", "weight_map")["weight_map"].values())
+    for name in sorted(names):
+        with safe_open(folder / name, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                yield key, file.get_tensor(key)
 
 
 def expect_equal(

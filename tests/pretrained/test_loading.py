@@ -23,7 +23,7 @@ from transformers import (
 
 from latentlab.data.word_problems import WORDS, word_problems
 from latentlab.model import END, LATENT, START
-from latentlab.pretrained import loading
+from latentlab.pretrained import loading, weights
 from latentlab.pretrained.loading import load_model, model_from_config, save_model, weights_hash
 from latentlab.pretrained.scratch import build_model, word_tokenizer
 from latentlab.reward import exact_answer
@@ -317,7 +317,7 @@ def test_a_folder_of_another_kind_says_which(saved, file, content, message):
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("adapter_config.json", "got an adapter alone, .*; merge it into its base model"),
+        ("adapter_config.json", "got an adapter, .*; merge it into its base model"),
         ("model-Q4_K_M.gguf", "got GGUF weights, expected model.safetensors; use the original"),
         ("pytorch_model.bin", "got weights as pickles, which are not read, .*; load them with transformers"),
         ("pytorch_model-00001-of-00002.bin", "got weights as pickles"),
@@ -610,9 +610,32 @@ def test_no_row_in_use_is_overwritten(kind, tmp_path):
     expect_saved_equal(model, tmp_path / "b")
 
 
-def test_a_damaged_config(saved):
-    (saved / "config.json").write_text('{"model_type": "gpt2"')
-    refused(ValueError, saved, "^checkpoint .*model: could not be read")
+@pytest.mark.parametrize("file", weights.OBJECTS)
+@pytest.mark.parametrize("text", ['{"model_type": "gpt2"', "[1]", "", "null", "{'model_type': 'gpt2'}"])
+def test_a_damaged_json_file_is_named(saved, file, text):
+    (saved / file).write_text(text)
+    refused(ValueError, saved, f"^{saved / file}: expected what transformers writes, a JSON object; it is damaged")
+
+
+def test_a_model_saved_without_its_tokenizer(saved):
+    for path in saved.glob("tokenizer*"):
+        path.unlink()
+    refused(FileNotFoundError, saved, "^checkpoint .*: got no tokenizer, expected tokenizer.json")
+
+
+def test_an_adapter_beside_weights_is_not_left_out(saved):
+    (saved / "adapter_config.json").write_text("{}")
+    refused(ValueError, saved, "got an adapter, expected model.safetensors; merge it into its base model")
+
+
+def test_a_single_file_beside_other_shards_is_refused(saved):
+    state = load_file(saved / "model.safetensors")
+    places = dict.fromkeys(state, "model-00001-of-00001.safetensors")
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    save_file(state, saved / "model-00001-of-00001.safetensors")
+    assert load_model(saved).num_thoughts == 2  # the same twice
+    save_file(state | {"transformer.ln_f.weight": torch.zeros(32)}, saved / "model-00001-of-00001.safetensors")
+    refused(ValueError, saved, "got two values of transformer.ln_f.weight, expected one; remove the wrong file")
 
 
 def test_a_tokenizer_of_another_model(saved):
