@@ -127,13 +127,11 @@ def expect_settings(
         raise ValueError(f"importance_sampling_level: got {importance_sampling_level!r}, expected token or sequence")
     if loss_type == "cispo" and epsilon_high is None:
         raise ValueError(CISPO_NEEDS)
-    for name, value, fine in (
-        ("epsilon", epsilon, 0 < epsilon < math.inf),
-        ("epsilon_high", epsilon_high, epsilon_high is None or 0 < epsilon_high < math.inf),
-        ("beta", beta, 0 <= beta < math.inf),
-    ):
-        if not fine:
-            raise ValueError(f"{name}: got {value}, expected a finite number {'>= 0' if name == 'beta' else '> 0'}")
+    for name, value in (("epsilon", epsilon), ("epsilon_high", epsilon if epsilon_high is None else epsilon_high)):
+        if not value > 0:  # inf clips nothing
+            raise ValueError(f"{name}: got {value}, expected a number > 0")
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta: got {beta}, expected a finite number >= 0")
 
 
 def loss_denominator(
