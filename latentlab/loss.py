@@ -27,17 +27,19 @@ Dimensions: R rollouts (rows), A answer tokens.
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+T = TypeVar("T")
 LOSS_TYPES = ("dr_grpo", "grpo", "dapo", "cispo")
 LEVELS = ("token", "sequence")
 CISPO_NEEDS = "epsilon_high: got None with loss_type cispo, expected the largest ratio itself; use 5.0, as TRL advises"
 
 
-def known_loss_type(loss_type: str) -> str:
+def known_loss_type(loss_type: T) -> T:
     """`loss_type`, unless it is TRL's bnpo, which is not there: ValueError with what to use."""
     if loss_type == "bnpo":
         raise ValueError(
