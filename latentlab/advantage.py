@@ -17,10 +17,13 @@ Dimensions: B problems, K rollouts per problem.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+T = TypeVar("T")
 BASELINES = ("mean", "leave_one_out", "none")
 SCALES = ("none", "group", "batch")  # TRL's words
 STD_EPSILON = 1e-4  # as in TRL
@@ -63,7 +66,7 @@ def group_advantages(
     return advantages
 
 
-def known_scale(scale: str) -> str:
+def known_scale(scale: T) -> T:
     """`scale`, unless it is a former word: ValueError with the present one."""
     if scale == "std":
         raise ValueError("scale_rewards: got 'std', expected TRL's word for the same: use group")

@@ -27,17 +27,19 @@ Dimensions: R rollouts (rows), A answer tokens.
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+T = TypeVar("T")
 LOSS_TYPES = ("dr_grpo", "grpo", "dapo", "cispo")
 LEVELS = ("token", "sequence")
 CISPO_NEEDS = "epsilon_high: got None with loss_type cispo, expected the largest ratio itself; use 5.0, as TRL advises"
 
 
-def known_loss_type(loss_type: str) -> str:
+def known_loss_type(loss_type: T) -> T:
     """`loss_type`, unless it is TRL's bnpo, which is not there: ValueError with what to use."""
     if loss_type == "bnpo":
         raise ValueError(
@@ -127,13 +129,11 @@ def expect_settings(
         raise ValueError(f"importance_sampling_level: got {importance_sampling_level!r}, expected token or sequence")
     if loss_type == "cispo" and epsilon_high is None:
         raise ValueError(CISPO_NEEDS)
-    for name, value, fine in (
-        ("epsilon", epsilon, 0 < epsilon < math.inf),
-        ("epsilon_high", epsilon_high, epsilon_high is None or 0 < epsilon_high < math.inf),
-        ("beta", beta, 0 <= beta < math.inf),
-    ):
-        if not fine:
-            raise ValueError(f"{name}: got {value}, expected a finite number {'>= 0' if name == 'beta' else '> 0'}")
+    for name, value in (("epsilon", epsilon), ("epsilon_high", epsilon if epsilon_high is None else epsilon_high)):
+        if not value > 0:  # inf clips nothing
+            raise ValueError(f"{name}: got {value}, expected a number > 0")
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta: got {beta}, expected a finite number >= 0")
 
 
 def loss_denominator(

@@ -8,6 +8,7 @@ majority   the most frequent of K answers; unparsable ones are not counted
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,10 +76,15 @@ def evaluate(
     """Answer every problem `num_generations` times; the default is the clean greedy model.
 
     Distributed processes share the batches and all get the whole result: every process must call.
-    Raises ValueError for an empty problem list.
+    Raises ValueError for an empty problem list, or an id that occurs twice.
     """
     if not problems:
         raise ValueError("problems: got an empty list, expected at least one; check the data source and its filters")
+    for problem_id, count in Counter(problem.id for problem in problems).items():
+        if count > 1:  # its seeds would depend on how the list is split into batches
+            raise ValueError(
+                f"problems: got id {problem_id!r} {count} times, expected each once; rename or drop repeats"
+            )
     order = sorted(range(len(problems)), key=lambda i: len(problems[i].question))  # similar lengths: little padding
     batches = [[problems[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
     sampling: dict[str, Any] = {"num_generations": num_generations, "temperature": temperature, "run_seed": run_seed}

@@ -71,7 +71,8 @@ def curriculum_gradient(
     c = config.curriculum
     texts = [stage_text(problem, stage, config.latent_stages) for problem in problems]
     tokens, token_mask = encode_answers(model.tokenizer, texts)
-    targets = result_tokens(model.tokenizer, problems, model.num_thoughts, c.c_thought)
+    decoded_thoughts = model.num_thoughts if c.decode_weight else 0  # without it a step needs no result
+    targets = result_tokens(model.tokenizer, problems, decoded_thoughts, c.c_thought)
     counts = {"loss/answer": int(token_mask.sum())}
     if c.decode_weight and (decoded := int((targets != IGNORE).sum())):  # else no mean
         counts["loss/decode"] = decoded
