@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from latentlab.config import Config
 from latentlab.evaluation.statistics import pass_at_k, wilson_interval
@@ -91,7 +92,11 @@ def evaluate(
 
     def answer() -> list[tuple[torch.Tensor, tuple[str, ...]]]:
         # Whole batches: the numbers are those of one process, bit for bit.
-        outs = (rollout(model, batch, masks=mask, step=0, **sampling) for batch in distributed.shard(batches))
+        quiet: dict[str, Any] = (
+            {"disable": True} if distributed.rank() else {}
+        )  # TQDM_DISABLE=1 silences rank 0 as well
+        mine = tqdm(distributed.shard(batches), desc="answers", unit="batch", delay=5, leave=False, **quiet)
+        outs = (rollout(model, batch, masks=mask, step=0, **sampling) for batch in mine)
         return [(out.rewards(exact_answer), out.text) for out in outs]
 
     correct, text = zip(*distributed.in_order(distributed.gather(answer)), strict=True)

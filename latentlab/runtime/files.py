@@ -114,7 +114,7 @@ def parse_json(text: bytes) -> dict:
     if found := next((what for what, true in looks.items() if true), None):
         raise ValueError(f"got {found}")
     try:
-        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_integer)
     except UnicodeDecodeError as error:
         raise ValueError(f"got bytes that are not UTF-8 from byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -133,8 +133,14 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     return dict(pairs)
 
 
-def _no_constant(name: str):
+def _refuse(name: str):
     raise ValueError(f"got {name}, which is no JSON number")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 4000:  # Python's own limit is 4300
+        raise ValueError(f"got a number of {len(digits)} digits")
+    return int(digits)
 
 
 def read_json(path: Path, what: str, *keys: str) -> dict:
