@@ -46,7 +46,7 @@ GROUPS = {
         *(f"evaluation/{name}" for name in "accuracy statistics collapse thoughts".split()),
     ],
 }
-TESTS = [f"tests/{name}" for name in "core data evaluation pretrained theory training reliability".split()]
+TESTS = [f"tests/{name}" for name in "core data evaluation pretrained theory training".split()]
 LIMIT, BUDGET, WORKERS = (
     30,
     10.0,
@@ -315,34 +315,39 @@ def replace_source(path, source):
     loader.get_data = get_data
 
 
-def coverage(state):
-    """{"seconds": of each test, "lines": the tests that execute each line}; kept for the same code and tests."""
-    path = SCRATCH / f"coverage-{state}.json"
-    if not path.exists():
-        print("which test executes which line ...", flush=True)
-        pid = start([*TESTS, "--maxfail=1000"], Covered(path), SCRATCH / "coverage.log")
-        os.waitpid(pid, 0)
-    found, lines = json.loads(path.read_text()), defaultdict(lambda: defaultdict(list))
-    for name, rows in found["lines"].items():
-        for module, line in rows:
-            lines[module][line].append(name)
-    return found | {"lines": lines}
+def coverage(code):
+    """{"seconds": of each test, "lines": the tests that execute each line}; a test file is run when it is new."""
+    path, report, known = SCRATCH / f"coverage-{code}.json", SCRATCH / "coverage", {}
+    if path.exists():
+        known = json.loads(path.read_text())
+    files = {str(p): digest(p.read_text()) for folder in TESTS for p in Path(folder).rglob("test_*.py")}
+    new = sorted(name for name, text in files.items() if known.get(name, {}).get("text") != text)
+    if new:
+        print(f"which test of {len(new)} files executes which line ...", flush=True)
+        os.waitpid(start(new, Covered(report), SCRATCH / "coverage.log"), 0)
+        found = json.loads(report.read_text())
+        known |= {name: {"text": files[name], "seconds": {}, "lines": {}} for name in new}
+        for part in ("seconds", "lines"):
+            for test, value in found[part].items():
+                known[test.partition("::")[0]][part][test] = value
+        path.write_text(json.dumps(known))
+    seconds, lines = {}, defaultdict(lambda: defaultdict(list))
+    for row in (known[name] for name in files):
+        seconds |= row["seconds"]
+        for test, places in row["lines"].items():
+            for module, line in places:
+                lines[module][line].append(test)
+    return {"seconds": seconds, "lines": lines}
 
 
 # ---------------------------------------------------------------- runs
 def choose(mutant, covered, killers):
-    """The tests for a mutant: file by file, the quickest first, those that killed a neighbour in front."""
+    """The tests for a mutant: the quickest first, but before them those that killed others in its module."""
     lines = covered["lines"][mutant["module"]]
     names = sorted(set().union(*(lines.get(line, ()) for line in mutant["lines"] or lines)))
-    files = defaultdict(list)  # whole files, as their tests share fixtures
-    for name in sorted(names, key=lambda name: (-killers[name], covered["seconds"][name])):
-        files[name.partition("::")[0]].append(name)
-
-    def rank(file):
-        return -sum(killers[name] for name in file), sum(covered["seconds"][name] for name in file) / len(file)
-
+    names.sort(key=lambda name: (-killers[name], covered["seconds"][name]))
     total, chosen = 0.0, []
-    for name in (name for file in sorted(files.values(), key=rank) for name in file):
+    for name in names:
         total += covered["seconds"][name]
         if total <= BUDGET or not chosen:
             chosen.append(name)
@@ -458,13 +463,14 @@ def main():
     for name in ("GPT2LMHeadModel", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
         getattr(transformers, name)
     beartype.beartype(lambda x: x)
-    files = (path for folder in ("latentlab", "tests") for path in sorted((ROOT / folder).rglob("*.py")))
-    state, outcomes = digest(*(path.read_text() for path in files if path != Path(__file__))), {}
+    sources = {f: [p.read_text() for p in sorted((ROOT / f).rglob("*.py"))] for f in ("latentlab", *TESTS)}
+    code = digest(*sources["latentlab"], (ROOT / "tests" / "conftest.py").read_text())
+    state, outcomes = digest(code, *(text for folder in TESTS for text in sources[folder])), {}
     kept = SCRATCH / "outcomes.jsonl"
     for line in kept.read_text().splitlines() if kept.exists() else ():
         row = json.loads(line)
         outcomes[row["mutant"]] = row
-    covered = coverage(state)
+    covered = coverage(code)
     groups = {"chosen": options.modules} if options.modules else GROUPS
     sampled = {name: sample(modules, options.sample) for name, modules in groups.items()}
     results, todo = {}, []
