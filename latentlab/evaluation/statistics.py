@@ -92,9 +92,9 @@ def half_width(
     degrees of freedom, weighted by P and M (Cochran & Cox 1957). M is at least what answers without
     any variance between seeds exceed with probability `confidence`, so that seeds that agree by
     chance give no interval of width 0. For one seed, P = problem and M = 0.
-    The variance of answers is that of two more discordant problems a seed (Bonett & Price 2012):
-    without any discordant problem the interval is about +-2.8 problems. Simulated coverage:
-    docs/statistics.md. The mean squares may be arrays of many studies.
+    Both the variance of a single seed and that least M count two more discordant problems than were
+    seen (Bonett & Price 2012): without any, one seed's interval is +-2.8 problems. Simulated
+    coverage: docs/statistics.md. The mean squares may be arrays of many studies.
     """
     tail = (1 - confidence) / 2
     if seeds == 1:
@@ -181,13 +181,13 @@ def verdict_rates(
     n, discordance, seeds: of the study. seed_effect_sd: standard deviation of the true difference
     between seeds (points). shared: see `arm_comparison`. Returns {word: probability}, by the normal
     approximation of the mean, averaged over the distribution of the seeds' mean square.
-    Raises ValueError where `power_at` does, and unless seeds >= 1, seed_effect_sd >= 0 and 0 <= shared < 1.
+    Raises ValueError where `power_at` does, and unless seeds >= 1, seed_effect_sd >= 0 and 0 <= shared <= 1.
     """
     power_at(difference, n, discordance)  # its checks
-    if not (seeds >= 1 and seed_effect_sd >= 0 and 0 <= shared < 1):
+    if not (seeds >= 1 and seed_effect_sd >= 0 and 0 <= shared <= 1):
         got = f"{seeds = }, {seed_effect_sd = }, {shared = }"
-        raise ValueError(f"got {got}, expected seeds >= 1, seed_effect_sd >= 0, 0 <= shared < 1: check units")
-    noise = discordance - (difference / 100) ** 2
+        raise ValueError(f"got {got}, expected seeds >= 1, seed_effect_sd >= 0, 0 <= shared <= 1: check units")
+    noise = max(discordance - (difference / 100) ** 2, 1e-12)  # as in `power_at`
     residual = (1 - shared) * noise  # expected mean squares
     problem, seed = residual + seeds * shared * noise, residual + n * (seed_effect_sd / 100) ** 2
     chances = (np.arange(2000) + 0.5) / 2000

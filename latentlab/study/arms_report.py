@@ -185,9 +185,8 @@ def verdict_of(gain: dict, device: str, data: str = "gsm8k") -> str:
     """
     if "skipped" in gain:
         return gain["skipped"] if device == "cuda" else f"{NOT_ON_GPU}; {gain['skipped']}"
-    word = "not resolved"  # without a discordant problem: the arm is still the baseline, nothing was learnt
-    if gain["discordance"]:
-        word = statistics.verdict(gain["difference"], gain["low"], gain["high"], target=PUBLISHED["points"])
+    bounds, unchanged = (gain["difference"], gain["low"], gain["high"]), gain["discordance"] == 0  # nothing was learnt
+    word = "not resolved" if unchanged else statistics.verdict(*bounds, target=PUBLISHED["points"])
     if gain["seeds"] == 1:
         word += ", over problems alone, with 1 seed"
     why = NOT_ON_GPU if device != "cuda" else "no GSM8K" if data == "word_problems" else ""

@@ -137,7 +137,7 @@ def arms_table(arms: list[dict]) -> Markup:
 
 def verdict_table(rates: dict[str, dict]) -> Markup:
     """How often studies of this size say each verdict, one row per true difference (points)."""
-    head = ["True difference (points)", *next(iter(rates.values()), {})]
+    head = ["Verdicts of such studies, if the true difference (points) is", *next(iter(rates.values()), {})]
     return table(head, [[true, *(f"{share:.1%}" for share in row.values())] for true, row in rates.items()])
 
 

@@ -175,6 +175,8 @@ def test_equal_seeds_leave_the_interval_over_problems():
     a, b = outcomes(300, 90, 60, 869)
     one, four = paired_comparison(a, b), arm_comparison(np.tile(a, (4, 1)), np.tile(b, (4, 1)))
     assert four["seed_sd"] == 0 and four["shared"] == 1
+    kept = {key: four[key] for key in ("n", "discordance", "seeds", "seed_effect_sd", "shared")}
+    assert verdict_rates(1.72, **kept) == pytest.approx(verdict_rates(1.72, n=1319, discordance=150 / 1319), abs=0.01)
     assert (four["low"], four["high"]) == pytest.approx((one["low"], one["high"]), abs=0.02)
 
 
@@ -368,7 +370,7 @@ def test_verdict_takes_another_target():
         lambda: verdict_rates(1.0, n=100, discordance=0.1, seeds=0),
         lambda: verdict_rates(1.0, n=100, discordance=0.1, seed_effect_sd=-1.0),
         lambda: verdict_rates(1.0, n=100, discordance=0.1, seed_effect_sd=float("nan")),
-        lambda: verdict_rates(1.0, n=100, discordance=0.1, shared=1.0),
+        lambda: verdict_rates(1.0, n=100, discordance=0.1, shared=1.1),
         lambda: pass_at_k([1], 4, 5),
         lambda: pass_at_k([5], 4, 1),
         lambda: pass_at_k([1.5], 4, 1),

@@ -19,7 +19,7 @@ from latentlab.evaluation.thoughts import swap_thoughts
 from latentlab.model import LatentReasoner
 from latentlab.pretrained.loading import load_model
 from latentlab.rollouts import rollout
-from latentlab.study import answers, arms_report, experiment, results
+from latentlab.study import answers, arms_report, experiment, results, tables
 from latentlab.study.answers import graded_answers, greedy_score
 from latentlab.study.experiment import run_experiment
 from latentlab.study.launch import IN_PROCESS
@@ -261,3 +261,27 @@ def test_one_seed_needs_no_pooling(written):
     contrast = arms_report.contrast(outcomes, "shared", "temperature", (1,))
     assert contrast["difference"] == contrast["by_seed"]["1"]["difference"]
     assert arms_report.in_words(contrast).endswith("over 1 seed")
+
+
+def test_error_rates_stand_beside_the_verdict(monkeypatch, tmp_path):
+    monkeypatch.setenv("LATENTLAB_REPORTS", str(tmp_path))
+    found = arms_report.read_arms("smol-cpu")
+    assert "verdict_rates" not in found["metrics"]  # no discordant problem
+    found["metrics"]["verdict_rates"] = {"0": {"reproduced": 0.0251, "not resolved": 0.9749}}
+    verdict, rates = arms_report.overview(found).splitlines()[-2:]
+    assert verdict.startswith("verdict on the published gain: not run on a GPU")
+    assert rates.endswith("if the true difference is 0 points: reproduced 2.5%, not resolved 97.5%")
+    text = tables.render("report.md", results=[found], unknown=[])
+    assert "(points) is | reproduced | not resolved |" in text and "| 0 | 2.5% | 97.5% |" in text
+
+
+def test_the_published_comparisons_follow_from_their_outcomes():
+    for preset in ("tiny", "smol-cpu"):
+        found = results.read_result("arms", preset, results.published_folder())
+        outcomes = read_outcomes(found["folder"] / "arms_outcomes.npz")
+        seeds = [arm["seed"] for arm in found["arms"] if arm["name"] == "shared"]
+        gain = arms_report.contrast(outcomes, "shared", "coconut", seeds)
+        assert found["metrics"]["gain"] == gain
+        assert found["metrics"]["main_contrast"] == arms_report.contrast(outcomes, "shared", "temperature", seeds)
+        assert found["metrics"].get("verdict_rates", {}) == arms_report.verdict_rates(gain)
+        assert found["metrics"]["verdict"] == arms_report.verdict_of(gain, "cpu", found["metrics"]["data"])
