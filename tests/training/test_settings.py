@@ -9,7 +9,7 @@ from latentlab.loss import grpo_loss
 from latentlab.masks import MaskSpec
 from latentlab.pretrained.loading import model_from_config
 from latentlab.rollouts import rollout
-from latentlab.training import arms, curriculum
+from latentlab.training import arms, curriculum, run
 from latentlab.training.arms import fit_grpo
 from latentlab.training.curriculum import fit_curriculum, set_stage, stage_text
 from latentlab.training.run import read_metrics
@@ -198,3 +198,18 @@ def test_the_cosine_by_hand():
     half = 0.2 + 0.8 * (1 + 0.5**0.5) / 2
     assert shares == pytest.approx([0.5, 1.0, 1.0, half, 0.6, 1.2 - half, 0.2, 0.2])
     assert warmup_cosine(0, total=2, warmup=2, final=0.0) == 0.5 and warmup_cosine(2, total=2, warmup=2, final=0) == 1
+
+
+# -- the run folder -------------------------------------------------------------------------------------------------
+
+
+def test_processes_agree_on_what_a_run_is_and_where_it_stands(config, word_sets, tmp_path, monkeypatch):
+    """Every process must have the same files, settings and weights, or none begins."""
+    seen = []
+    monkeypatch.setattr(run.distributed, "check_same", lambda **facts: seen.append(facts))
+    c = config(grpo={"steps": 2})
+    for resume in (False, True):
+        fit_grpo(model_from_config(c), *word_sets, c, out=tmp_path / "run", reward=graded, resume=resume)
+    assert [facts.pop("checkpoint") for facts in seen] == [0, 2]
+    stored = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["identity"]
+    assert seen == [stored, stored] and stored["loop"] == "grpo"
