@@ -1,19 +1,22 @@
 """Every setting reaches the place where it acts, with its value: what no metric of a run would show."""
 
+import itertools
+import json
+
 import pytest
 import torch
 
 from latentlab.advantage import group_advantages
-from latentlab.grpo import policy_gradient
+from latentlab.grpo import merge_stats, policy_gradient
 from latentlab.loss import grpo_loss
-from latentlab.masks import MaskSpec
+from latentlab.masks import MaskSpec, rollout_seeds
 from latentlab.pretrained.loading import model_from_config
 from latentlab.rollouts import rollout
 from latentlab.training import arms, curriculum, run
 from latentlab.training.arms import fit_grpo
 from latentlab.training.curriculum import fit_curriculum, set_stage, stage_text
 from latentlab.training.run import read_metrics
-from latentlab.training.steps import update, warmup_cosine
+from latentlab.training.steps import batch_indices, update, warmup_cosine
 from tests.conftest import sharpen, tiny_gpt2
 from tests.training.test_arms import graded, gradients, same, weights
 
@@ -136,6 +139,78 @@ def test_the_supervised_arm_sees_as_many_sequences_all_latent_without_the_decodi
     assert len(set(seen[0][0] + seen[1][0])) == 24  # the whole epoch, each problem once
 
 
+def test_the_last_iteration_tries_no_more_problems_than_the_budget_has(config, word_sets, tmp_path):
+    """3 steps of 3 problems: with up to 5 candidates and equal rewards, 5 and then the last 4; no update at all."""
+    c = config(grpo={"steps": 3, "num_problems": 3, "num_generations": 4, "max_candidates": 5, "learning_rate": 1e-2})
+    model = model_from_config(c)
+    before = weights(model)
+    summary = fit_grpo(model, *word_sets, c, out=tmp_path / "run", reward=lambda text, problem: 1.0)
+    lines = read_metrics(tmp_path / "run")[1:]
+    names = ("rollouts", "candidates", "groups", "loss", "replay_gap", "grad_norm", "frac_reward_zero_std", "reward")
+    assert [[line[name] for name in names] for line in lines] == [[20, 5, 0, 0, 0, 0, 1, 1], [36, 4, 0, 0, 0, 0, 1, 1]]
+    assert summary["rollouts"] == 36 and ["validation_accuracy" in line for line in lines] == [False, True]
+    assert same(torch.load(tmp_path / "run" / "state.pt", weights_only=True)["model"], before)
+
+
+def mixed_for(*ids):
+    """A reward that differs within the groups of these problems alone."""
+    count = itertools.count()
+    return lambda text, problem: float(next(count) % 2) if problem.id in ids else 1.0
+
+
+@pytest.mark.parametrize(
+    ("most", "mixed", "tried", "kept"),
+    [(0, (1,), 2, [0, 1]), (6, (1, 2, 4), 4, [1, 2]), (6, (0, 2, 3), 4, [0, 2]), (5, (3,), 5, [3]), (6, (), 6, [])],
+)
+def test_the_first_mixed_groups_in_data_order_are_kept(config, word_sets, most, mixed, tried, kept):
+    c = config(grpo={"num_problems": 2, "num_generations": 4, "max_candidates": most}, seed=3)
+    order = [word_sets[0][i] for i in batch_indices(24, most or 2, seed=3, step=7)]
+    reward = mixed_for(*(order[i].id for i in mixed))
+    batch = arms.sample_groups(sharpen(model_from_config(c)), word_sets[0], c, 7, reward)
+    assert batch.kept == kept and batch.rewards.shape == batch.lengths.shape == (tried, 4)
+    assert [i for i in range(tried) if len(set(batch.rewards[i].tolist())) > 1] == [i for i in mixed if i < tried]
+    assert [i for _, places in batch.parts for i in places] == kept
+    seeds = rollout_seeds(3, 7, [p.id for p in order], 4).view(-1, 4)
+    for out, places in batch.parts:
+        assert [p.id for p in out.problems] == [order[i].id for i in places]
+        assert torch.equal(out.seeds.view(-1, 4), seeds[places])
+        assert torch.equal(out.token_mask.sum(1).view(-1, 4), batch.lengths[places])
+
+
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo", "dapo"])
+def test_an_update_divides_by_the_kept_groups_alone(config, word_sets, monkeypatch, loss_type):
+    seen, batches = [], []
+    sampled = arms.sample_groups
+    monkeypatch.setattr(arms, "sample_groups", lambda *a, **kw: (batches.append(sampled(*a, **kw)), batches[-1])[1])
+    original = arms.policy_gradient
+
+    def watched(model, out, advantages, config, *, reference, denominator):
+        seen.append((advantages, denominator))
+        return original(model, out, advantages, config, reference=reference, denominator=denominator)
+
+    monkeypatch.setattr(arms, "policy_gradient", watched)
+    grpo = {"num_problems": 2, "num_generations": 4, "max_candidates": 6, "loss_type": loss_type}
+    c = config(grpo=grpo, max_new_tokens=6)
+    model = sharpen(model_from_config(c))
+    order = [word_sets[0][i] for i in batch_indices(24, 6, seed=0, step=0)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reward = mixed_for(order[1].id, order[2].id)
+    arms._iteration(model, None, optimizer, word_sets[0], c, 0, reward, 6)
+    (batch,) = batches
+    tokens = int(batch.lengths[[1, 2]].sum())
+    assert batch.kept == [1, 2] and tokens < int(batch.lengths.sum())
+    assert [denominator for _, denominator in seen] == [{"dr_grpo": 8 * 6, "grpo": 8, "dapo": tokens}[loss_type]] * 2
+    expected = group_advantages(batch.rewards)[[1, 2]]
+    torch.testing.assert_close(torch.stack([a for a, _ in seen]).double(), expected)
+
+
+def test_stats_of_parts_are_summed_averaged_over_tokens_or_their_largest():
+    first = {"loss": 1.0, "replay_gap": 0.5, "ratio_max_deviation": 0.1, "entropy": 2.0}
+    second = {"loss": 0.5, "replay_gap": 0.2, "ratio_max_deviation": 0.3, "entropy": 4.0}
+    expected = {"loss": 1.5, "replay_gap": 0.5, "ratio_max_deviation": 0.3, "entropy": 3.5}
+    assert merge_stats([(2, first), (6, second)]) == pytest.approx(expected)
+
+
 # -- curriculum -----------------------------------------------------------------------------------------------------
 
 
@@ -213,3 +288,17 @@ def test_processes_agree_on_what_a_run_is_and_where_it_stands(config, word_sets,
     assert [facts.pop("checkpoint") for facts in seen] == [0, 2]
     stored = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["identity"]
     assert seen == [stored, stored] and stored["loop"] == "grpo"
+
+
+def test_a_step_without_validation_is_no_best_one(config, word_sets, tmp_path):
+    c = config()
+    model = model_from_config(c)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    folder = run.Run(tmp_path / "run", c, model, *word_sets, loop="grpo")
+    folder.end_step(optimizer, {"step": 0})
+    assert folder.progress.best_step is None and not (tmp_path / "run" / "best").exists()
+    folder.end_step(optimizer, {"step": 1, "validation_accuracy": 0.0})
+    assert (folder.progress.best_step, folder.progress.best) == (1, 0.0)
+    folder.end_step(optimizer, {"step": 2, "validation_accuracy": 0.5}, keep_best=False)
+    folder.end_step(optimizer, {"step": 3, "validation_accuracy": 0.0})  # no better
+    assert json.loads((tmp_path / "run" / "best" / "validation.json").read_text())["step"] == 1
