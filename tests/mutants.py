@@ -221,12 +221,12 @@ class Chosen:
 
 
 class Covered:
-    """A pytest plugin: which lines of the mutated modules does each test execute, and how long does it take?"""
+    """A pytest plugin: which lines of the mutated modules does each test execute, and how much CPU time does it take?"""
 
     def __init__(self, report):
         self.files = {str(ROOT / "latentlab" / f"{m}.py"): m for modules in GROUPS.values() for m in modules}
         self.report, self.sinks, self.shared = report, [set()], defaultdict(set)
-        self.tests, self.seconds, self.failed = defaultdict(set), Counter(), set()
+        self.tests, self.seconds, self.failed = defaultdict(set), {}, set()
 
     def trace(self, frame, event, argument):
         if (module := self.files.get(frame.f_code.co_filename)) is None:
@@ -251,16 +251,17 @@ class Covered:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
         self.sinks = [self.tests[item.nodeid]]
+        begun = time.process_time()
         sys.settrace(self.trace)
         try:
             return (yield)
         finally:
             sys.settrace(None)
+            self.seconds[item.nodeid] = time.process_time() - begun
             for name in item.fixturenames:
                 self.tests[item.nodeid] |= self.shared[name]
 
     def pytest_runtest_logreport(self, report):
-        self.seconds[report.nodeid] += report.duration
         if not report.passed:
             self.failed.add(report.nodeid)
 
