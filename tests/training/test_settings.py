@@ -9,12 +9,19 @@ import torch
 from latentlab.advantage import group_advantages
 from latentlab.grpo import merge_stats, policy_gradient
 from latentlab.loss import grpo_loss
-from latentlab.masks import MaskSpec, rollout_seeds
+from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
 from latentlab.pretrained.loading import model_from_config
-from latentlab.rollouts import rollout
+from latentlab.problems import step_result
+from latentlab.rollouts import encode_prompts, rollout
 from latentlab.training import arms, curriculum, run
 from latentlab.training.arms import fit_grpo
-from latentlab.training.curriculum import fit_curriculum, set_stage, stage_text
+from latentlab.training.curriculum import (
+    curriculum_gradient,
+    encode_answers,
+    fit_curriculum,
+    set_stage,
+    stage_text,
+)
 from latentlab.training.run import read_metrics
 from latentlab.training.steps import batch_indices, update, warmup_cosine
 from tests.conftest import sharpen, tiny_gpt2
@@ -247,6 +254,38 @@ def test_an_earlier_stage_may_write_its_longest_validation_text(config, word_set
         assert model.max_new_tokens == (4 if stage == 2 else 1 + max(map(len, texts)))
 
 
+@pytest.mark.parametrize("size", [0, 2])
+def test_both_losses_of_the_curriculum_and_their_gradient_by_the_book(config, word_sets, size):
+    """Two thoughts a step, the second decoded to the step's result; one problem at a time and summed by hand."""
+    settings = {"c_thought": 2, "decode_weight": 0.3, "micro_batch": size, "mask": {"rate": 0.3}}
+    c = config(curriculum=settings, seed=4)
+    model, batch = model_from_config(c), word_sets[0][:3]
+    model.lm.double()
+    set_stage(model, c, 2, batch)
+    got = curriculum_gradient(model, batch, 2, c, step=5)
+    grads = gradients(model)
+    answer = decode = 0.0
+    count = 0
+    for problem in batch:
+        seeds = rollout_seeds(4, 5, [problem.id], 1)
+        masks = draw_masks(c.curriculum.mask, model, seeds, num_slots=5)
+        tokens, real = encode_answers(model.tokenizer, [stage_text(problem, 2, 2)])
+        prompt = encode_prompts(model.tokenizer, [problem], "cpu")
+        hidden, thoughts = model.teacher_forced(*prompt, tokens, masks=masks)
+        logps = torch.log_softmax(model.head(hidden), -1)
+        answer -= logps[real].gather(-1, tokens[real][:, None]).sum()
+        for z, step in zip(thoughts[0, 1::2], problem.steps, strict=True):
+            result = model.tokenizer(step_result(step), add_special_tokens=False)["input_ids"][0]
+            decode -= torch.log_softmax(model.head(z), -1)[result]
+        count += int(real.sum())
+    loss = answer / count + 0.3 * decode / 6  # 3 problems of 2 steps
+    loss.backward()
+    expected = {"loss": loss.item(), "loss/answer": answer.item() / count, "loss/decode": decode.item() / 6}
+    assert got == pytest.approx(expected, rel=1e-9)
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-9, atol=1e-12)
+
+
 # -- one step -------------------------------------------------------------------------------------------------------
 
 
@@ -302,3 +341,44 @@ def test_a_step_without_validation_is_no_best_one(config, word_sets, tmp_path):
     folder.end_step(optimizer, {"step": 2, "validation_accuracy": 0.5}, keep_best=False)
     folder.end_step(optimizer, {"step": 3, "validation_accuracy": 0.0})  # no better
     assert json.loads((tmp_path / "run" / "best" / "validation.json").read_text())["step"] == 1
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still: clock["now"] in seconds, as of some time after the machine's start."""
+    clock = {"now": 1000.0}
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock["now"])
+    return clock
+
+
+def test_a_run_stops_after_its_minutes_and_not_before(config, word_sets, tmp_path, clock):
+    c = config()
+    model = model_from_config(c)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    folder = run.Run(tmp_path / "run", c, model, *word_sets, loop="grpo", max_minutes=2.0)
+    clock["now"] += 119
+    folder.end_step(optimizer, {"step": 0})
+    clock["now"] += 1
+    folder.end_step(optimizer, {"step": 1}, last=True)  # nothing is left to stop
+    with pytest.raises(run.Stopped, match="^stopped by --max-minutes 2 after step 1, everything is saved in .*/run; "):
+        folder.end_step(optimizer, {"step": 1})
+    assert [line["seconds"] for line in read_metrics(tmp_path / "run", "timing.jsonl")] == [0, 119, 120, 120]
+    endless = run.Run(tmp_path / "endless", c, model, *word_sets, loop="grpo")
+    clock["now"] += 1e6
+    endless.end_step(optimizer, {"step": 0})
+
+
+def test_a_checkpoint_is_written_when_the_last_one_is_so_many_minutes_old(config, word_sets, tmp_path, clock):
+    c = config()
+    model = model_from_config(c)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    folder = run.Run(tmp_path / "run", c, model, *word_sets, loop="grpo", checkpoint_minutes=3.0)
+
+    def saved(step):
+        folder.end_step(optimizer, {"step": step})
+        state = tmp_path / "run" / "state.pt"
+        return state.exists() and torch.load(state, weights_only=True)["progress"]["step"]
+
+    for seconds, step in ((179, False), (1, 2), (179, 2), (1, 4), (180, 5)):
+        clock["now"] += seconds
+        assert saved(folder.progress.step) == step
