@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latentlab.advantage import group_advantages
-from latentlab.grpo import merge_stats, policy_gradient
+from latentlab.grpo import policy_gradient
 from latentlab.loss import grpo_loss
 from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
 from latentlab.pretrained.loading import model_from_config
@@ -209,13 +209,6 @@ def test_an_update_divides_by_the_kept_groups_alone(config, word_sets, monkeypat
     assert [denominator for _, denominator in seen] == [{"dr_grpo": 8 * 6, "grpo": 8, "dapo": tokens}[loss_type]] * 2
     expected = group_advantages(batch.rewards)[[1, 2]]
     torch.testing.assert_close(torch.stack([a for a, _ in seen]).double(), expected)
-
-
-def test_stats_of_parts_are_summed_averaged_over_tokens_or_their_largest():
-    first = {"loss": 1.0, "replay_gap": 0.5, "ratio_max_deviation": 0.1, "entropy": 2.0}
-    second = {"loss": 0.5, "replay_gap": 0.2, "ratio_max_deviation": 0.3, "entropy": 4.0}
-    expected = {"loss": 1.5, "replay_gap": 0.5, "ratio_max_deviation": 0.3, "entropy": 3.5}
-    assert merge_stats([(2, first), (6, second)]) == pytest.approx(expected)
 
 
 # -- curriculum -----------------------------------------------------------------------------------------------------
