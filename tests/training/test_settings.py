@@ -375,3 +375,26 @@ def test_a_checkpoint_is_written_when_the_last_one_is_so_many_minutes_old(config
     for seconds, step in ((179, False), (1, 2), (179, 2), (1, 4), (180, 5)):
         clock["now"] += seconds
         assert saved(folder.progress.step) == step
+
+
+def test_a_signal_to_any_process_stops_this_one(config, word_sets, tmp_path, monkeypatch):
+    c = config()
+    model = model_from_config(c)
+    folder = run.Run(tmp_path / "run", c, model, *word_sets, loop="grpo")
+    monkeypatch.setattr(run.distributed, "gather", lambda job: [job(), "SIGTERM", ""])
+    with pytest.raises(run.Stopped, match="^stopped by SIGTERM after step 0"):
+        folder.end_step(torch.optim.SGD(model.parameters(), lr=0.1), {"step": 0})
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["progress"]["step"] == 1
+
+
+def test_parts_of_a_batch_are_of_like_length(config, problems, monkeypatch):
+    """The four problems differ in question and text; sorted, they are padded least."""
+    seen, original = [], curriculum._summed_losses
+    monkeypatch.setattr(
+        curriculum, "_summed_losses", lambda model, part, *rest: (seen.append(part), original(model, part, *rest))[1]
+    )
+    c = config(curriculum={"micro_batch": 2}, backbone={"n_positions": 128})
+    model = model_from_config(c)
+    set_stage(model, c, 0, problems)
+    curriculum_gradient(model, problems, 0, c, step=0)
+    assert seen == [[problems[i] for i in places] for places in ((1, 0), (2, 3))]  # of 1, 2, 3 and 4 steps
