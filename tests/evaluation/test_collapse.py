@@ -9,6 +9,7 @@ from latentlab.config import arm_settings
 from latentlab.data.word_problems import word_problems
 from latentlab.evaluation import collapse
 from latentlab.evaluation.collapse import measure_groups, principal_plane, spread_by_step
+from latentlab.masks import rollout_seeds
 from latentlab.rollouts import rollout
 from tests.conftest import sharpen, tiny_gpt2
 
@@ -117,6 +118,42 @@ def test_a_model_without_thoughts_has_no_difference(measure):
 def test_no_problems_is_one_line(measure):
     with pytest.raises(ValueError, match="^problems: got an empty list, expected at least one"):
         measure("shared", on=[])
+
+
+def test_the_numbers_are_those_of_the_rollouts(problems, config, monkeypatch):
+    """From one rollout in one batch, with the baseline and the loss of the config; sampling settings are passed on."""
+    outs, original = [], collapse.rollout
+    monkeypatch.setattr(collapse, "rollout", lambda *a, **kw: (outs.append(original(*a, **kw)), outs[-1])[1])
+    c = config(grpo={"mask": {"rate": 0.3}, "baseline": "leave_one_out", "scale_rewards": "none"})
+    mask, temperature = arm_settings(c.grpo, "shared")
+    model = sharpen(tiny_gpt2()).double()
+    settings = {"num_generations": 4, "temperature": temperature, "run_seed": 5}
+    numbers = measure_groups(model, problems, c, mask=mask, batch_size=4, reward=graded, **settings)
+    (out,) = outs
+    assert out.masks.spec == mask and torch.equal(out.seeds, rollout_seeds(5, 0, [p.id for p in problems], 4))
+    groups, rewards = out.thoughts.view(4, 4, -1), out.rewards(graded)
+    assert numbers["max_thought_difference"] == max((g - g[0]).abs().max().item() for g in groups) > 0.1
+    assert numbers["distinct_answers"] == sum(len(set(out.text[4 * b : 4 * b + 4])) for b in range(4)) / 4
+    assert numbers["reward"] == pytest.approx(rewards.mean().item())
+    assert numbers["frac_reward_zero_std"] == sum(len(set(row.tolist())) == 1 for row in rewards) / 4
+    assert [numbers[name] for name in ("problems", "gradient_problems", "num_generations")] == [4, 4, 4]
+    advantages = (rewards - rewards.mean(1, keepdim=True)) * 4 / 3
+    logp = model.score(out, masks=out.masks)
+    (-(advantages.flatten() * logp.sum(1)).sum() / (16 * model.max_new_tokens)).backward()
+    norm = sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None).sqrt().item()
+    assert numbers["grad_norm"] == pytest.approx(norm, rel=1e-9)
+
+
+def test_gradients_from_before_do_not_count(measure):
+    model = sharpen(tiny_gpt2())
+    before = measure("shared", model)
+    model.lm.transformer.wte.weight.grad = torch.ones_like(model.lm.transformer.wte.weight)
+    assert measure("shared", model) == before
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, 4), (1, 3), (3, 3), (4, 4), (9, 4)])
+def test_whole_batches_of_three_count_for_the_gradient(measure, asked, used):
+    assert measure("temperature", batch_size=3, gradient_problems=asked)["gradient_problems"] == used
 
 
 # -- inside the thoughts --------------------------------------------------------------------------------------------

@@ -1,19 +1,29 @@
 """Every setting reaches the place where it acts, with its value: what no metric of a run would show."""
 
+import itertools
+import json
+
 import pytest
 import torch
 
 from latentlab.advantage import group_advantages
 from latentlab.grpo import policy_gradient
 from latentlab.loss import grpo_loss
-from latentlab.masks import MaskSpec
+from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
 from latentlab.pretrained.loading import model_from_config
-from latentlab.rollouts import rollout
-from latentlab.training import arms, curriculum
+from latentlab.problems import step_result
+from latentlab.rollouts import encode_prompts, rollout
+from latentlab.training import arms, curriculum, run
 from latentlab.training.arms import fit_grpo
-from latentlab.training.curriculum import fit_curriculum, set_stage, stage_text
+from latentlab.training.curriculum import (
+    curriculum_gradient,
+    encode_answers,
+    fit_curriculum,
+    set_stage,
+    stage_text,
+)
 from latentlab.training.run import read_metrics
-from latentlab.training.steps import update, warmup_cosine
+from latentlab.training.steps import batch_indices, update, warmup_cosine
 from tests.conftest import sharpen, tiny_gpt2
 from tests.training.test_arms import graded, gradients, same, weights
 
@@ -136,6 +146,71 @@ def test_the_supervised_arm_sees_as_many_sequences_all_latent_without_the_decodi
     assert len(set(seen[0][0] + seen[1][0])) == 24  # the whole epoch, each problem once
 
 
+def test_the_last_iteration_tries_no_more_problems_than_the_budget_has(config, word_sets, tmp_path):
+    """3 steps of 3 problems: with up to 5 candidates and equal rewards, 5 and then the last 4; no update at all."""
+    c = config(grpo={"steps": 3, "num_problems": 3, "num_generations": 4, "max_candidates": 5, "learning_rate": 1e-2})
+    model = model_from_config(c)
+    before = weights(model)
+    summary = fit_grpo(model, *word_sets, c, out=tmp_path / "run", reward=lambda text, problem: 1.0)
+    lines = read_metrics(tmp_path / "run")[1:]
+    names = ("rollouts", "candidates", "groups", "loss", "replay_gap", "grad_norm", "frac_reward_zero_std", "reward")
+    assert [[line[name] for name in names] for line in lines] == [[20, 5, 0, 0, 0, 0, 1, 1], [36, 4, 0, 0, 0, 0, 1, 1]]
+    assert summary["rollouts"] == 36 and ["validation_accuracy" in line for line in lines] == [False, True]
+    assert same(torch.load(tmp_path / "run" / "state.pt", weights_only=True)["model"], before)
+
+
+def mixed_for(*ids):
+    """A reward that differs within the groups of these problems alone."""
+    count = itertools.count()
+    return lambda text, problem: float(next(count) % 2) if problem.id in ids else 1.0
+
+
+@pytest.mark.parametrize(
+    ("most", "mixed", "tried", "kept"),
+    [(0, (1,), 2, [0, 1]), (6, (1, 2, 4), 4, [1, 2]), (6, (0, 2, 3), 4, [0, 2]), (5, (3,), 5, [3]), (6, (), 6, [])],
+)
+def test_the_first_mixed_groups_in_data_order_are_kept(config, word_sets, most, mixed, tried, kept):
+    c = config(grpo={"num_problems": 2, "num_generations": 4, "max_candidates": most}, seed=3)
+    order = [word_sets[0][i] for i in batch_indices(24, most or 2, seed=3, step=7)]
+    reward = mixed_for(*(order[i].id for i in mixed))
+    batch = arms.sample_groups(sharpen(model_from_config(c)), word_sets[0], c, 7, reward)
+    assert batch.kept == kept and batch.rewards.shape == batch.lengths.shape == (tried, 4)
+    assert [i for i in range(tried) if len(set(batch.rewards[i].tolist())) > 1] == [i for i in mixed if i < tried]
+    assert [i for _, places in batch.parts for i in places] == kept
+    seeds = rollout_seeds(3, 7, [p.id for p in order], 4).view(-1, 4)
+    for out, places in batch.parts:
+        assert [p.id for p in out.problems] == [order[i].id for i in places]
+        assert torch.equal(out.seeds.view(-1, 4), seeds[places])
+        assert torch.equal(out.token_mask.sum(1).view(-1, 4), batch.lengths[places])
+
+
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo", "dapo"])
+def test_an_update_divides_by_the_kept_groups_alone(config, word_sets, monkeypatch, loss_type):
+    seen, batches = [], []
+    sampled = arms.sample_groups
+    monkeypatch.setattr(arms, "sample_groups", lambda *a, **kw: (batches.append(sampled(*a, **kw)), batches[-1])[1])
+    original = arms.policy_gradient
+
+    def watched(model, out, advantages, config, *, reference, denominator):
+        seen.append((advantages, denominator))
+        return original(model, out, advantages, config, reference=reference, denominator=denominator)
+
+    monkeypatch.setattr(arms, "policy_gradient", watched)
+    grpo = {"num_problems": 2, "num_generations": 4, "max_candidates": 6, "loss_type": loss_type}
+    c = config(grpo=grpo, max_new_tokens=6)
+    model = sharpen(model_from_config(c))
+    order = [word_sets[0][i] for i in batch_indices(24, 6, seed=0, step=0)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reward = mixed_for(order[1].id, order[2].id)
+    arms._iteration(model, None, optimizer, word_sets[0], c, 0, reward, 6)
+    (batch,) = batches
+    tokens = int(batch.lengths[[1, 2]].sum())
+    assert batch.kept == [1, 2] and tokens < int(batch.lengths.sum())
+    assert [denominator for _, denominator in seen] == [{"dr_grpo": 8 * 6, "grpo": 8, "dapo": tokens}[loss_type]] * 2
+    expected = group_advantages(batch.rewards)[[1, 2]]
+    torch.testing.assert_close(torch.stack([a for a, _ in seen]).double(), expected)
+
+
 # -- curriculum -----------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +247,38 @@ def test_an_earlier_stage_may_write_its_longest_validation_text(config, word_set
         assert model.max_new_tokens == (4 if stage == 2 else 1 + max(map(len, texts)))
 
 
+@pytest.mark.parametrize("size", [0, 2])
+def test_both_losses_of_the_curriculum_and_their_gradient_by_the_book(config, word_sets, size):
+    """Two thoughts a step, the second decoded to the step's result; one problem at a time and summed by hand."""
+    settings = {"c_thought": 2, "decode_weight": 0.3, "micro_batch": size, "mask": {"rate": 0.3}}
+    c = config(curriculum=settings, seed=4)
+    model, batch = model_from_config(c), word_sets[0][:3]
+    model.lm.double()
+    set_stage(model, c, 2, batch)
+    got = curriculum_gradient(model, batch, 2, c, step=5)
+    grads = gradients(model)
+    answer = decode = 0.0
+    count = 0
+    for problem in batch:
+        seeds = rollout_seeds(4, 5, [problem.id], 1)
+        masks = draw_masks(c.curriculum.mask, model, seeds, num_slots=5)
+        tokens, real = encode_answers(model.tokenizer, [stage_text(problem, 2, 2)])
+        prompt = encode_prompts(model.tokenizer, [problem], "cpu")
+        hidden, thoughts = model.teacher_forced(*prompt, tokens, masks=masks)
+        logps = torch.log_softmax(model.head(hidden), -1)
+        answer -= logps[real].gather(-1, tokens[real][:, None]).sum()
+        for z, step in zip(thoughts[0, 1::2], problem.steps, strict=True):
+            result = model.tokenizer(step_result(step), add_special_tokens=False)["input_ids"][0]
+            decode -= torch.log_softmax(model.head(z), -1)[result]
+        count += int(real.sum())
+    loss = answer / count + 0.3 * decode / 6  # 3 problems of 2 steps
+    loss.backward()
+    expected = {"loss": loss.item(), "loss/answer": answer.item() / count, "loss/decode": decode.item() / 6}
+    assert got == pytest.approx(expected, rel=1e-9)
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-9, atol=1e-12)
+
+
 # -- one step -------------------------------------------------------------------------------------------------------
 
 
@@ -198,3 +305,96 @@ def test_the_cosine_by_hand():
     half = 0.2 + 0.8 * (1 + 0.5**0.5) / 2
     assert shares == pytest.approx([0.5, 1.0, 1.0, half, 0.6, 1.2 - half, 0.2, 0.2])
     assert warmup_cosine(0, total=2, warmup=2, final=0.0) == 0.5 and warmup_cosine(2, total=2, warmup=2, final=0) == 1
+
+
+# -- the run folder -------------------------------------------------------------------------------------------------
+
+
+def test_processes_agree_on_what_a_run_is_and_where_it_stands(config, word_sets, tmp_path, monkeypatch):
+    """Every process must have the same files, settings and weights, or none begins."""
+    seen = []
+    monkeypatch.setattr(run.distributed, "check_same", lambda **facts: seen.append(facts))
+    c = config(grpo={"steps": 2})
+    for resume in (False, True):
+        fit_grpo(model_from_config(c), *word_sets, c, out=tmp_path / "run", reward=graded, resume=resume)
+    assert [facts.pop("checkpoint") for facts in seen] == [0, 2]
+    stored = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["identity"]
+    assert seen == [stored, stored] and stored["loop"] == "grpo"
+
+
+def test_a_step_without_validation_is_no_best_one(config, word_sets, tmp_path):
+    c = config()
+    model = model_from_config(c)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    folder = run.Run(tmp_path / "run", c, model, *word_sets, loop="grpo")
+    folder.end_step(optimizer, {"step": 0})
+    assert folder.progress.best_step is None and not (tmp_path / "run" / "best").exists()
+    folder.end_step(optimizer, {"step": 1, "validation_accuracy": 0.0})
+    assert (folder.progress.best_step, folder.progress.best) == (1, 0.0)
+    folder.end_step(optimizer, {"step": 2, "validation_accuracy": 0.5}, keep_best=False)
+    folder.end_step(optimizer, {"step": 3, "validation_accuracy": 0.0})  # no better
+    assert json.loads((tmp_path / "run" / "best" / "validation.json").read_text())["step"] == 1
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still: clock["now"] in seconds, as of some time after the machine's start."""
+    clock = {"now": 1000.0}
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock["now"])
+    return clock
+
+
+def test_a_run_stops_after_its_minutes_and_not_before(config, word_sets, tmp_path, clock):
+    c = config()
+    model = model_from_config(c)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    folder = run.Run(tmp_path / "run", c, model, *word_sets, loop="grpo", max_minutes=2.0)
+    clock["now"] += 119
+    folder.end_step(optimizer, {"step": 0})
+    clock["now"] += 1
+    folder.end_step(optimizer, {"step": 1}, last=True)  # nothing is left to stop
+    with pytest.raises(run.Stopped, match="^stopped by --max-minutes 2 after step 1, everything is saved in .*/run; "):
+        folder.end_step(optimizer, {"step": 1})
+    assert [line["seconds"] for line in read_metrics(tmp_path / "run", "timing.jsonl")] == [0, 119, 120, 120]
+    endless = run.Run(tmp_path / "endless", c, model, *word_sets, loop="grpo")
+    clock["now"] += 1e6
+    endless.end_step(optimizer, {"step": 0})
+
+
+def test_a_checkpoint_is_written_when_the_last_one_is_so_many_minutes_old(config, word_sets, tmp_path, clock):
+    c = config()
+    model = model_from_config(c)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    folder = run.Run(tmp_path / "run", c, model, *word_sets, loop="grpo", checkpoint_minutes=3.0)
+
+    def saved(step):
+        folder.end_step(optimizer, {"step": step})
+        state = tmp_path / "run" / "state.pt"
+        return state.exists() and torch.load(state, weights_only=True)["progress"]["step"]
+
+    for seconds, step in ((179, False), (1, 2), (179, 2), (1, 4), (180, 5)):
+        clock["now"] += seconds
+        assert saved(folder.progress.step) == step
+
+
+def test_a_signal_to_any_process_stops_this_one(config, word_sets, tmp_path, monkeypatch):
+    c = config()
+    model = model_from_config(c)
+    folder = run.Run(tmp_path / "run", c, model, *word_sets, loop="grpo")
+    monkeypatch.setattr(run.distributed, "gather", lambda job: [job(), "SIGTERM", ""])
+    with pytest.raises(run.Stopped, match="^stopped by SIGTERM after step 0"):
+        folder.end_step(torch.optim.SGD(model.parameters(), lr=0.1), {"step": 0})
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["progress"]["step"] == 1
+
+
+def test_parts_of_a_batch_are_of_like_length(config, problems, monkeypatch):
+    """The four problems differ in question and text; sorted, they are padded least."""
+    seen, original = [], curriculum._summed_losses
+    monkeypatch.setattr(
+        curriculum, "_summed_losses", lambda model, part, *rest: (seen.append(part), original(model, part, *rest))[1]
+    )
+    c = config(curriculum={"micro_batch": 2}, backbone={"n_positions": 128})
+    model = model_from_config(c)
+    set_stage(model, c, 0, problems)
+    curriculum_gradient(model, problems, 0, c, step=0)
+    assert seen == [[problems[i] for i in places] for places in ((1, 0), (2, 3))]  # of 1, 2, 3 and 4 steps
