@@ -17,15 +17,13 @@ Dimensions: B problems, K rollouts per problem.
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-T = TypeVar("T")
 BASELINES = ("mean", "leave_one_out", "none")
 SCALES = ("none", "group", "batch")  # TRL's words
+STD = "the former std is TRL's group"
 STD_EPSILON = 1e-4  # as in TRL
 
 
@@ -43,9 +41,10 @@ def group_advantages(
         )
     if not rewards.is_floating_point():
         raise ValueError(f"rewards: got {rewards.dtype}, expected floating point; convert them with .double()")
-    known_scale(scale)
     if baseline not in BASELINES or scale not in SCALES:
-        raise ValueError(f"advantage: got baseline={baseline!r}, scale={scale!r}, expected {BASELINES} and {SCALES}")
+        raise ValueError(
+            f"advantage: got baseline={baseline!r}, scale={scale!r}, expected {BASELINES} and {SCALES}; {STD}"
+        )
     if baseline == "none" and scale != "none":
         raise ValueError(
             f"advantage: got scale={scale!r} without a baseline, expected one: equal rewards would be divided by 0"
@@ -64,13 +63,6 @@ def group_advantages(
     if scale == "batch":
         advantages = advantages / (rewards.std() + STD_EPSILON)
     return advantages
-
-
-def known_scale(scale: T) -> T:
-    """`scale`, unless it is a former word: ValueError with the present one."""
-    if scale == "std":
-        raise ValueError("scale_rewards: got 'std', expected TRL's word for the same: use group")
-    return scale
 
 
 def is_collapsed(rewards: Float[Tensor, "B K"]) -> Bool[Tensor, " B"]:

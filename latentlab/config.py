@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from latentlab.advantage import known_scale
-from latentlab.loss import CISPO_NEEDS, known_loss_type
+from latentlab.advantage import STD
+from latentlab.loss import BNPO, CISPO_NEEDS
 from latentlab.masks import MaskSpec
 
 PRESETS = Path(__file__).parent / "presets"
@@ -63,7 +63,8 @@ def _one_line(error: pydantic.ValidationError, section: str = "") -> str:
     expected = first["msg"].removeprefix("Input should be ")
     for pattern, replacement in _PHRASES.items():
         expected = re.sub(pattern, replacement, expected)
-    return f"{field or 'config'}: got {first['input']!r:.80}, expected {expected}"
+    note = {"std": f"; {STD}", "bnpo": f"; {BNPO}"}.get(str(first["input"]), "")
+    return f"{field or 'config'}: got {first['input']!r:.80}, expected {expected}{note}"
 
 
 _PHRASES = {  # pydantic's, as part of a sentence
@@ -140,8 +141,8 @@ class GRPOConfig(Section, name="grpo"):
     mask: MaskSpec = MaskSpec()  # rate, sites and scope of the masked arms
     baseline: Literal["mean", "leave_one_out", "none"] = "mean"
     # standard deviation by which advantages are divided: of the group, or of all candidates of the iteration
-    scale_rewards: Annotated[Literal["none", "group", "batch"], BeforeValidator(known_scale)] = "none"
-    loss_type: Annotated[Literal["dr_grpo", "grpo", "dapo", "cispo"], BeforeValidator(known_loss_type)] = "dr_grpo"
+    scale_rewards: Literal["none", "group", "batch"] = "none"
+    loss_type: Literal["dr_grpo", "grpo", "dapo", "cispo"] = "dr_grpo"
     importance_sampling_level: Literal["token", "sequence"] = "token"
     epsilon: Above0 = 0.2
     epsilon_high: Above0 | None = None  # default: epsilon; under cispo the largest ratio itself, such as 5.0

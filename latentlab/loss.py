@@ -27,26 +27,15 @@ Dimensions: R rollouts (rows), A answer tokens.
 from __future__ import annotations
 
 import math
-from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-T = TypeVar("T")
 LOSS_TYPES = ("dr_grpo", "grpo", "dapo", "cispo")
 LEVELS = ("token", "sequence")
+BNPO = "TRL's bnpo depends on how the batch is split; use dapo, the mean over all tokens of the batch"
 CISPO_NEEDS = "epsilon_high: got None with loss_type cispo, expected the largest ratio itself; use 5.0, as TRL advises"
-
-
-def known_loss_type(loss_type: T) -> T:
-    """`loss_type`, unless it is TRL's bnpo, which is not there: ValueError with what to use."""
-    if loss_type == "bnpo":
-        raise ValueError(
-            f"loss_type: got 'bnpo', expected one of {', '.join(LOSS_TYPES)}; TRL's bnpo averages per micro-batch and "
-            "depends on how the batch is split: use dapo, the mean over all tokens of the batch"
-        )
-    return loss_type
 
 
 def k3_kl(logp: Float[Tensor, "*n"], ref_logp: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
@@ -78,13 +67,13 @@ def grpo_loss(
     Stats: kl, ratio_max_deviation, and TRL's clip_ratio/low_mean and clip_ratio/high_mean, or
     cispo_clip_ratio: means over tokens, or over rows where a row has one ratio.
     """
-    expect_settings(loss_type, importance_sampling_level, epsilon, epsilon_high, beta)
+    _expect_settings(loss_type, importance_sampling_level, epsilon, epsilon_high, beta)
     if beta and ref_logp is None:
         raise ValueError(
             f"beta: got {beta} without ref_logp, expected the reference log-probs; pass them or set beta=0"
         )
-    shapes = [list(x.shape) for x in (logp, old_logp, token_mask, *(() if ref_logp is None else (ref_logp,)))]
-    if any(shape != shapes[0] for shape in shapes) or list(advantages.shape) != shapes[0][:1]:
+    shapes = [list(x.shape) for x in (logp, old_logp, token_mask, logp if ref_logp is None else ref_logp)]
+    if shapes != [shapes[0]] * 4 or list(advantages.shape) != shapes[0][:1]:
         got = f"got {shapes} and advantages {list(advantages.shape)}"
         raise ValueError(f"shapes: {got}, expected [R, A] for each and [R]; pass tensors of the same rollouts")
     mask = token_mask.to(logp.dtype)
@@ -119,21 +108,16 @@ def grpo_loss(
     return loss.sum() / denominator, stats
 
 
-def expect_settings(
-    loss_type: str, importance_sampling_level: str, epsilon: float, epsilon_high: float | None, beta: float
-) -> None:
-    """Raise ValueError for a loss type or level that does not exist, or a number out of range."""
-    if known_loss_type(loss_type) not in LOSS_TYPES:
-        raise ValueError(f"loss_type: got {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
-    if importance_sampling_level not in LEVELS:
-        raise ValueError(f"importance_sampling_level: got {importance_sampling_level!r}, expected token or sequence")
+def _expect_settings(loss_type: str, level: str, epsilon: float, epsilon_high: float | None, beta: float) -> None:
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type: got {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}; {BNPO}")
+    if level not in LEVELS:
+        raise ValueError(f"importance_sampling_level: got {level!r}, expected token or sequence")
     if loss_type == "cispo" and epsilon_high is None:
         raise ValueError(CISPO_NEEDS)
-    for name, value in (("epsilon", epsilon), ("epsilon_high", epsilon if epsilon_high is None else epsilon_high)):
-        if not value > 0:  # inf clips nothing
-            raise ValueError(f"{name}: got {value}, expected a number > 0")
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta: got {beta}, expected a finite number >= 0")
+    if not (epsilon > 0 and (epsilon_high is None or epsilon_high > 0) and 0 <= beta < math.inf):  # inf clips nothing
+        got = f"got epsilon={epsilon}, epsilon_high={epsilon_high}, beta={beta}"
+        raise ValueError(f"loss: {got}, expected positive epsilons and a finite beta >= 0")
 
 
 def loss_denominator(

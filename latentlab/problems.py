@@ -48,13 +48,12 @@ def canonical_answer(text: str) -> str | None:
 
     1. A number has ASCII digits, an optional fraction part ("18.0", ".5"), optional thousands
        separators ("1,000"), an optional sign (-, + or U+2212) that touches it and does not follow a
-       letter or digit, and an optional currency sign ("-$3.50"). Words, units, percent signs, "=" in
-       front, ">" behind, a full stop and tags around it are dropped: "18 apples", "18kg", "18.",
-       "x=18" and "<b>18</b>" -> "18", "50%" -> "50"; so is a hyphen or slash next to a letter
-       ("x-7", "7-day", "$7/hour" -> "7").
+       letter or digit, and an optional currency sign ("-$3.50"). Around it words, units, percent
+       signs, a full stop, "=" in front, ">" behind, tags, and a hyphen or slash next to a letter are
+       dropped: "7 apples", "7kg", "7%", "7.", "x=7", "<b>7</b>", "7-day", "$7/hour" -> "7".
     2. "a/b" is one number: "1/2" -> "0.5". A quotient without a finite decimal form stays a reduced
        fraction: "2/6" -> "1/3". Division by zero, or more than 100 digits on a side -> None.
-    3. A number counts as a whole. If another sign, a comparison, a separator, or a numeric, modifier,
+    3. A number counts as a whole. If another sign, a comparison, a separator or a numeric, modifier,
        combining or invisible character touches it, the text gives None: "--5", "5-", "~5", "5..",
        "Rs.18", "10\u2076", "5\u4e07" (5 times 10,000).
     4. No number, or more than one -> None: two values are no answer. So "1e3", "1,5", "3:45", "5-3"

@@ -47,7 +47,7 @@ def test_batch_scaling_is_one_factor_for_all_groups():
 
 
 def test_the_former_word_names_the_present_one():
-    with pytest.raises(ValueError, match="^scale_rewards: got 'std', expected .*: use group$"):
+    with pytest.raises(ValueError, match="^advantage: got .*scale='std', expected .*'group', .* TRL's group$"):
         group_advantages(REWARDS, scale="std")
 
 

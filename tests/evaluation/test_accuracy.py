@@ -111,3 +111,12 @@ def test_a_summary_by_hand(problems, config, monkeypatch):
         == 0.0
     )
     assert calls[-1][0] == 1
+
+
+@pytest.mark.parametrize("places", [(0, 1, 0), (0, 0, 1), (1, 1, 1)])
+def test_an_id_given_twice_is_one_line_before_the_model_runs(problems, places):
+    """Its k would continue counting within a batch, so answers would depend on the batch size."""
+    repeated = [dataclasses.replace(problems[i], question=f"{problems[i].question} {n}") for n, i in enumerate(places)]
+    named = max(places, key=places.count)
+    with pytest.raises(ValueError, match=f"^problems: got id '{problems[named].id}' [23] times, expected each once"):
+        evaluate(None, repeated, batch_size=1)

@@ -1,6 +1,7 @@
 """collapse.py: four numbers of a group, exact zeros without noise, and what lies inside the thoughts."""
 
 import dataclasses
+import statistics
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ def graded(text, problem):
 def measure(config, problems):
     """measure(arm): the numbers of one arm on four problems with K = 4."""
 
-    def run(arm, model=None, on=problems, **changes):
-        c = config(grpo={"mask": {"rate": 0.3}})
+    def run(arm, model=None, on=problems, scale="none", **changes):
+        c = config(grpo={"mask": {"rate": 0.3}, "scale_rewards": scale})
         mask, temperature = arm_settings(c.grpo, arm)
         settings = {"num_generations": 4, "batch_size": 4, "run_seed": 0, "reward": graded, **changes}
         return measure_groups(model or sharpen(tiny_gpt2()), on, c, mask=mask, temperature=temperature, **settings)
@@ -80,13 +81,25 @@ def test_a_mask_that_is_not_replayed_shows_in_the_gap(measure):
     assert measure("shared", model)["replay_gap"] > 1e-3
 
 
-def test_the_numbers_do_not_depend_on_the_batch_size(measure):
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+def test_the_numbers_do_not_depend_on_the_batch_size(measure, scale):
     """Neither does the gradient: batches of 1 and of 3 + 1 problems add up to the one batch."""
-    whole = measure("shared", sharpen(tiny_gpt2()).double())
+    whole = measure("shared", sharpen(tiny_gpt2()).double(), scale=scale)
     assert whole["grad_norm"] > 0
     for size in (1, 3):
-        parts = measure("shared", sharpen(tiny_gpt2()).double(), batch_size=size)
+        parts = measure("shared", sharpen(tiny_gpt2()).double(), batch_size=size, scale=scale)
         assert parts == pytest.approx(whole, rel=1e-9, abs=1e-12)
+
+
+def test_batch_scaling_divides_by_the_deviation_of_all_rewards(measure):
+    seen = []
+
+    def recorded(text, problem):
+        seen.append(graded(text, problem))
+        return seen[-1]
+
+    plain, scaled = (measure("shared", scale=scale, reward=recorded)["grad_norm"] for scale in ("none", "batch"))
+    assert scaled == pytest.approx(plain / (statistics.stdev(seen[16:]) + 1e-4), rel=1e-5)
 
 
 def test_the_gradient_of_the_first_problems_is_their_own(measure, problems):

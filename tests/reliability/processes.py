@@ -115,12 +115,12 @@ class Recorder:
         self.model.zero_grad(set_to_none=set_to_none)
 
 
-def gradient(loop, dtype, micro_batch=0, max_candidates=0, num_problems=32, loss_type="dr_grpo"):
+def gradient(loop, dtype, micro_batch=0, max_candidates=0, num_problems=32, **grpo):
     """The gradient of one step, flat, and the step's metrics."""
     model = sharpen(tiny_gpt2()).to(dtype)
     recorder = Recorder(model)
     if loop == "grpo":
-        settings = {"num_problems": num_problems, "max_candidates": max_candidates, "loss_type": loss_type}
+        settings = {"num_problems": num_problems, "max_candidates": max_candidates, **grpo}
         settings |= {
             "micro_batch": micro_batch,
             "num_iterations": 1,

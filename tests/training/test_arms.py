@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from latentlab.advantage import group_advantages
 from latentlab.config import ARMS, arm_settings
 from latentlab.grpo import Splitter, policy_gradient
-from latentlab.loss import LOSS_TYPES
+from latentlab.loss import LOSS_TYPES, grpo_loss
 from latentlab.masks import MaskSpec
 from latentlab.model import LatentReasoner
 from latentlab.pretrained.loading import load_model, model_from_config
@@ -147,6 +147,28 @@ def test_micro_batches_leave_gradient_and_stats_as_they_are(problems, config, lo
         assert stats == pytest.approx(results[0][0], abs=1e-12)
         for name, grad in grads.items():
             torch.testing.assert_close(grad, results[0][1][name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "cispo", "epsilon_high": 1.2},
+        {"importance_sampling_level": "sequence"},
+        {"epsilon": 0.05},
+        {"epsilon_high": 0.05},
+    ],
+)
+def test_every_setting_of_the_loss_reaches_it(problems, config, settings):
+    model = tiny_gpt2().double()
+    out = rollout(model, problems, num_generations=4, masks=MaskSpec(rate=0.3), temperature=1.0, run_seed=0, step=0)
+    out.logp.add_(torch.arange(out.logp.numel()).sin().view_as(out.logp) * out.token_mask)
+    advantages = group_advantages(out.rewards(graded)).flatten()
+    given = (model.score(out, masks=out.masks), out.logp, advantages, out.token_mask)
+    want, default = (
+        grpo_loss(*given, max_completion_length=model.max_new_tokens, **changes)[0].item() for changes in (settings, {})
+    )
+    got = policy_gradient(model, out, advantages, config(grpo=settings))["loss"]
+    assert got == pytest.approx(want, abs=1e-12) and got != pytest.approx(default, abs=1e-6)
 
 
 def test_a_memory_budget_splits_the_update_and_leaves_its_gradient_as_it_is(problems, config):

@@ -20,6 +20,7 @@ from latentlab.training.curriculum import (
     set_stage,
     stage_text,
 )
+from latentlab.training.preflight import expect_together
 from latentlab.training.run import read_metrics
 
 PROBLEM = Problem("p", "Leo has 2 books.", ("<<2+3=5>>", "<<5*2=10>>", "<<10-1=9>>"), "9", "test")
@@ -49,6 +50,23 @@ def test_the_last_thought_of_a_step_is_decoded_to_its_result(gpt2):
     targets = result_tokens(gpt2.tokenizer, [PROBLEM, short], thoughts=4, c_thought=2)
     five, ten, two = gpt2.tokenizer.convert_tokens_to_ids(["5", "10", "2"])
     assert targets.tolist() == [[IGNORE, five, IGNORE, ten], [IGNORE, two, IGNORE, IGNORE]]
+
+
+def test_without_decoding_a_step_may_be_in_words(config):
+    """It trains on them; with a weight the pre-flight check names the problem before anything is written."""
+    words = [Problem(f"w-{i}", "Leo has 2 books .", ("Leo buys 3 books", "<<2+3=5>>"), "5", "test") for i in range(6)]
+    for weight in (0.0, 0.5):
+        c = config(curriculum={"steps": [1, 1, 1], "decode_weight": weight}, backbone={"n_positions": 128})
+        model = model_from_config(c)
+        set_stage(model, c, 1, words)
+        if weight:
+            with pytest.raises(
+                ValueError, match=r"^problem w-0: got step 'Leo buys 3 books', .*curriculum.decode_weight to 0$"
+            ):
+                expect_together(model, words, c, curriculum=True)
+        else:
+            expect_together(model, words, c, curriculum=True)
+            assert 0 < curriculum_gradient(model, words, 1, c, step=0)["loss"] < 20
 
 
 def test_only_text_after_end_carries_loss(config, word_sets):

@@ -15,7 +15,7 @@ from latentlab import cli
 from latentlab.evaluation.accuracy import evaluate
 from latentlab.loss import LOSS_TYPES
 from latentlab.runtime import distributed, files
-from latentlab.training.arms import fit_grpo
+from latentlab.training.arms import fit_grpo, sample_groups
 from latentlab.training.run import Stopped, read_metrics
 from tests.conftest import sharpen, tiny_gpt2
 from tests.reliability.processes import CONFIG, MEASURES, TRAIN, VALIDATION, first_digit, gradient, together
@@ -47,7 +47,9 @@ def test_after_20_float64_steps_so_are_weights_and_metrics(tmp_path):
 
 def gradients_of_two_problems():
     settings = {"loop": "grpo", "dtype": torch.float64, "num_problems": 2}
-    return [gradient(**settings, loss_type=loss_type) for loss_type in LOSS_TYPES]
+    variants = [{"loss_type": name} for name in LOSS_TYPES]
+    variants += [{"scale_rewards": "batch"}, {"importance_sampling_level": "sequence"}]
+    return [gradient(**settings, **variant) for variant in variants]
 
 
 def test_a_process_without_a_group_and_every_denominator(tmp_path):
@@ -105,6 +107,15 @@ def test_arms_get_equal_rollouts_however_many_groups_are_mixed(tmp_path):
         assert torch.equal(finals[name], before) is (name == "none")
     assert [line["candidates"] for line in lines] == [9, 9, 2]
     assert {(line["groups"], line["frac_reward_zero_std"], line["grad_norm"]) for line in lines} == {(0, 1.0, 0.0)}
+
+
+def test_batch_scaling_takes_all_candidates_also_those_that_are_dropped():
+    settings = {"loop": "grpo", "dtype": torch.float64, "num_problems": 4, "max_candidates": 9}
+    config = replace(CONFIG, grpo=replace(CONFIG.grpo, num_problems=4, max_candidates=9))
+    batch = sample_groups(sharpen(tiny_gpt2()).double(), TRAIN, config, 3, first_digit)
+    assert len(batch.kept) < len(batch.rewards)
+    (plain, _), (scaled, _) = (gradient(**settings, scale_rewards=scale) for scale in ("none", "batch"))
+    assert plain.any() and scaled == pytest.approx(plain / (batch.rewards.std().item() + 1e-4), rel=1e-9, abs=1e-15)
 
 
 # -- failing and stopping -------------------------------------------------------------------------------------------
