@@ -4,6 +4,7 @@
 """
 
 import ast
+import dataclasses
 import errno
 import json
 import os
@@ -22,6 +23,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from yaml import SafeLoader
 
 from latentlab import config
@@ -40,6 +42,7 @@ from tests.conftest import sharpen, tiny_gpt2
 PACKAGE = Path(preflight.__file__).parents[1]
 SMALL = ["--preset", "smoke", "--data.train-size", "8", "--data.validation-size", "4", "--data.test-size", "4",
          "--data.steps", "2"]  # fmt: skip
+LATER = pytest.mark.xfail(reason="refused by the checks at load", strict=False)
 few = settings(
     derandomize=True, deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -75,7 +78,7 @@ def misuse(capfd, record_property, tmp_path, monkeypatch, request):
         assert not (tmp_path / "payload").exists()
         if may_pass and code == 0:
             return ""
-        assert code in (1, 2), (code, words)
+        assert code == 2, (code, words)
         assert err.startswith("latentlab: ") and err.count("\n") == 1 and err.endswith("\n"), err
         assert len(err) < 700 and ("expected" in err.lower() or ";" in err or "--help" in err), err
         assert out == "" and "Traceback" not in err
@@ -141,6 +144,26 @@ class Payload:
         ("sweep --executor cloud", "invalid choice 'cloud'"),
         ("reproduce --budget-minutes -3", "budget_minutes: got -3"),
         ("study --only 99", "--only 99: expected the beginning of one of 00_tour"),
+        ("curriculum --seed 1.0", "--seed: invalid literal for int()"),
+        ("grpo --seed True", "--seed: invalid literal for int()"),
+        ("grpo --seed 1e3", "--seed: invalid literal for int()"),
+        ("grpo --grpo.temperature nan", "grpo.temperature: got nan, expected"),
+        ("grpo --grpo.temperature inf", "grpo.temperature: got inf, expected"),
+        ("data --grpo.loss-type sum", "invalid choice 'sum'"),
+        ("data --grpo.loss-type sapo", "invalid choice 'sapo'"),
+        ("data --grpo.scale-rewards whiten", "invalid choice 'whiten'"),
+        pytest.param("data --grpo.loss-type bnpo", "invalid choice 'bnpo'", marks=LATER),
+        pytest.param("data --grpo.scale-rewards std", "invalid choice 'std'", marks=LATER),
+        ("curiculum --preset tiny", "got the verb 'curiculum', expected one of curriculum, grpo"),
+        ("Evaluate", "got the verb 'Evaluate', expected one of"),
+        ("evaluate a b", "evaluate: Unrecognized options: b"),
+        ("study --preset smoke --only", "Missing value for argument '--only'"),
+        ("study --preset smol --only 02", "notebooks 00-03 need smoke or tiny"),
+        ("evaluate --limit 1.5", "--limit: invalid literal"),
+        ("sweep --sweep.seeds 0 0", "sweep.seeds: got (0, 0), expected different ones"),
+        ("reproduce --budget-minutes inf", "budget_minutes: got inf"),
+        ("reproduce --backbone a --init-from b", "got both, expected an untrained or a trained model"),
+        ("sweep --slurm partition=gpu", "add --executor slurm"),
         ("curriculum --backbone.n-head 3", "backbone.n_head: got 3, expected a divisor"),
     ],
 )
@@ -451,6 +474,61 @@ def test_checkpoints(misuse, model_folder, name):
     misuse("checkpoint", *evaluate_words(model_folder))
 
 
+def spoil_weights(folder, what):
+    tensors = load_file(folder / WEIGHTS)
+    name = "transformer.h.1.ln_1.weight"
+    if what in ("nan", "inf", "-inf"):
+        tensors[name][3] = float(what)
+    elif what == "nan in the embedding":
+        tensors["transformer.wte.weight"][7, 3] = float("nan")
+    elif what == "a third layer":
+        tensors |= {key.replace(".h.1.", ".h.2."): value.clone() for key, value in tensors.items() if ".h.1." in key}
+    elif what == "a bias more":
+        tensors["transformer.wte.bias"] = torch.zeros(3)
+    elif what == "a tensor less":
+        del tensors[name]
+    else:
+        tensors[name] = torch.ones(5)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "grpo", "curriculum"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        *(pytest.param(what, marks=LATER) for what in ("nan", "inf", "-inf", "nan in the embedding")),
+        *(pytest.param(what, marks=LATER) for what in ("a third layer", "a bias more")),
+        *("a tensor less", "another shape"),
+    ],
+)
+def test_weights_that_are_not_the_models(misuse, model_folder, verb, what):
+    spoil_weights(model_folder, what)
+    train = (
+        verb,
+        *SMALL,
+        "--init-from",
+        model_folder,
+        "--out",
+        "run",
+        "--grpo.steps",
+        "1",
+        "--curriculum.steps",
+        "1",
+        "1",
+    )
+    said = misuse("A weights", *(evaluate_words(model_folder) if verb == "evaluate" else train))
+    assert "finite" in said if "n" in what[:3] and what[0] in "ni-" else "checkpoint" in said
+
+
+@LATER
+@pytest.mark.parametrize("token", ["<eos>", "<|end-latent|>"])
+def test_a_control_token_of_the_tokenizer_in_a_question(misuse, model_folder, data, token):
+    write = [Problem("a", f"How many {token} ?", ("<<1+1=2>>",), "2", "s")]
+    text = "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in write)
+    (data.folder / "svamp.jsonl").write_text(text)
+    assert token in misuse("C control token", "evaluate", model_folder, "--benchmark", "svamp")
+
+
 def test_a_checkpoint_with_the_tokenizer_of_another_vocabulary(misuse, model_folder, tmp_path, llama_folder):
     from latentlab.data.word_problems import WORDS
     from latentlab.pretrained.scratch import word_tokenizer
@@ -656,6 +734,22 @@ def test_a_run_folder_of_someone_else(misuse, tmp_path, checkpoint, verb, name, 
     misuse("F run folder", verb, *SMALL, *start, "--out", "out", *flag)
 
 
+@pytest.mark.parametrize("flag", [[], ["--resume"]])
+@pytest.mark.parametrize("verb", ["curriculum", "grpo"])
+def test_a_checkpoint_as_a_run_folder(misuse, model_folder, verb, flag):
+    misuse("F run folder", verb, *SMALL, "--init-from", model_folder, "--out", model_folder, *flag)
+
+
+LOOPS = ("data --out loop", "evaluate --json loop", "sweep --out loop", "curriculum --out loop/run",
+         "grpo --out loop", "data --out loop/rows.jsonl")  # fmt: skip
+
+
+@pytest.mark.parametrize("words", LOOPS)
+def test_a_link_to_itself(misuse, tmp_path, words):
+    (tmp_path / "loop").symlink_to("loop")
+    misuse("I link", *words.split())
+
+
 @pytest.mark.parametrize("what", ["missing", "empty", "of other files"])
 @pytest.mark.parametrize("verb", ["curriculum", "grpo"])
 def test_resume_of_nothing(misuse, tmp_path, verb, what):
@@ -821,24 +915,46 @@ def test_text_of_models_and_data_is_text_in_tables(text, tmp_path, monkeypatch, 
 # -- as processes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["fly"], ["data", "--data.name", "gsm8k"], ["curriculum", "--seed", "1e400"],
-        ["data", "--out", "/dev/null/x.jsonl"],
-    ],
-)  # fmt: skip
+PROCESSES = {
+    "fly": "got the verb 'fly'",
+    "data --data.name gsm8k": "gsm8k_test.jsonl",
+    "curriculum --seed 1e400": "invalid literal",
+    "data --out /dev/null/x.jsonl": "a file stands where a folder is expected",
+    "data --out mine": "which exists, expected a new file",
+    "evaluate --benchmark svamp": "line 2: got the key 'answer' twice",
+    "curriculum --preset smoke --out run --resume": "expected the folder of a run",
+    "grpo --grpo.lerning-rate 1": "Perhaps you meant: --grpo.learning-rate",
+    "evaluate nothing/there/model": "expected a checkpoint folder or a Hub id",
+}
+
+
+@pytest.mark.parametrize("words", PROCESSES)
 def test_as_a_process(tmp_path, words, record_property):
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "LATENTLAB_DATA": str(tmp_path)}
-    command = [sys.executable, "-m", "latentlab.cli", *words]
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "svamp.jsonl").write_text(row() + "\n" + LINES["answer twice"])
+    before, command = snapshot(tmp_path), [sys.executable, "-m", "latentlab.cli", *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("latentlab: ") and "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
-    if words == ["fly"]:
+    assert done.stderr.startswith("latentlab: ") and PROCESSES[words] in done.stderr
+    assert snapshot(tmp_path) == before
+    if words == "fly":
         done = subprocess.run([*command, "--debug"], capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 1 and "Traceback" in done.stderr and "got the verb 'fly'" in done.stderr
     record_property("inputs", {"as a process": 1})
+    line = done.stderr.replace(str(tmp_path), "").splitlines()[-1]
+    case = {"kind": "as a process", "input": "as a process", "words": words, "exit_code": 2, "line": line}
+    record_property("misuse", [case])
+
+
+def test_a_closed_pipe_is_no_error(record_property):
+    """`latentlab data | head -1`: exit code 0, nothing on stderr."""
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    command = f"set -o pipefail; {sys.executable} -m latentlab data --n 5000 | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") == 1
+    case = {"kind": "as a process", "input": "a closed pipe is no error", "words": "data --n 5000 | head -1"}
+    record_property("misuse", [{**case, "exit_code": 0, "line": ""}])
 
 
 # -- the code itself ------------------------------------------------------------------------------------------------

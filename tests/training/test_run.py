@@ -415,6 +415,10 @@ def test_a_nan_among_weights_or_moments_is_never_saved(tmp_path, start):
     with pytest.raises(FloatingPointError, match=r"^weights\.transformer\.wte\.weight: got nan at step 1"):
         run.save_best()
     assert content(tmp_path) == before
+    with pytest.raises(
+        FloatingPointError, match="step -1, .*; nothing of this step is saved; use other weights to start"
+    ):
+        expect_finite({"loss": float("nan")}, -1)
     with pytest.raises(FloatingPointError, match="^optimizer.0.exp_avg: got nan at step 4"):
         expect_finite({"optimizer": {0: {"step": torch.tensor(1.0), "exp_avg": torch.tensor([float("inf")])}}}, 4)
 
