@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from latentlab.cli import main
 from latentlab.data.word_problems import WORDS, word_problems
 from latentlab.model import END, LATENT, START
 from latentlab.pretrained import loading, weights
@@ -29,6 +30,7 @@ from latentlab.pretrained.scratch import build_model, word_tokenizer
 from latentlab.reward import exact_answer
 from latentlab.rollouts import rollout
 from tests.conftest import tiny_gpt2
+from tests.core.test_cli import TOY_WORDS
 
 SIZE = {"num_thoughts": 2, "max_new_tokens": 5}
 
@@ -338,6 +340,18 @@ def test_a_plain_lm_starts_a_curriculum_with_the_presets_settings_and_nothing_el
         model_from_config(preset, init_from=str(llama_folder))
 
 
+def test_the_curriculum_verb_takes_a_plain_lm_and_the_others_say_how(llama_folder, tmp_path, capfd):
+    small = [*TOY_WORDS, "--curriculum.mask.sites", "mlp"]
+    start, out = ["--init-from", str(llama_folder), *small], tmp_path / "run"
+    assert main(["curriculum", *start, "--out", str(out)]) == 0
+    assert load_model(out).num_thoughts == 2
+    capfd.readouterr()
+    for words in (["grpo", *start, "--out", str(tmp_path / "no")], ["evaluate", str(llama_folder), *small]):
+        assert main(words) == 2
+        assert f"train it with `latentlab curriculum --init-from {llama_folder}`" in capfd.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("setting", [{"max_new_tokens": 0}, {"max_new_tokens": -1}, {"num_thoughts": -2}])
 def test_settings_out_of_range_are_refused_from_file_and_in_code(saved, setting):
     refused(ValueError, saved, "^LatentReasoner: got num_thoughts=.*, expected ints >= 0 and >= 1", **setting)
@@ -472,6 +486,21 @@ def biases(state):
 def test_tensors_other_than_the_configs_or_not_finite_are_refused(change, message, tmp_path):
     plain_folder(tmp_path, fresh(HEADS["llama"]), change=change)
     refused(ValueError, tmp_path, f"^checkpoint .*: got .*{message}")
+
+
+def test_files_of_the_hub_are_compared_too(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--someone--lm" / "snapshots" / "0"
+    state = plain_folder(snapshot, fresh(HEADS["llama"]))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0")
+    assert torch.equal(load_model("someone/lm", **SIZE).lm.model.norm.weight, state["model.norm.weight"])
+    state["model.norm.weight"][3] = torch.inf
+    save_file(state, snapshot / "model.safetensors", metadata={"format": "pt"})
+    refused(ValueError, "someone/lm", "^checkpoint someone/lm: got NaN or inf in model.norm.weight, expected finite")
 
 
 def test_buffers_of_older_versions_are_no_weights(tmp_path):
