@@ -90,6 +90,14 @@ def encode_texts(tokenizer, texts: Sequence[str], *, add_special_tokens: bool = 
     return encoded["input_ids"]
 
 
+def first_token(tokenizer, text: str) -> int:
+    """The first token of `text` that is not blank; SentencePiece may put "▁" alone before it."""
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if tokenizer.decode([token]).strip():
+            return token
+    raise ValueError(f"tokenizer: got no token for {text!r}, expected that of a causal LM; use another")
+
+
 def prompt_rows(tokenizer, questions: Sequence[str]) -> list[list[int]]:
     """Token ids of `question + "\\n"`, with BOS where the tokenizer adds it, then of <start>.
 

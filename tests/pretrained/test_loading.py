@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +18,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     PhiConfig,
+    PreTrainedTokenizer,
     PreTrainedTokenizerFast,
 )
 
@@ -27,8 +28,10 @@ from latentlab.model import END, LATENT, START
 from latentlab.pretrained import loading, weights
 from latentlab.pretrained.loading import load_model, model_from_config, save_model, weights_hash
 from latentlab.pretrained.scratch import build_model, word_tokenizer
+from latentlab.problems import Problem
 from latentlab.reward import exact_answer
 from latentlab.rollouts import rollout
+from latentlab.training import curriculum
 from tests.conftest import tiny_gpt2
 from tests.core.test_cli import TOY_WORDS
 
@@ -568,10 +571,10 @@ def marker_tokenizer(kind):
     pieces = ["<eos>", "<unk>", "▁", "<", "▁<", "a", "=", "<<"]
     if kind == "sentencepiece":  # "<<" is "▁", "<", "<"
         core = Tokenizer(models.Unigram([(p, -1.0) for p in pieces if p not in ("▁<", "<<")], unk_id=1))
-        core.pre_tokenizer = pre_tokenizers.Metaspace()
+        core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     elif kind == "sentencepiece with ▁<":
         core = Tokenizer(models.Unigram([(p, -1.0) for p in pieces if p != "<<"], unk_id=1))
-        core.pre_tokenizer = pre_tokenizers.Metaspace()
+        core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     elif kind == "bytes":  # GPT-2's alphabet: "<" is itself
         core = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces[:-1])}, []))
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -592,11 +595,48 @@ def test_latent_rows_start_as_the_first_piece_of_the_marker_with_a_bracket(kind,
     assert same == [model.tokenizer.convert_tokens_to_ids(first), model.start_id, model.latent_id, model.end_id]
 
 
+@pytest.mark.parametrize(
+    ("kind", "target"), [("word", "="), ("sentencepiece", "="), ("sentencepiece with ▁<", "="), ("bytes", "=")]
+)
+def test_a_thought_is_decoded_to_the_first_piece_that_is_not_blank(kind, target):
+    tokenizer = marker_tokenizer(kind)
+    problem = Problem("a", "a ?", ("a = =",), "1", "t")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curriculum, "step_result", lambda step: step[-1])
+        targets = curriculum.result_tokens(tokenizer, [problem], thoughts=2, c_thought=2)
+    assert targets.tolist() == [[curriculum.IGNORE, tokenizer.convert_tokens_to_ids(target)]]
+
+
+class Letters(PreTrainedTokenizer):
+    """A tokenizer in Python, with a gap in its ids."""
+
+    ids = {"<eos>": 0, "<": 1, "a": 3, "b": 5}  # noqa: RUF012
+    vocab_size = 4
+
+    def get_vocab(self):
+        return self.ids | self.added_tokens_encoder
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.ids[token]
+
+    def _convert_id_to_token(self, index):
+        return {i: token for token, i in self.ids.items()}[index]
+
+
+def test_a_python_tokenizer_with_gaps_is_refused():
+    lm = AutoModelForCausalLM.from_config(GPT2Config(**SMALL_GPT2 | {"vocab_size": 8}))
+    with pytest.raises(
+        ValueError, match="^tokenizer: got ids with gaps, expected free ids after the last; use one with"
+    ):
+        loading.add_latent_tokens(lm, Letters(eos_token="<eos>"))
+
+
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
     plain_folder(tmp_path, GPT2Config(**SMALL_GPT2), tokenizer=plain_tokenizer(eos_token=None))
-    refused(
-        ValueError, tmp_path, "^tokenizer: got none for '<<' or no eos token, expected a causal LM's with both; use"
-    )
+    refused(ValueError, tmp_path, "^tokenizer: got no eos token, expected one, which ends answers; use another, or")
 
 
 # -- free ids for the latent tokens ---------------------------------------------------------------------------------
