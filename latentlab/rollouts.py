@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from latentlab.masks import Masks, MaskSpec, draw_masks, rollout_seeds, uniforms
-from latentlab.model import START, Edit, LatentReasoner, State, policy
+from latentlab.model import END, LATENT, START, Edit, LatentReasoner, State, policy
 from latentlab.problems import Problem
 
 
@@ -71,9 +71,10 @@ class Rollouts:
 
 
 def control_tokens(tokenizer) -> set[int]:
-    """Ids of the tokenizer's special tokens; without that for unknown words, unless it is eos."""
+    """Ids of the latent and the special tokens; without that for unknown words, unless it is eos."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return ({*tokenizer.all_special_ids} | added) - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
+    special = added.union(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    return special | {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids([START, LATENT, END])}
 
 
 def encode_texts(tokenizer, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:

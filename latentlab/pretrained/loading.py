@@ -187,8 +187,9 @@ def _number_after_gaps(tokenizer, start: int) -> None:
     """Give new latent tokens the ids from `start` on: tokenizers counts tokens, over ids in use."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     new = [token for token in (START, LATENT, END) if token not in tokenizer.get_vocab()]
-    state["model"]["vocab"].update({token: start + i for i, token in enumerate(new)})
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    if isinstance(state["model"]["vocab"], dict):  # a list (Unigram) has no gaps, at most a piece twice
+        state["model"]["vocab"] |= {token: start + i for i, token in enumerate(new)}
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
 def no_native_dropout(lm) -> None:

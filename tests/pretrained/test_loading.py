@@ -569,8 +569,9 @@ def test_generation_config_is_kept(tmp_path):
 
 def marker_tokenizer(kind):
     pieces = ["<eos>", "<unk>", "▁", "<", "▁<", "a", "=", "<<"]
-    if kind == "sentencepiece":  # "<<" is "▁", "<", "<"
-        core = Tokenizer(models.Unigram([(p, -1.0) for p in pieces if p not in ("▁<", "<<")], unk_id=1))
+    if kind in ("sentencepiece", "sentencepiece with a piece twice"):  # "<<" is "▁", "<", "<"
+        pieces = [p for p in pieces if p not in ("▁<", "<<")] + ["a"] * kind.endswith("twice")
+        core = Tokenizer(models.Unigram([(p, -1.0) for p in pieces], unk_id=1))
         core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     elif kind == "sentencepiece with ▁<":
         core = Tokenizer(models.Unigram([(p, -1.0) for p in pieces if p != "<<"], unk_id=1))
@@ -585,7 +586,14 @@ def marker_tokenizer(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "first"), [("word", "<<"), ("sentencepiece", "<"), ("sentencepiece with ▁<", "▁<"), ("bytes", "<")]
+    ("kind", "first"),
+    [
+        ("word", "<<"),
+        ("sentencepiece", "<"),
+        ("sentencepiece with ▁<", "▁<"),
+        ("sentencepiece with a piece twice", "<"),
+        ("bytes", "<"),
+    ],
 )
 def test_latent_rows_start_as_the_first_piece_of_the_marker_with_a_bracket(kind, first, tmp_path):
     plain_folder(tmp_path, GPT2Config(**SMALL_GPT2), tokenizer=marker_tokenizer(kind))
