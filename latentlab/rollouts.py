@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from latentlab.masks import Masks, MaskSpec, draw_masks, rollout_seeds, uniforms, whole_number
-from latentlab.model import START, Edit, LatentReasoner, State, policy
+from latentlab.model import END, LATENT, START, Edit, LatentReasoner, State, policy
 from latentlab.problems import Problem
 
 
@@ -82,9 +82,10 @@ class Rollouts:
 
 
 def control_tokens(tokenizer) -> set[int]:
-    """Ids of the tokenizer's special tokens; without that for unknown words, unless it is eos."""
+    """Ids of the latent and the special tokens; without that for unknown words, unless it is eos."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return ({*tokenizer.all_special_ids} | added) - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
+    special = added.union(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    return special | {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids([START, LATENT, END])}
 
 
 def encode_texts(tokenizer, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
@@ -99,6 +100,14 @@ def encode_texts(tokenizer, texts: Sequence[str], *, add_special_tokens: bool = 
             got = f"got the control token {tokenizer.convert_ids_to_tokens(found[0])} in {text[:80]!r}"
             raise ValueError(f"text: {got}, which a model reads as a command, expected plain text; drop this problem")
     return encoded["input_ids"]
+
+
+def first_token(tokenizer, text: str) -> int:
+    """The first token of `text` that is not blank; SentencePiece may put "▁" alone before it."""
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if tokenizer.decode([token]).strip():
+            return token
+    raise ValueError(f"tokenizer: got no token for {text!r}, expected that of a causal LM; use another")
 
 
 def prompt_rows(tokenizer, questions: Sequence[str]) -> list[list[int]]:

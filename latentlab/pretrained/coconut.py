@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
-from latentlab.pretrained.weights import expect_equal
+from latentlab.pretrained.weights import expect_causal_lm, expect_equal
 
 TOKENS = ("<|start-latent|>", "<|end-latent|>", "<|latent|>")  # in the order of their rows in a state dict
 CONFIG_IDS = ("latent_start_id", "latent_end_id", "latent_id")  # the config's names for the same three
@@ -55,6 +55,7 @@ def load_state_dict(file: Path, base: str):
     except Exception as error:  # transformers raises many kinds: missing files, no network
         got = f"could not get config and tokenizer of {base} for {file.name}"
         raise FileNotFoundError(f"base model: {got}; pass base=, a folder with both") from error
+    expect_causal_lm(base, config.to_dict())
     tokenizer.add_tokens(list(TOKENS), special_tokens=True)
     config.vocab_size = len(tokenizer)
     embedding = tensors.pop("embedding.weight", None)

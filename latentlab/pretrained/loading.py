@@ -30,6 +30,7 @@ from latentlab.model import END, LATENT, START, LatentReasoner
 from latentlab.pretrained import coconut, weights
 from latentlab.pretrained.scratch import build_model
 from latentlab.pretrained.selfcheck import check_backbone
+from latentlab.rollouts import first_token
 from latentlab.runtime.environment import TIMEOUT, hub_answers, repository_root
 from latentlab.runtime.files import read_json
 
@@ -152,25 +153,32 @@ def add_latent_tokens(lm, tokenizer) -> None:
     """Make START, LATENT, END single special tokens, with ids that no other token has.
 
     Tokens that were there keep their rows. New rows start as that of "<<", as in Coconut's code;
-    where "<<" is several pieces (SentencePiece: "▁", "<", "<"), as that of the first with a "<".
+    where "<<" is several pieces (SentencePiece: "▁", "<", "<"), as that of the first that is not
+    blank.
     """
     if lm.get_output_embeddings().weight is not lm.get_input_embeddings().weight:
         lm.config.tie_word_embeddings = False  # a file with a head of its own, whatever its config says
-    used, rows = set(tokenizer.get_vocab().values()), lm.get_input_embeddings().weight.shape[0]
+    old = tokenizer.get_vocab()
+    used, rows = set(old.values()), lm.get_input_embeddings().weight.shape[0]
     if max(used) >= rows:
         got = f"{max(used) + 1} tokens for {rows} embedding rows"
         raise ValueError(f"tokenizer: got {got}, expected the tokenizer of these weights; restore its files")
-    pieces = tokenizer("<<", add_special_tokens=False)["input_ids"]
-    if not pieces or tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer: got none for '<<' or no eos token, expected a causal LM's with both; use another")
-    first = next((i for i in pieces if "<" in tokenizer.convert_ids_to_tokens(i)), pieces[0])
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "tokenizer: got no eos token, expected one, which ends answers; use another, or set its eos_token"
+        )
+    first = first_token(tokenizer, "<<")
     if len(used) <= max(used) and tokenizer.is_fast:
         _number_after_gaps(tokenizer, max(used) + 1)
     tokens = {"extra_special_tokens": [START, LATENT, END]}
     tokenizer.add_special_tokens(tokens, replace_extra_special_tokens=False)
-    new = sorted(set(tokenizer.get_vocab().values()) - used)
-    if new and new[-1] >= rows:
-        lm.resize_token_embeddings(new[-1] + 1, mean_resizing=False)
+    new = [tokenizer.convert_tokens_to_ids(token) for token in (START, LATENT, END) if token not in old]
+    if used.intersection(new):
+        raise ValueError(
+            "tokenizer: got ids with gaps, expected free ids after the last; use one with a tokenizer.json"
+        )
+    if max(new, default=0) >= rows:
+        lm.resize_token_embeddings(max(new) + 1, mean_resizing=False)
     with torch.no_grad():
         for embedding in (lm.get_input_embeddings(), lm.get_output_embeddings()):  # may be tied
             for parameter in embedding.parameters():  # a head may have a bias
@@ -181,8 +189,9 @@ def _number_after_gaps(tokenizer, start: int) -> None:
     """Give new latent tokens the ids from `start` on: tokenizers counts tokens, over ids in use."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     new = [token for token in (START, LATENT, END) if token not in tokenizer.get_vocab()]
-    state["model"]["vocab"].update({token: start + i for i, token in enumerate(new)})
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    if isinstance(state["model"]["vocab"], dict):  # a list (Unigram) has no gaps, at most a piece twice
+        state["model"]["vocab"] |= {token: start + i for i, token in enumerate(new)}
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
 def no_native_dropout(lm) -> None:

@@ -45,7 +45,7 @@ def expect_readable(folder: Path) -> None:
             raise ValueError(f"checkpoint {folder}: got {held}, expected {WEIGHTS}; {remedy}")
     if not weights or not (folder / "config.json").exists():
         raise FileNotFoundError(
-            f"checkpoint: got the folder {folder} without config.json and *.safetensors, expected a saved model; "
+            f"checkpoint: got the folder {folder} without config.json and {WEIGHTS}, expected a saved model; "
             "name a folder written by `latentlab curriculum` or `latentlab grpo`"
         )
     if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "*vocab*", "*.model")):

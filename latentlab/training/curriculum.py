@@ -27,7 +27,7 @@ from latentlab.config import CONTROLS, Config
 from latentlab.masks import draw_masks, rollout_seeds
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem, step_result
-from latentlab.rollouts import encode_prompts, encode_texts
+from latentlab.rollouts import encode_prompts, encode_texts, first_token
 from latentlab.runtime import distributed
 from latentlab.training.run import Problems, Run
 from latentlab.training.steps import batch_indices, progress_bar, set_learning_rate, update, warmup_cosine
@@ -54,8 +54,7 @@ def result_tokens(tokenizer, problems: Problems, thoughts: int, c_thought: int) 
     targets = torch.full((len(problems), thoughts), IGNORE)
     for row, problem in enumerate(problems):
         for i, step in enumerate(problem.steps[: thoughts // c_thought]):
-            first = tokenizer(step_result(step), add_special_tokens=False)["input_ids"][0]
-            targets[row, (i + 1) * c_thought - 1] = first
+            targets[row, (i + 1) * c_thought - 1] = first_token(tokenizer, step_result(step))
     return targets
 
 

@@ -12,9 +12,10 @@ import torch
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
-from latentlab.model import START, LatentReasoner, policy
+from latentlab.model import END, LATENT, START, LatentReasoner, policy
 from latentlab.pretrained.loading import load_model
 from latentlab.rollouts import choose, encode_prompts, replay_gap, rollout
 from latentlab.training import preflight
@@ -208,6 +209,17 @@ def test_a_control_token_of_the_tokenizer_in_a_text_is_refused(gpt2, problems, c
 @pytest.mark.parametrize("text", ["<s>", "<|im_end|>", "[INST]", "<unk>", "unheard of"])
 def test_what_the_tokenizer_does_not_call_special_is_text(gpt2, problems, text):
     rollout(gpt2, [replace(problems[0], question=f"one {text} more")], masks=None, **SETTINGS)
+
+
+@pytest.mark.parametrize("token", [START, LATENT, END])
+def test_latent_tokens_of_ones_own_tokenizer_are_control_tokens_too(llama_folder, problems, token):
+    """Those of a LatentReasoner made by hand need not be special."""
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(llama_folder), AutoTokenizer.from_pretrained(llama_folder)
+    tokenizer.add_tokens([START, LATENT, END])
+    lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model = LatentReasoner(lm, tokenizer, num_thoughts=1, max_new_tokens=2)
+    with pytest.raises(ValueError, match=rf"control token {re.escape(token)} in 'one"):
+        rollout(model, [replace(problems[0], question=f"one {token}")], masks=None, **SETTINGS)
 
 
 def test_the_preflight_finds_a_control_token_among_short_questions(gpt2, problems, config, monkeypatch):

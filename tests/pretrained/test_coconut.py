@@ -212,6 +212,13 @@ def test_several_checkpoints_or_no_base_are_one_clear_line(source, tmp_path):
         load_model(source["folder"] / "meta" / "checkpoint_3", base=str(tmp_path / "nothing"))
 
 
+def test_a_base_of_another_kind_is_one_clear_line(source, tmp_path):
+    AutoTokenizer.from_pretrained(source["folder"] / "base").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ValueError, match="got model_type t5, which is no decoder-only causal LM"):
+        load_model(source["folder"] / "meta" / "checkpoint_3", base=str(tmp_path))
+
+
 def rewritten(source, tmp_path, **config):
     """The HF folder with other values in config.json."""
     model = load_model(source["folder"] / "hf")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -18,17 +18,22 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     PhiConfig,
+    PreTrainedTokenizer,
     PreTrainedTokenizerFast,
 )
 
+from latentlab.cli import main
 from latentlab.data.word_problems import WORDS, word_problems
 from latentlab.model import END, LATENT, START
 from latentlab.pretrained import loading, weights
 from latentlab.pretrained.loading import load_model, model_from_config, save_model, weights_hash
 from latentlab.pretrained.scratch import build_model, word_tokenizer
+from latentlab.problems import Problem
 from latentlab.reward import exact_answer
 from latentlab.rollouts import rollout
+from latentlab.training import curriculum
 from tests.conftest import tiny_gpt2
+from tests.core.test_cli import TOY_WORDS
 
 SIZE = {"num_thoughts": 2, "max_new_tokens": 5}
 
@@ -338,6 +343,18 @@ def test_a_plain_lm_starts_a_curriculum_with_the_presets_settings_and_nothing_el
         model_from_config(preset, init_from=str(llama_folder))
 
 
+def test_the_curriculum_verb_takes_a_plain_lm_and_the_others_say_how(llama_folder, tmp_path, capfd):
+    small = [*TOY_WORDS, "--curriculum.mask.sites", "mlp"]
+    start, out = ["--init-from", str(llama_folder), *small], tmp_path / "run"
+    assert main(["curriculum", *start, "--out", str(out)]) == 0
+    assert load_model(out).num_thoughts == 2
+    capfd.readouterr()
+    for words in (["grpo", *start, "--out", str(tmp_path / "no")], ["evaluate", str(llama_folder), *small]):
+        assert main(words) == 2
+        assert f"train it with `latentlab curriculum --init-from {llama_folder}`" in capfd.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("setting", [{"max_new_tokens": 0}, {"max_new_tokens": -1}, {"num_thoughts": -2}])
 def test_settings_out_of_range_are_refused_from_file_and_in_code(saved, setting):
     refused(ValueError, saved, "^LatentReasoner: got num_thoughts=.*, expected ints >= 0 and >= 1", **setting)
@@ -474,6 +491,21 @@ def test_tensors_other_than_the_configs_or_not_finite_are_refused(change, messag
     refused(ValueError, tmp_path, f"^checkpoint .*: got .*{message}")
 
 
+def test_files_of_the_hub_are_compared_too(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--someone--lm" / "snapshots" / "0"
+    state = plain_folder(snapshot, fresh(HEADS["llama"]))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0")
+    assert torch.equal(load_model("someone/lm", **SIZE).lm.model.norm.weight, state["model.norm.weight"])
+    state["model.norm.weight"][3] = torch.inf
+    save_file(state, snapshot / "model.safetensors", metadata={"format": "pt"})
+    refused(ValueError, "someone/lm", "^checkpoint someone/lm: got NaN or inf in model.norm.weight, expected finite")
+
+
 def test_buffers_of_older_versions_are_no_weights(tmp_path):
     def old(state):
         more = {"attn.bias": torch.ones(1, 1, 8, 8), "attn.masked_bias": torch.tensor(-1e4)}
@@ -537,12 +569,13 @@ def test_generation_config_is_kept(tmp_path):
 
 def marker_tokenizer(kind):
     pieces = ["<eos>", "<unk>", "▁", "<", "▁<", "a", "=", "<<"]
-    if kind == "sentencepiece":  # "<<" is "▁", "<", "<"
-        core = Tokenizer(models.Unigram([(p, -1.0) for p in pieces if p not in ("▁<", "<<")], unk_id=1))
-        core.pre_tokenizer = pre_tokenizers.Metaspace()
+    if kind in ("sentencepiece", "sentencepiece with a piece twice"):  # "<<" is "▁", "<", "<"
+        pieces = [p for p in pieces if p not in ("▁<", "<<")] + ["a"] * kind.endswith("twice")
+        core = Tokenizer(models.Unigram([(p, -1.0) for p in pieces], unk_id=1))
+        core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     elif kind == "sentencepiece with ▁<":
         core = Tokenizer(models.Unigram([(p, -1.0) for p in pieces if p != "<<"], unk_id=1))
-        core.pre_tokenizer = pre_tokenizers.Metaspace()
+        core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     elif kind == "bytes":  # GPT-2's alphabet: "<" is itself
         core = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces[:-1])}, []))
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -553,7 +586,14 @@ def marker_tokenizer(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "first"), [("word", "<<"), ("sentencepiece", "<"), ("sentencepiece with ▁<", "▁<"), ("bytes", "<")]
+    ("kind", "first"),
+    [
+        ("word", "<<"),
+        ("sentencepiece", "<"),
+        ("sentencepiece with ▁<", "▁<"),
+        ("sentencepiece with a piece twice", "<"),
+        ("bytes", "<"),
+    ],
 )
 def test_latent_rows_start_as_the_first_piece_of_the_marker_with_a_bracket(kind, first, tmp_path):
     plain_folder(tmp_path, GPT2Config(**SMALL_GPT2), tokenizer=marker_tokenizer(kind))
@@ -563,11 +603,48 @@ def test_latent_rows_start_as_the_first_piece_of_the_marker_with_a_bracket(kind,
     assert same == [model.tokenizer.convert_tokens_to_ids(first), model.start_id, model.latent_id, model.end_id]
 
 
+@pytest.mark.parametrize(
+    ("kind", "target"), [("word", "="), ("sentencepiece", "="), ("sentencepiece with ▁<", "="), ("bytes", "=")]
+)
+def test_a_thought_is_decoded_to_the_first_piece_that_is_not_blank(kind, target):
+    tokenizer = marker_tokenizer(kind)
+    problem = Problem("a", "a ?", ("a = =",), "1", "t")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curriculum, "step_result", lambda step: step[-1])
+        targets = curriculum.result_tokens(tokenizer, [problem], thoughts=2, c_thought=2)
+    assert targets.tolist() == [[curriculum.IGNORE, tokenizer.convert_tokens_to_ids(target)]]
+
+
+class Letters(PreTrainedTokenizer):
+    """A tokenizer in Python, with a gap in its ids."""
+
+    ids = {"<eos>": 0, "<": 1, "a": 3, "b": 5}  # noqa: RUF012
+    vocab_size = 4
+
+    def get_vocab(self):
+        return self.ids | self.added_tokens_encoder
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.ids[token]
+
+    def _convert_id_to_token(self, index):
+        return {i: token for token, i in self.ids.items()}[index]
+
+
+def test_a_python_tokenizer_with_gaps_is_refused():
+    lm = AutoModelForCausalLM.from_config(GPT2Config(**SMALL_GPT2 | {"vocab_size": 8}))
+    with pytest.raises(
+        ValueError, match="^tokenizer: got ids with gaps, expected free ids after the last; use one with"
+    ):
+        loading.add_latent_tokens(lm, Letters(eos_token="<eos>"))
+
+
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
     plain_folder(tmp_path, GPT2Config(**SMALL_GPT2), tokenizer=plain_tokenizer(eos_token=None))
-    refused(
-        ValueError, tmp_path, "^tokenizer: got none for '<<' or no eos token, expected a causal LM's with both; use"
-    )
+    refused(ValueError, tmp_path, "^tokenizer: got no eos token, expected one, which ends answers; use another, or")
 
 
 # -- free ids for the latent tokens ---------------------------------------------------------------------------------
