@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from latentlab.masks import scaled
 
+SUPPORTED = "use a family that docs/backbones.md lists as supported"
 ROLES = {"attention": ("att",), "mlp": ("mlp", "feed_forward", "ffn", "moe", "fc")}  # parts of child names
 
 
@@ -48,8 +49,7 @@ def decoder_layers(lm: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and module and all(_branch(module[0], site) for site in ROLES):
             return module
     raise ValueError(
-        f"backbone: got {type(lm).__name__}, expected blocks with an attention and an mlp child; "
-        "use a family that docs/backbones.md lists as supported"
+        f"backbone: got {type(lm).__name__}, expected blocks with an attention and an mlp child; {SUPPORTED}"
     )
 
 
@@ -107,7 +107,7 @@ def _find(lm: nn.Module, layer: nn.Module, call: Callable[[], Tensor]) -> dict[s
             return {"attention": attention, "mlp": mlp}
     raise ValueError(
         f"backbone: got {type(lm).__name__}, expected layers that add an attention and an mlp branch to the residual "
-        "stream, so that masks can multiply what is added; use a family that docs/backbones.md lists as supported"
+        f"stream, so that masks can multiply what is added; {SUPPORTED}"
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from latentlab.backbone import COMPARED, branch_gaps, longest_sequence, window_sizes
+from latentlab.backbone import COMPARED, SUPPORTED, branch_gaps, longest_sequence, window_sizes
 from latentlab.masks import SITES, Masks, MaskSpec
 from latentlab.model import LatentReasoner
 
@@ -47,19 +47,18 @@ def check_backbone(model: LatentReasoner) -> None:
     """Raise a one-line ValueError unless the engine computes what the backbone computes."""
     lm = model.lm
     name = f"backbone: got the family {lm.config.model_type} ({type(lm).__name__})"
-    use = "use a family that docs/backbones.md lists as supported"
     try:
         wrong = [gap for gap in compare(model) if not gap.ok]
     except Exception as error:  # another family's code may raise any kind when it is called like this
         text = " ".join(str(error).split())[:160] or type(error).__name__
         if text.startswith("backbone: "):  # branch_outputs: no sites for masks
             raise
-        raise ValueError(f"{name}, which cannot be run with latent thoughts and masks ({text}); {use}") from error
+        raise ValueError(f"{name}, which cannot be run with latent thoughts and masks ({text}); {SUPPORTED}") from error
     if wrong:
         differ = ", ".join(f"{gap.name} by {gap.value:.1g}" for gap in wrong)
         raise ValueError(
             f"{name}, whose own forward differs from the engine's in {differ}, expected at most {wrong[0].bound:g}; "
-            f"{use}"
+            f"{SUPPORTED}"
         )
 
 

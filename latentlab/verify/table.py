@@ -62,9 +62,10 @@ def compare_checkpoint(checkpoint: str, device: str, dtype: str) -> list[Propert
 
 def main(device: str = "cpu", dtype: str = "float32", json_path: str | Path | None = None, checkpoint: str = "") -> int:
     """Print the table, write it as JSON, and return the exit code: 1 if a property fails."""
-    rows = compare_checkpoint(checkpoint, device, dtype) if checkpoint else []
+    rows = []
     if checkpoint:
-        print(f"{checkpoint}: compared with its own forward; the library's own checks follow", file=sys.stderr)
+        print(f"comparing {checkpoint} with its own forward, then the library's own checks", file=sys.stderr)
+        rows = compare_checkpoint(checkpoint, device, dtype)
     rows += run_verify(device, dtype)
     print(f"{'property':<18} {'value':>9}     {'bound':<8} ok   ")
     for p in rows:

@@ -34,7 +34,7 @@ def prefilled(heads, capacity=8):
     return cache, keys, values
 
 
-def ordinary(query, prefix, suffix, valid, problem):
+def ordinary(query, prefix, suffix, valid, problem, window=99, cap=None):
     """Softmax attention of each row over its repeated prefix and its suffix; the new positions are the last."""
     keys, values = (torch.cat([p[problem], s], 2) for p, s in zip(prefix, suffix, strict=True))
     keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (keys, values))
@@ -43,16 +43,19 @@ def ordinary(query, prefix, suffix, valid, problem):
         torch.ones(new, total, dtype=torch.bool).tril(total - new)[None]
         & torch.cat([valid[problem], torch.ones(len(query), total - valid.shape[1], dtype=torch.bool)], 1)[:, None]
     )
-    scores = (query @ keys.mT / 3).masked_fill(~seen[:, None], -torch.inf)
+    seen = seen & torch.ones(new, total, dtype=torch.bool).triu(total - new - window + 1)
+    scores = query @ keys.mT / 3
+    scores = cap * (scores / cap).tanh() if cap else scores
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
     return (scores.softmax(-1) @ values).transpose(1, 2)
 
 
-def passed(cache, query, keys, values):
+def passed(cache, query, keys, values, **more):
     """The attention function as transformers calls it."""
     mask = cache.visible(query.shape[2])
     all_keys, all_values = cache.update(keys, values, 0)
     with rollout_attention(SimpleNamespace(_attn_implementation="sdpa"), cache):
-        out, _ = attention(Layer(), query, all_keys, all_values, mask, scaling=1 / 3)
+        out, _ = attention(Layer(), query, all_keys, all_values, mask, scaling=1 / 3, **more)
     return out, (all_keys, all_values)
 
 
@@ -71,6 +74,30 @@ def test_values_and_gradients_equal_ordinary_attention_over_a_repeated_question(
         grads = [torch.autograd.grad((x * weight).sum(), leaves, retain_graph=True) for x in (got, want)]
         torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
         assert all(grad.abs().max() > 1e-3 for grad in grads[0])
+
+
+@pytest.mark.parametrize("shared", [1, 3])
+@pytest.mark.parametrize(("window", "cap"), [(4, None), (2, None), (1, None), (9, 0.5), (99, 0.5), (3, 0.2)])
+def test_windows_and_caps_apply_to_both_parts(window, cap, shared):
+    """The window of 2 ends inside the suffix, 4 and 9 reach into the question."""
+    cache, *prefix = prefilled(2)
+    valid, problem, suffix = cache.valid, cache.problem.clone(), []
+    for i, new in enumerate((1, 3, 1)):
+        given = inputs(2, shared, new, seed=i)
+        got, suffix = passed(cache, *given, sliding_window=window, softcap=cap)
+        want = ordinary(given[0], prefix, suffix, valid, problem, window, cap)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("window", "cap"), [(3, None), (None, 0.5), (3, 0.5)])
+def test_windows_and_caps_apply_inside_a_question(window, cap, monkeypatch):
+    monkeypatch.setattr(Layer, "num_key_value_groups", 3, raising=False)
+    query, keys, values = inputs(2, 3, Q, rows=B)
+    cache = RolloutCache(torch.ones(B, Q, dtype=torch.bool), 8)
+    got, _ = passed(cache, query, keys, values, sliding_window=window, softcap=cap)
+    nothing = [x[:, :, :0] for x in (keys, values)]
+    want = ordinary(query, nothing, (keys, values), cache.valid[:, :0], torch.arange(B), window or 99, cap)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()

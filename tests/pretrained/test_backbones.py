@@ -5,14 +5,17 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from latentlab import attention
-from latentlab.backbone import branch_outputs
+from latentlab.backbone import branch_outputs, longest_sequence
+from latentlab.cli import main
 from latentlab.model import LatentReasoner, State
 from latentlab.pretrained import load_model
-from latentlab.pretrained.selfcheck import check_backbone, compare
+from latentlab.pretrained.selfcheck import Gap, check_backbone, compare
 from latentlab.runtime.environment import repository_root
 from latentlab.study.results import load_result, published_folder
+from latentlab.verify import table
 
 spec = importlib.util.spec_from_file_location(
     "measure_backbones", repository_root() / "scripts" / "measure_backbones.py"
@@ -121,6 +124,36 @@ def test_masks_sit_on_what_is_added_to_the_residual_stream(name, sites):
     assert [x.split(".", 3)[-1] for x in found] == list(sites) * 2
 
 
+def test_weights_that_are_nan_make_no_other_family():
+    lm = build("Phi-3, window 24").lm
+    with torch.no_grad():
+        lm.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    assert branch_outputs(lm, ("mlp",)) == [layer.mlp.down_proj for layer in lm.model.layers]
+
+
+@pytest.mark.parametrize(
+    ("settings", "longest"),
+    [
+        ({}, 96),
+        ({"sliding_window": 24}, 96),
+        ({"max_position_embeddings": 9000, "sliding_window": 4096}, 4096),
+        ({"max_position_embeddings": 9000, "sliding_window": None}, 9000),
+    ],
+)
+def test_no_sequence_is_longer_than_what_was_compared(settings, longest):
+    config = transformers.MistralConfig(**{**measure_backbones.GQA, "sliding_window": None, **settings})
+    assert longest_sequence(config) == longest
+
+
+def test_longrope_ends_where_its_frequencies_switch():
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
+    rope |= {"original_max_position_embeddings": 48}
+    config = transformers.Phi3Config(
+        **{**measure_backbones.GQA, "rope_parameters": rope, "original_max_position_embeddings": 48}
+    )
+    assert longest_sequence(config) == 48
+
+
 def saved(name, folder):
     model = build(name)
     model.lm.float().save_pretrained(folder)
@@ -138,6 +171,23 @@ def test_load_model_reads_a_supported_family(name, tmp_path):
 def test_load_model_refuses_the_others(name, tmp_path):
     with pytest.raises(ValueError, match=r"^backbone: got .*; use a family"):
         load_model(saved(name, tmp_path), num_thoughts=2, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("name", ["Granite, all multipliers", "Bloom"])
+def test_verify_compares_a_checkpoint(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(table, "run_verify", lambda device, dtype: [])
+    code = main(["verify", str(saved(name, tmp_path))])
+    out, err = capsys.readouterr()
+    if name in REFUSED:
+        assert (code, out) == (2, "") and err.splitlines()[-1].startswith("latentlab: backbone: got ")
+    else:
+        assert code == 0 and [line.split()[0] for line in out.splitlines()[1:-1]] == ROWS
+
+
+def test_a_row_of_a_checkpoint_that_fails_fails_verify(monkeypatch, capsys):
+    monkeypatch.setattr(table, "run_verify", lambda device, dtype: [])
+    monkeypatch.setattr(table, "compare", lambda model, full: [Gap("thoughts", 0.5, 1e-5)])
+    assert main(["verify", "tiny"]) == 1 and "thoughts fails" in capsys.readouterr().out
 
 
 def test_the_published_page_is_what_its_result_says():
