@@ -59,7 +59,7 @@ def load_state_dict(file: Path, base: str):
     tokenizer.add_tokens(list(TOKENS), special_tokens=True)
     config.vocab_size = len(tokenizer)
     embedding = tensors.pop("embedding.weight", None)
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
+    options = {"dtype": torch.float32, "output_loading_info": True}
     with torch.random.fork_rng(devices=[]):  # leaves the global generator as it was: all weights are overwritten
         load: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         lm, info = load.from_pretrained(
