@@ -1,4 +1,4 @@
-# make study [PRESET=smoke|tiny] · make test · make lab · make lint · make bench · make reliability · make notebooks
+# make study [PRESET=smoke|tiny] · make test · make lab · make lint · make bench · make reliability · make backbones · make notebooks
 PRESET ?= tiny
 PYTHON ?= python3
 # such as LAB_ARGS="--no-browser --allow-root" in a container
@@ -10,7 +10,7 @@ endif
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: study test lab lint bench reliability notebooks
+.PHONY: study test lab lint bench reliability backbones notebooks
 
 study: $(READY)
 	@$(BIN)/latentlab study --preset $(PRESET)
@@ -47,6 +47,11 @@ reliability: $(READY)
 	@$(BIN)/python -m tests.reliability.processes
 	@$(BIN)/python -m tests.reliability.misuse
 	@$(BIN)/latentlab report
+
+# For maintainers: which families of backbones the engine computes (a minute), and docs/backbones.md.
+backbones: $(READY)
+	@TQDM_DISABLE=1 $(BIN)/python scripts/measure_backbones.py
+	@$(BIN)/latentlab report --publish
 
 # The stamp is written last: an interrupted installation starts again.
 $(READY): pyproject.toml constraints.txt
