@@ -1,4 +1,5 @@
-# make study [PRESET=smoke|tiny] · make test · make lab · make lint · make bench · make reliability · make mutants · make notebooks
+# make study [PRESET=smoke|tiny] · make test · make lab · make lint · make bench · make reliability · make mutants · make backbones
+#   · make notebooks
 PRESET ?= tiny
 PYTHON ?= python3
 # such as LAB_ARGS="--no-browser --allow-root" in a container
@@ -10,7 +11,7 @@ endif
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: study test lab lint bench reliability mutants notebooks
+.PHONY: study test lab lint bench reliability mutants backbones notebooks
 
 study: $(READY)
 	@$(BIN)/latentlab study --preset $(PRESET)
@@ -51,6 +52,11 @@ reliability: $(READY)
 # Do the tests notice a changed line? Forty minutes; out/mutants keeps what is done: reports/published/mutants.json.
 mutants: $(READY)
 	@$(BIN)/python -m tests.mutants
+
+# For maintainers: which families of backbones the engine computes (a minute), and docs/backbones.md.
+backbones: $(READY)
+	@TQDM_DISABLE=1 $(BIN)/python scripts/measure_backbones.py
+	@$(BIN)/latentlab report --publish
 
 # The stamp is written last: an interrupted installation starts again.
 $(READY): pyproject.toml constraints.txt
