@@ -50,7 +50,7 @@ reliability: $(READY)
 
 # Do the tests notice a changed line? Forty minutes; out/mutants keeps what is done: reports/published/mutants.json.
 mutants: $(READY)
-	@$(BIN)/python -m tests.mutants
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 # The stamp is written last: an interrupted installation starts again.
 $(READY): pyproject.toml constraints.txt
