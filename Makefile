@@ -51,7 +51,7 @@ reliability: $(READY)
 
 # Do the tests notice a changed line? Forty minutes; out/mutants keeps what is done: reports/published/mutants.json.
 mutants: $(READY)
-	@$(BIN)/python -m tests.mutants
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 # For maintainers: which families of backbones the engine computes (a minute), and docs/backbones.md.
 backbones: $(READY)
