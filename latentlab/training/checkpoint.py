@@ -46,7 +46,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # a full disk: OSError, RuntimeError or SafetensorError
         text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        kept = "the last checkpoint is kept: free some disk space, then run the same command with --resume"
+        kept = "earlier files are kept: free some disk space, then run the same command with --resume"
         raise OSError(f"run: could not write {path} ({text.splitlines()[0][:200]}); {kept}") from error
 
 

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from latentlab.cli import VERBS, main, parse
 from latentlab.config import PRESETS, load_preset, to_dict
+from latentlab.evaluation import accuracy
 from latentlab.pretrained.loading import save_model
 from latentlab.study import experiment, notebooks, verbs
 from latentlab.training.run import read_metrics
@@ -238,6 +240,15 @@ def test_data_prints_json_lines(capsys, tmp_path):
     )
     assert capsys.readouterr().out == ""
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
+
+
+def test_a_long_evaluation_shows_its_progress_on_stderr(tmp_path, capfd, monkeypatch):
+    at_once = lambda rows, **options: tqdm(rows, **{**options, "delay": 0, "disable": False})  # noqa: E731
+    save_model(sharpen(tiny_gpt2()), tmp_path / "model")
+    monkeypatch.setattr(accuracy, "tqdm", at_once)
+    assert main(["evaluate", str(tmp_path / "model"), *TOY_WORDS]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["n"] == 6 and "answers:" in err and "/1 " in err
 
 
 @pytest.mark.parametrize("ok", [True, False])

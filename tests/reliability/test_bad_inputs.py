@@ -88,7 +88,10 @@ def misuse(capfd, record_property, tmp_path, monkeypatch, request):
         return err
 
     def said(words):
-        return " ".join(map(str, words)).replace(str(tmp_path), "").replace(str(PACKAGE), "").strip()[:300]
+        text = " ".join(map(str, words))
+        for folder in (tmp_path, tmp_path.parent, PACKAGE):
+            text = text.replace(str(folder), "")
+        return text.strip()[:300]
 
     return call
 
