@@ -42,7 +42,7 @@ import tyro  # noqa: F401
 ROOT = Path(__file__).parents[1]
 SCRATCH, EQUIVALENT = ROOT / "out" / "mutants", ROOT / "tests" / "mutants_equivalent.json"
 GROUPS = {
-    "method": "problems masks attention model rollouts reward advantage loss grpo".split(),
+    "method": "problems masks attention backbone model rollouts reward advantage loss grpo".split(),
     "loops": [
         *(f"training/{name}" for name in "curriculum arms run checkpoint preflight steps".split()),
         *(f"evaluation/{name}" for name in "accuracy statistics collapse thoughts".split()),

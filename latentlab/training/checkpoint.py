@@ -129,15 +129,15 @@ def unusable(path: Path, error: Exception) -> str:
     return f"resume: could not read {path} ({type(error).__name__}), {expected}"
 
 
-def expect_finite(values: dict, step: int, remedy: str = "lower the learning rate, with another --out") -> None:
+def expect_finite(values: dict, step: int) -> None:
     """Raise FloatingPointError, with its place, if a float or tensor in nested dicts is not finite."""
     for name, value in values.items():
         if isinstance(value, dict):
-            expect_finite({f"{name}.{key}": inner for key, inner in value.items()}, step, remedy)
+            expect_finite({f"{name}.{key}": inner for key, inner in value.items()}, step)
         elif isinstance(value, torch.Tensor):
             value = 0.0 if torch.isfinite(value).all() else math.nan
         if isinstance(value, float) and not math.isfinite(value):
-            remedy = "use other weights to start from" if step < 0 else remedy
+            remedy = "lower the learning rate, with another --out" if step >= 0 else "use other weights to start from"
             raise FloatingPointError(
                 f"{name}: got {value} at step {step}, expected a finite number; nothing of this step is saved; {remedy}"
             )

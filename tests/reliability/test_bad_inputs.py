@@ -42,7 +42,6 @@ from tests.conftest import sharpen, tiny_gpt2
 PACKAGE = Path(preflight.__file__).parents[1]
 SMALL = ["--preset", "smoke", "--data.train-size", "8", "--data.validation-size", "4", "--data.test-size", "4",
          "--data.steps", "2"]  # fmt: skip
-LATER = pytest.mark.xfail(reason="refused by the checks at load", strict=False)
 few = settings(
     derandomize=True, deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -155,8 +154,8 @@ class Payload:
         ("data --grpo.loss-type sum", "invalid choice 'sum'"),
         ("data --grpo.loss-type sapo", "invalid choice 'sapo'"),
         ("data --grpo.scale-rewards whiten", "invalid choice 'whiten'"),
-        pytest.param("data --grpo.loss-type bnpo", "invalid choice 'bnpo'", marks=LATER),
-        pytest.param("data --grpo.scale-rewards std", "invalid choice 'std'", marks=LATER),
+        ("data --grpo.loss-type bnpo", "invalid choice 'bnpo'"),
+        ("data --grpo.scale-rewards std", "invalid choice 'std'"),
         ("curiculum --preset tiny", "got the verb 'curiculum', expected one of curriculum, grpo"),
         ("Evaluate", "got the verb 'Evaluate', expected one of"),
         ("evaluate a b", "evaluate: Unrecognized options: b"),
@@ -499,8 +498,12 @@ def spoil_weights(folder, what):
 @pytest.mark.parametrize(
     "what",
     [
-        *(pytest.param(what, marks=LATER) for what in ("nan", "inf", "-inf", "nan in the embedding")),
-        *(pytest.param(what, marks=LATER) for what in ("a third layer", "a bias more")),
+        "nan",
+        "inf",
+        "-inf",
+        "nan in the embedding",
+        "a third layer",
+        "a bias more",
         *("a tensor less", "another shape"),
     ],
 )
@@ -523,7 +526,6 @@ def test_weights_that_are_not_the_models(misuse, model_folder, verb, what):
     assert "finite" in said if "n" in what[:3] and what[0] in "ni-" else "checkpoint" in said
 
 
-@LATER
 @pytest.mark.parametrize("token", ["<eos>", "<|end-latent|>"])
 def test_a_control_token_of_the_tokenizer_in_a_question(misuse, model_folder, data, token):
     write = [Problem("a", f"How many {token} ?", ("<<1+1=2>>",), "2", "s")]
