@@ -111,7 +111,10 @@ def sample_groups(model, train, config: Config, step: int, reward, *, limit: int
             return []
         out = rollout(model, [candidates[i] for i in mine], num_generations=k, seeds=seeds[mine].flatten(), **sampling)
         parts.append((out, mine))
-        rewards = out.rewards(reward)  # [B, K]
+        try:
+            rewards = out.rewards(reward)  # [B, K]
+        except ValueError as error:
+            raise ValueError(f"grpo at step {step}, {error}") from error
         return list(zip(rewards.tolist(), out.token_mask.sum(1).view(-1, k).tolist(), strict=True))
 
     found: list[tuple[list[float], list[int]]] = []

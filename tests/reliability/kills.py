@@ -331,7 +331,7 @@ def one_nan(name, kind, whole, rng, folder):
         reward = poison(name, kind, step, where)
         try:
             fit(name, folder, reward=reward)
-        except FloatingPointError as error:
+        except (FloatingPointError, ValueError) as error:
             folder.with_suffix(".error").write_text(str(error))
 
     finish(job)
