@@ -34,14 +34,14 @@ def expect_together(model: LatentReasoner, problems: Problems, config: Config, *
     prompt = max(map(len, prompts), default=0)
     if not curriculum:
         return model.check_length(prompt, model.max_new_tokens)
+    for stage in (0, config.latent_stages):  # the longest text, the most thoughts
+        texts = checked([stage_text(p, stage, config.latent_stages) for p in problems])
+        answer = 1 + max(map(len, encode_texts(model.tokenizer, texts)))
+        thoughts = stage * c.c_thought if CONTROLS[c.control] != "none" else 0
+        model.check_length(prompt, answer + thoughts - model.num_thoughts)
     for problem in problems if c.decode_weight else ():
         for step in problem.steps:
             try:
                 step_result(step)
             except ValueError as error:
                 raise ValueError(f"problem {problem.id}: {error}, or set curriculum.decode_weight to 0") from None
-    for stage in (0, config.latent_stages):  # the longest text, the most thoughts
-        texts = checked([stage_text(p, stage, config.latent_stages) for p in problems])
-        answer = 1 + max(map(len, encode_texts(model.tokenizer, texts)))
-        thoughts = stage * c.c_thought if CONTROLS[c.control] != "none" else 0
-        model.check_length(prompt, answer + thoughts - model.num_thoughts)

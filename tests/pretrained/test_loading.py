@@ -689,7 +689,7 @@ def test_no_row_in_use_is_overwritten(kind, tmp_path):
 @pytest.mark.parametrize("text", ['{"model_type": "gpt2"', "[1]", "", "null", "{'model_type': 'gpt2'}"])
 def test_a_damaged_json_file_is_named(saved, file, text):
     (saved / file).write_text(text)
-    refused(ValueError, saved, f"^{saved / file}: expected what transformers writes, a JSON object; it is damaged")
+    refused(ValueError, saved, f"^{saved / file}: got .*, expected what transformers writes, a JSON object; restore or delete it")
 
 
 def test_a_model_saved_without_its_tokenizer(saved):
@@ -716,6 +716,30 @@ def test_a_single_file_beside_other_shards_is_refused(saved):
 def test_a_tokenizer_of_another_model(saved):
     word_tokenizer((*WORDS, "further", "words")).save_pretrained(saved)
     refused(ValueError, saved, "^tokenizer: got 87 tokens for 85 embedding rows, expected")
+
+
+def test_special_tokens_without_a_row_get_one(tmp_path):
+    tokenizer = plain_tokenizer()
+    config = GPT2Config(**SMALL_GPT2 | {"vocab_size": len(tokenizer)})
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)  # as google/gemma-3-1b-pt
+    state = plain_folder(tmp_path / "model", config, tokenizer=tokenizer)
+    model = load_model(tmp_path / "model", **SIZE)
+    table, marker = model.lm.transformer.wte.weight, model.tokenizer.convert_tokens_to_ids("<<")
+    assert torch.equal(table[: config.vocab_size], state["transformer.wte.weight"])
+    assert torch.equal(table[config.vocab_size :], table[[marker] * 4])
+    save_model(model, tmp_path / "again")
+    assert torch.equal(load_model(tmp_path / "again").lm.transformer.wte.weight, table)
+    tokenizer.add_tokens(["ordinary"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    refused(ValueError, tmp_path / "model", "^tokenizer: got .* embedding rows, expected")
+
+
+def test_latent_tokens_without_rows_are_refused(tmp_path):
+    tokenizer = plain_tokenizer()
+    config = GPT2Config(**SMALL_GPT2 | {"vocab_size": len(tokenizer)})
+    tokenizer.add_tokens([START, LATENT, END], special_tokens=True)
+    plain_folder(tmp_path, config, tokenizer=tokenizer)
+    refused(ValueError, tmp_path, "^tokenizer: got .* embedding rows, expected")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_the_words_of_a_run_are_its_changes_to_the_preset(processes, folder):
 @pytest.mark.parametrize("content", [b"", b'{"command": "x', b"[]", b"{}", b"\xff", b"[" * 100_000])
 def test_a_damaged_record_is_one_line(processes, folder, content):
     (folder / "a" / "done.json").write_bytes(content)
-    with pytest.raises(ValueError, match="expected the record of a finished run.*delete or restore it") as error:
+    with pytest.raises(ValueError, match="expected the record of a finished run.*restore or delete it") as error:
         run(JOBS, folder)
     assert "\n" not in str(error.value) and not processes.names
     assert (folder / "a" / "done.json").read_bytes() == content
