@@ -152,7 +152,8 @@ def _stored_settings(name: str) -> dict:
 def add_latent_tokens(lm, tokenizer) -> None:
     """Make START, LATENT, END single special tokens, with ids that no other token has.
 
-    Tokens that were there keep their rows. New rows start as that of "<<", as in Coconut's code;
+    Tokens that were there keep their rows. New rows, also those of special tokens that the weights
+    lack (Gemma-3's text models: "<image_soft_token>"), start as that of "<<", as in Coconut's code;
     where "<<" is several pieces (SentencePiece: "▁", "<", "<"), as that of the first that is not
     blank.
     """
@@ -160,7 +161,9 @@ def add_latent_tokens(lm, tokenizer) -> None:
         lm.config.tie_word_embeddings = False  # a file with a head of its own, whatever its config says
     old = tokenizer.get_vocab()
     used, rows = set(old.values()), lm.get_input_embeddings().weight.shape[0]
-    if max(used) >= rows:
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    without_row = {i for i in used if i >= rows}
+    if without_row - special.difference(old.get(token) for token in (START, LATENT, END)):
         got = f"{max(used) + 1} tokens for {rows} embedding rows"
         raise ValueError(f"tokenizer: got {got}, expected the tokenizer of these weights; restore its files")
     if tokenizer.eos_token_id is None:
@@ -177,6 +180,7 @@ def add_latent_tokens(lm, tokenizer) -> None:
         raise ValueError(
             "tokenizer: got ids with gaps, expected free ids after the last; use one with a tokenizer.json"
         )
+    new += without_row
     if max(new, default=0) >= rows:
         lm.resize_token_embeddings(max(new) + 1, mean_resizing=False)
     with torch.no_grad():
