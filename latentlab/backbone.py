@@ -82,7 +82,8 @@ def _layer_calls(lm: nn.Module) -> list[tuple[nn.Module, Callable[[], Tensor]]]:
     with ExitStack() as hooks:
         for layer in decoder_layers(lm):
             hooks.enter_context(layer.register_forward_pre_hook(record, with_kwargs=True))
-        lm(input_ids=torch.arange(3, device=next(lm.parameters()).device)[None], use_cache=False)
+        table = lm.get_input_embeddings().weight  # vectors: among ids, a pad token's would be warned about
+        lm(inputs_embeds=table[None, :3], use_cache=False)
     return calls
 
 

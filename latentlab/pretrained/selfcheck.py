@@ -151,9 +151,9 @@ def _greedy(probe: LatentReasoner, prompt: Int[Tensor, " Q"]) -> list[int]:
     state = probe.prefix(prompt[None], torch.ones_like(prompt[None], dtype=torch.bool), num_generations=1, masks=None)
     probe.think(state)
     hidden = probe.answer(state, prompt.new_empty(1, 0))[:, -1]
-    answer = [probe.head(hidden).argmax(-1)]
+    answer = [_likeliest(probe, probe.head(hidden))]
     while len(answer) < ANSWER:
-        answer.append(probe.head(probe.next_token(state, answer[-1])).argmax(-1))
+        answer.append(_likeliest(probe, probe.head(probe.next_token(state, answer[-1]))))
     return torch.cat(answer).tolist()
 
 
@@ -163,8 +163,14 @@ def _plain_greedy(probe: LatentReasoner, prompt: Int[Tensor, " Q"]) -> list[int]
     answer: list[int] = []
     while len(answer) < ANSWER:
         _, logits = _plain(probe, prompt, prompt.new_tensor([*answer, 0]))  # the last token is not run
-        answer.append(int(logits[-1].argmax()))
+        answer.append(int(_likeliest(probe, logits[-1])))
     return answer
+
+
+def _likeliest(probe: LatentReasoner, logits: Float[Tensor, "*rows V"]) -> Int[Tensor, "*rows"]:
+    """The argmax without latent tokens, whose rows start equal to that of "<<": exact ties."""
+    latent = torch.tensor([probe.start_id, probe.latent_id, probe.end_id], device=logits.device)
+    return logits.index_fill(-1, latent, -torch.inf).argmax(-1)
 
 
 def _relative(got: Float[Tensor, "*n"], want: Float[Tensor, "*n"], scale: Tensor | None = None) -> float:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from latentlab.backbone import branch_outputs, longest_sequence
 from latentlab.cli import main
 from latentlab.model import LatentReasoner, State
 from latentlab.pretrained import load_model
-from latentlab.pretrained.selfcheck import Gap, check_backbone, compare
+from latentlab.pretrained.selfcheck import Gap, _likeliest, check_backbone, compare
 from latentlab.runtime.environment import repository_root
 from latentlab.study.results import load_result, published_folder
 from latentlab.verify import table
@@ -182,6 +183,23 @@ def test_verify_compares_a_checkpoint(name, tmp_path, monkeypatch, capsys):
         assert (code, out) == (2, "") and err.splitlines()[-1].startswith("latentlab: backbone: got ")
     else:
         assert code == 0 and [line.split()[0] for line in out.splitlines()[1:-1]] == ROWS
+
+
+def test_answers_do_not_hang_on_ties_of_latent_tokens():
+    model = build("GPT-2")
+    probe = LatentReasoner(model.lm, model.tokenizer, num_thoughts=2, max_new_tokens=4)
+    logits = torch.zeros(1, model.lm.config.vocab_size)
+    marker = model.tokenizer.convert_tokens_to_ids("<<")
+    for latent in (model.start_id, model.latent_id, model.end_id):  # load_model copies the row of "<<"
+        logits[:, [marker, latent]] = 1.0
+        logits[:, latent] += 1e-7
+        assert _likeliest(probe, logits).tolist() == [marker]
+
+
+def test_a_model_with_a_pad_token_is_examined_without_a_warning(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    branch_outputs(build("GPT-2").lm, ("attention", "mlp"))
+    assert not caplog.records
 
 
 def test_a_row_of_a_checkpoint_that_fails_fails_verify(monkeypatch, capsys):
