@@ -21,10 +21,14 @@ def expect_together(model: LatentReasoner, problems: Problems, config: Config, *
     spec = c.mask if curriculum else config.grpo.mask
     model.num_sites(spec.sites)
     names = model.tokenizer.convert_ids_to_tokens([*control_tokens(model.tokenizer)])
+    starts = {name[:2] for name in names}  # few, where a tokenizer has a thousand reserved tokens
+
+    def held(text: str) -> bool:
+        return any(start in text for start in starts) and any(name in text for name in names)
 
     def checked(texts: list[str]) -> list[str]:  # the longest, and those that may hold a control token
         texts.sort(key=len, reverse=True)
-        return texts[:LONGEST] + [text for text in texts[LONGEST:] if any(name in text for name in names)]
+        return texts[:LONGEST] + [text for text in texts[LONGEST:] if held(text)]
 
     prompts = prompt_rows(model.tokenizer, checked([p.question for p in problems]))
     unknown = sum(row.count(model.tokenizer.unk_token_id) for row in prompts) / max(1, sum(map(len, prompts)))
