@@ -163,7 +163,8 @@ def add_latent_tokens(lm, tokenizer) -> None:
     used, rows = set(old.values()), lm.get_input_embeddings().weight.shape[0]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     without_row = {i for i in used if i >= rows}
-    if without_row - special.difference(old.get(token) for token in (START, LATENT, END)):
+    needed = (START, LATENT, END, tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
+    if without_row - special.difference(old.get(token) for token in needed):
         got = f"{max(used) + 1} tokens for {rows} embedding rows"
         raise ValueError(f"tokenizer: got {got}, expected the tokenizer of these weights; restore its files")
     if tokenizer.eos_token_id is None:

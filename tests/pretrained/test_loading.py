@@ -689,7 +689,8 @@ def test_no_row_in_use_is_overwritten(kind, tmp_path):
 @pytest.mark.parametrize("text", ['{"model_type": "gpt2"', "[1]", "", "null", "{'model_type': 'gpt2'}"])
 def test_a_damaged_json_file_is_named(saved, file, text):
     (saved / file).write_text(text)
-    refused(ValueError, saved, f"^{saved / file}: got .*, expected what transformers writes, a JSON object; restore or delete it")
+    expected = "expected what transformers writes, a JSON object; restore or delete it"
+    refused(ValueError, saved, f"^{saved / file}: got .*, {expected}")
 
 
 def test_a_model_saved_without_its_tokenizer(saved):
@@ -734,10 +735,11 @@ def test_special_tokens_without_a_row_get_one(tmp_path):
     refused(ValueError, tmp_path / "model", "^tokenizer: got .* embedding rows, expected")
 
 
-def test_latent_tokens_without_rows_are_refused(tmp_path):
+@pytest.mark.parametrize("added", [{"extra_special_tokens": [START, LATENT, END]}, {"eos_token": "</s>"}])
+def test_latent_tokens_and_eos_without_rows_are_refused(added, tmp_path):
     tokenizer = plain_tokenizer()
     config = GPT2Config(**SMALL_GPT2 | {"vocab_size": len(tokenizer)})
-    tokenizer.add_tokens([START, LATENT, END], special_tokens=True)
+    tokenizer.add_special_tokens(added)
     plain_folder(tmp_path, config, tokenizer=tokenizer)
     refused(ValueError, tmp_path, "^tokenizer: got .* embedding rows, expected")
 

@@ -304,7 +304,9 @@ def test_a_nan_reward_stops_the_run_before_the_update(config, word_sets, tmp_pat
     c = config()
     model = model_from_config(c)
     before = weights(model)
-    with pytest.raises(ValueError, match="^grpo at step 0, reward of problem word-train-.*: got nan, .*correct the reward"):
+    with pytest.raises(
+        ValueError, match="^grpo at step 0, reward of problem word-train-.*: got nan, .*correct the reward"
+    ):
         fit_grpo(model, *word_sets, c, out=tmp_path / "run", reward=lambda text, problem: float("nan"))
     assert same(weights(model), before)
 
