@@ -119,6 +119,11 @@ def expect_same(stored: dict, asked: dict, source: str, where: str = "") -> None
             expect_same(a, b, source, f"{where}{key}.")
         elif a != b:
             name = f"{where}{key}"
+            if key not in stored:  # a setting that is newer than the run
+                raise ValueError(
+                    f"resume: got the setting {name}, which {source} lacks, expected one made by this version; resume "
+                    "with the version that began it, or use another --out"
+                )
             remedy = REMEDIES.get(name.split(".")[0], "").format(a) + "use another --out"
             raise ValueError(f"resume: got {name}={b!r}, expected {a!r} as in {source}; {remedy}")
 

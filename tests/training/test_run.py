@@ -615,3 +615,10 @@ def test_the_learning_rate_reaches_every_group():
     optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second], "lr": 3.0}], lr=1.0)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+def test_a_run_of_an_older_version_lacks_a_setting():
+    with pytest.raises(ValueError, match="^resume: got the setting grpo.level, which its config.json lacks, expected"):
+        checkpoint.expect_same({"grpo": {}}, {"grpo": {"level": "token"}}, "its config.json")
+    with pytest.raises(ValueError, match="^resume: got grpo.level=None, expected 'token' as in its config.json"):
+        checkpoint.expect_same({"grpo": {"level": "token"}}, {"grpo": {}}, "its config.json")
