@@ -53,7 +53,7 @@ def expect_readable(folder: Path) -> None:
         raise FileNotFoundError(f"checkpoint {folder}: {got}; save the tokenizer of this model there")
     for path in map(folder.joinpath, OBJECTS):
         if path.exists():
-            read_json(path, "what transformers writes")
+            read_json(path, "what transformers writes", constants=True)
 
 
 def expect_causal_lm(name: str, config: dict[str, Any]) -> None:

@@ -94,10 +94,10 @@ def expect_file(name: str) -> Path | None:
     return path
 
 
-def parse_json(text: bytes) -> dict:
+def parse_json(text: bytes, *, constants: bool = False) -> dict:
     """The JSON object in `text`, UTF-8. Raises ValueError that says what is there instead, "got ...".
 
-    Stricter than `json`: no key twice, no NaN or Infinity.
+    Stricter than `json`: no key twice, no NaN or Infinity unless `constants` (transformers 4 writes them).
     """
     start = text.lstrip()[:100].lower()
     looks = {
@@ -114,7 +114,8 @@ def parse_json(text: bytes) -> dict:
     if found := next((what for what, true in looks.items() if true), None):
         raise ValueError(f"got {found}")
     try:
-        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_integer)
+        allowed = float if constants else _refuse
+        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=allowed, parse_int=_integer)
     except UnicodeDecodeError as error:
         raise ValueError(f"got bytes that are not UTF-8 from byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -143,10 +144,10 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def read_json(path: Path, what: str, *keys: str) -> dict:
+def read_json(path: Path, what: str, *keys: str, constants: bool = False) -> dict:
     """The JSON object in `path`, which holds `what` and has `keys`; else ValueError, one line."""
     try:
-        value = parse_json(path.read_bytes())
+        value = parse_json(path.read_bytes(), constants=constants)
         if missing := [key for key in keys if key not in value]:
             raise ValueError(f"got no {missing[0]}")
     except ValueError as error:

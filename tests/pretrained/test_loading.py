@@ -693,6 +693,12 @@ def test_a_damaged_json_file_is_named(saved, file, text):
     refused(ValueError, saved, f"^{saved / file}: got .*, {expected}")
 
 
+def test_a_config_with_an_infinity_as_transformers_4_writes_it(saved):
+    config = json.loads((saved / "config.json").read_text()) | {"time_step_limit": [0.0, float("inf")]}
+    (saved / "config.json").write_text(json.dumps(config))
+    assert load_model(saved).lm.config.time_step_limit == [0.0, float("inf")]
+
+
 def test_a_model_saved_without_its_tokenizer(saved):
     for path in saved.glob("tokenizer*"):
         path.unlink()
