@@ -21,6 +21,7 @@ from latentlab.study import results
 STUDIES = 20_000  # a cell; the standard error of a coverage is 0.15 points
 SEEDS, PROBLEMS, SEED_SDS = (1, 2, 3, 5, 10), (200, 1319, 4000), (0.0, 0.5, 1.0, 2.0)
 ANSWERS = [(discordance, shared) for discordance in (0.05, 0.1, 0.3) for shared in (0.0, 0.1, 0.3)]
+FEW = (1, 2, 3, 5, 10)  # discordant problems, expected at each seed
 TARGET = 1.72
 
 
@@ -42,7 +43,8 @@ def simulate(
     sums = np.arange(-seeds, seeds + 1)
     true = (difference + seed_sd * rng.standard_normal((studies, seeds))) / 100
     fixed = rng.multinomial(n, [*(shared * _chances(difference / 100, discordance)), 1 - shared], studies)
-    own = _chances((true - shared * difference / 100) / (1 - shared), discordance)  # [studies, seeds, 3]
+    rest = max(1 - shared, 1e-9)  # of no effect without others
+    own = _chances((true - shared * difference / 100) / rest, discordance)  # [studies, seeds, 3]
     counts = np.zeros((studies, sums.size), int)
     counts[:, seeds] = fixed[:, 3]
     by_seed, discordant = np.empty((studies, seeds)), seeds * (fixed[:, 0] + fixed[:, 2])
@@ -102,13 +104,23 @@ def measure(folder: Path | None = None) -> Path:
                     for discordance, shared in ANSWERS
                 ]
                 covered.setdefault(str(seeds), {}).setdefault(str(n), {})[f"{sd:g}"] = values
-    few = {
-        str(count): [
-            coverage(rng, seeds=1, n=1319, discordance=count / 1319, difference=100 * count / 1319 * one_sided)
-            for one_sided in (0, 0.9)
-        ]
-        for count in (1, 2, 4, 8, 16, 32)
-    }
+    few: dict = {}
+    for seeds in SEEDS:
+        for shared in (1.0, 0.5, 0.0):
+            for count in FEW:
+                values = [
+                    coverage(
+                        rng,
+                        seeds=seeds,
+                        n=n,
+                        discordance=count / n,
+                        shared=shared,
+                        difference=100 * count / n * one_sided,
+                    )
+                    for n in PROBLEMS[:2]
+                    for one_sided in (0, 1)
+                ]
+                few.setdefault(str(seeds), {}).setdefault(f"{shared:g}", {})[str(count)] = values
     verdicts, gap = [], 0.0
     for n in PROBLEMS[1:]:
         for seeds in SEEDS:

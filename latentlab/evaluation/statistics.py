@@ -90,18 +90,18 @@ def half_width(
     P = max(problem - residual, 0), known nearly exactly from n problems, and M = seed, known from S
     seeds only. The critical value is the average of the normal quantile and Student's with S - 1
     degrees of freedom, weighted by P and M (Cochran & Cox 1957). M is at least what answers without
-    any variance between seeds exceed with probability `confidence`, so that seeds that agree by
-    chance give no interval of width 0. For one seed, P = problem and M = 0.
-    Both the variance of a single seed and that least M count two more discordant problems than were
-    seen (Bonett & Price 2012): without any, one seed's interval is +-2.8 problems. Simulated
-    coverage: docs/statistics.md. The mean squares may be arrays of many studies.
+    any variance between seeds exceed with probability `confidence`.
+    P counts two more problems than were seen, one for each arm at every seed (Bonett & Price 2012):
+    without any, the interval is +-2.8 problems for every S. Where seeds differ on other problems,
+    these two count for less: for max(2 - D / 3, 0), with D = n residual problems a seed. For one
+    seed, seed = residual = 0, so M = 0. Simulated coverage: docs/statistics.md.
+    The mean squares may be arrays of many studies.
     """
-    tail = (1 - confidence) / 2
-    if seeds == 1:
-        return norm.isf(tail) * np.sqrt((np.asarray(problem) + 2 / n) / n)
-    least = (np.asarray(residual) + 2 / n) * chi2.isf(confidence, seeds - 1) / (seeds - 1)
-    own, between = np.maximum(np.subtract(problem, residual), 0), np.maximum(seed, least)
-    critical = (norm.isf(tail) * own + student.isf(tail, seeds - 1) * between) / (own + between)
+    tail, freedom = (1 - confidence) / 2, max(seeds - 1, 1)
+    own = np.maximum(np.subtract(problem, residual), 0) + seeds * np.maximum(2 / n - np.asarray(residual) / 3, 0)
+    between = np.maximum(seed, np.asarray(residual) * chi2.isf(confidence, freedom) / freedom)
+    weight = own / (own + between)
+    critical = norm.isf(tail) * weight + student.isf(tail, freedom) * (1 - weight)
     return critical * np.sqrt((own + between) / (seeds * n))
 
 
@@ -181,18 +181,19 @@ def verdict_rates(
     n, discordance, seeds: of the study. seed_effect_sd: standard deviation of the true difference
     between seeds (points). shared: see `arm_comparison`. Returns {word: probability}, by the normal
     approximation of the mean, averaged over the distribution of the seeds' mean square.
-    Raises ValueError where `power_at` does, and unless seeds >= 1, seed_effect_sd >= 0 and 0 <= shared <= 1.
+    Raises ValueError where `power_at` does, and unless seeds is whole, seeds >= 1,
+    seed_effect_sd >= 0 and 0 <= shared <= 1.
     """
     power_at(difference, n, discordance)  # its checks
-    if not (seeds >= 1 and seed_effect_sd >= 0 and 0 <= shared <= 1):
+    if not (seeds >= 1 and seeds % 1 == 0 and seed_effect_sd >= 0 and 0 <= shared <= 1):
         got = f"{seeds = }, {seed_effect_sd = }, {shared = }"
-        raise ValueError(f"got {got}, expected seeds >= 1, seed_effect_sd >= 0, 0 <= shared <= 1: check units")
+        raise ValueError(f"got {got}, expected whole seeds >= 1, seed_effect_sd >= 0, 0 <= shared <= 1: check units")
     noise = max(discordance - (difference / 100) ** 2, 1e-12)  # as in `power_at`
     residual = (1 - shared) * noise  # expected mean squares
     problem, seed = residual + seeds * shared * noise, residual + n * (seed_effect_sd / 100) ** 2
     chances = (np.arange(2000) + 0.5) / 2000
     drawn = seed * chi2.ppf(chances, seeds - 1) / (seeds - 1) if seeds > 1 else 0.0
-    half = 100 * half_width(drawn, problem, residual, seeds=seeds, n=n)
+    half = 100 * half_width(drawn, problem, residual if seeds > 1 else 0.0, seeds=seeds, n=n)
     sd = 100 * np.sqrt((seed + problem - residual) / (seeds * n))
 
     def below(bound: np.ndarray) -> float:

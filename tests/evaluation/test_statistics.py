@@ -92,11 +92,11 @@ def test_the_order_of_problems_changes_nothing():
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3, 10])
-def test_without_a_discordant_problem_the_interval_is_narrow_and_no_certainty(seeds):
+def test_without_a_discordant_problem_the_interval_is_what_the_problems_alone_say(seeds):
     a = np.tile(outcomes(500, 0, 0, 819)[0], (seeds, 1))
     result = arm_comparison(a, a)
     assert result["difference"] == 0 and result["low"] == -result["high"]
-    assert 0 < result["high"] <= 100 * 1.959964 * math.sqrt(2) / 1319 + 1e-5
+    assert result["high"] == pytest.approx(100 * 1.959964 * math.sqrt(2) / 1319)  # +-2.8 problems for any S
     assert paired_comparison(a[0], a[0])["p_value"] == 1.0
 
 
@@ -177,17 +177,34 @@ def test_equal_seeds_leave_the_interval_over_problems():
     assert four["seed_sd"] == 0 and four["shared"] == 1
     kept = {key: four[key] for key in ("n", "discordance", "seeds", "seed_effect_sd", "shared")}
     assert verdict_rates(1.72, **kept) == pytest.approx(verdict_rates(1.72, n=1319, discordance=150 / 1319), abs=0.01)
-    assert (four["low"], four["high"]) == pytest.approx((one["low"], one["high"]), abs=0.02)
+    assert (four["low"], four["high"]) == pytest.approx((one["low"], one["high"]))
+
+
+def test_one_problem_settles_nothing_at_any_number_of_seeds():
+    for seeds in (1, 2, 3):
+        result = arm_comparison(np.ones((seeds, 1)), np.zeros((seeds, 1)))
+        assert verdict(*(result[key] for key in ("difference", "low", "high"))) == "not resolved"
 
 
 def test_seeds_that_agree_by_chance_give_no_interval_of_width_0():
     """M is at least the 5 % quantile of its distribution without variance between seeds."""
     residual, n = 0.1, 1000
     for seeds in (2, 3, 10):
-        least = (residual + 2 / n) * stats.chi2.ppf(0.05, seeds - 1) / (seeds - 1)
+        least = residual * stats.chi2.ppf(0.05, seeds - 1) / (seeds - 1)
         expected = stats.t.ppf(0.975, seeds - 1) * math.sqrt(least / (seeds * n))
         assert half_width(0.0, 0.0, residual, seeds=seeds, n=n) == pytest.approx(expected)
         assert half_width(least * 1.01, 0.0, residual, seeds=seeds, n=n) > expected
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_two_extra_problems_count_for_less_where_seeds_differ_on_other_problems(seeds):
+    """For max(2 - D / 3, 0) problems, D residual problems a seed: P alone, as M is far below it or known."""
+    n, z, t = 10_000, stats.norm.ppf(0.975), stats.t.ppf(0.975, seeds - 1)
+    for residual, extra in ((0, 2), (1.5, 1.5), (3, 1), (6, 0), (40, 0)):  # in problems
+        own, between = seeds * (3 + extra), 1.5 * max(residual, 1)
+        expected = (own * z + between * t) / math.sqrt((own + between) * seeds) / n
+        squares = np.array([between, 3 * seeds + residual, residual]) / n
+        assert half_width(*squares, seeds=seeds, n=n) == pytest.approx(expected)
 
 
 # Coverage and error rates, simulated
@@ -219,6 +236,14 @@ def test_the_simulation_draws_what_it_says():
 def test_the_interval_covers_the_true_difference_as_often_as_it_says(seeds, sd):
     cell = {"seeds": seeds, "n": 1319, "discordance": 0.1, "shared": 0.1, "difference": 1.72}
     assert 0.93 <= coverage(np.random.default_rng(0), 4000, seed_sd=sd, **cell) <= 0.975
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3, 10])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("shared", [0.0, 0.5, 1.0])
+def test_few_discordant_problems_in_one_direction_are_covered(seeds, count, shared):
+    cell = {"seeds": seeds, "n": 200, "discordance": count / 200, "shared": shared, "difference": count / 2}
+    assert coverage(np.random.default_rng(0), 4000, **cell) >= 0.93
 
 
 def test_one_seed_covers_new_problems_and_not_new_seeds():
@@ -266,6 +291,17 @@ def test_every_published_cell_lies_in_the_band_or_cannot():
     outside = {cell[:3] for cell in cells if not 0.93 <= cell[3] <= 0.975}
     assert outside and all(seeds == "1" and sd != "0" for seeds, _, sd in outside)
     assert metrics["verdict_gap"] < 0.01
+    few = metrics["few_discordant"]
+    assert list(few) == ["1", "2", "3", "5", "10"] and all(list(kinds) == ["1", "0.5", "0"] for kinds in few.values())
+    cells = [
+        ((seeds, shared, count), value)
+        for seeds, kinds in few.items()
+        for shared, counts in kinds.items()
+        for count, values in counts.items()
+        for value in values
+    ]
+    assert len(cells) == 5 * 3 * 5 * 4 and min(value for _, value in cells) >= 0.925
+    assert {cell for cell, value in cells if value < 0.93} <= {("10", "0.5", "10")}  # docs/statistics.md says so
 
 
 # pass@k
@@ -368,6 +404,7 @@ def test_verdict_takes_another_target():
         lambda: verdict_rates(1.0, n=0, discordance=0.1),
         lambda: verdict_rates(11.0, n=100, discordance=0.1),
         lambda: verdict_rates(1.0, n=100, discordance=0.1, seeds=0),
+        lambda: verdict_rates(1.0, n=100, discordance=0.1, seeds=2.5),
         lambda: verdict_rates(1.0, n=100, discordance=0.1, seed_effect_sd=-1.0),
         lambda: verdict_rates(1.0, n=100, discordance=0.1, seed_effect_sd=float("nan")),
         lambda: verdict_rates(1.0, n=100, discordance=0.1, shared=1.1),
@@ -384,7 +421,7 @@ def test_verdict_takes_another_target():
         lambda: verdict(float("nan"), 0.0, 1.0),
     ],
 )
-def test_wrong_arguments_are_refused_in_one_line(call):
+def test_wrong_arguments_are_refused_in_one_line(call, unchecked):
     with pytest.raises(ValueError, match="^got .*expected .*: ") as caught:
         call()
     assert "\n" not in str(caught.value)
