@@ -3,7 +3,9 @@
 A sample of mutants per group of modules, the same for the same code (ordered by a hash of each mutant). Each is run
 in a forked child of this process, which has imported torch but nothing of latentlab: the child reads the changed
 source in place of the file, then runs the tests that execute the changed statement, quickest first, until one fails.
-Messages (strings with a space, f-strings, print), docstrings, annotations, imports and zip's `strict` are not mutated.
+Messages (strings with a space, f-strings, print), docstrings, annotations and imports are not mutated, nor are:
+the order of arguments where it does not matter (COMMUTE); -1 to -0, for it becomes 1 and -2;
+the keywords `strict`, `check`, `device`, `non_blocking` (KEPT): lengths agree, and the tests have one device.
 
 `reports/published/mutants.json` has the score and every mutant left alive; mutants_equivalent.json lists those that
 no test can tell from the code, each with its reason. Finished mutants are kept in out/mutants: after new tests only
@@ -61,6 +63,8 @@ SWAPS = {
 }
 PAIRS = ("min max", "any all", "amin amax", "minimum maximum", "argmin argmax", "floor ceil", "zeros_like ones_like")
 NAMES = {a: b for pair in PAIRS for a, b in (pair.split(), reversed(pair.split()))}
+COMMUTE = {"max", "min", "maximum", "minimum", "gcd", "transpose"}
+KEPT = {"strict", "check", "device", "non_blocking"}  # keywords
 SILENT = {"print", "progress_bar", "warn"}  # calls for the reader's eye
 
 
@@ -92,9 +96,10 @@ def replacements(node, rebound):
         case ast.Constant(value=str()) if node.value and " " not in node.value:
             yield ast.Constant(node.value + "x")
         case ast.Call():
-            for i in (i for i, keyword in enumerate(node.keywords) if keyword.arg != "strict"):
+            for i in (i for i, keyword in enumerate(node.keywords) if keyword.arg not in KEPT):
                 yield ast.Call(node.func, node.args, node.keywords[:i] + node.keywords[i + 1 :])
-            if len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args[:2]):
+            starred = any(isinstance(a, ast.Starred) for a in node.args[:2])
+            if len(node.args) > 1 and not starred and name_of(node) not in COMMUTE:
                 yield ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)
         case ast.Name() if node.id in NAMES:
             yield ast.Name(NAMES[node.id], node.ctx)
@@ -138,12 +143,14 @@ def places(node, statement, function, rebound):
             eye = isinstance(child, ast.Expr) and isinstance(child.value, ast.Call) and name_of(child.value) in SILENT
             if field in ("annotation", "returns") or text or eye or not isinstance(child, ast.AST):
                 continue
-            if isinstance(child, (ast.JoinedStr, ast.Import, ast.ImportFrom)) or getattr(child, "arg", "") == "strict":
+            if isinstance(child, (ast.JoinedStr, ast.Import, ast.ImportFrom)) or getattr(child, "arg", "") in KEPT:
                 continue
             here, inside, again = statement, function, rebound
             if isinstance(child, ast.stmt):
                 here = child
             for new in replacements(child, rebound):
+                if isinstance(node, ast.UnaryOp) and isinstance(new, ast.Constant) and not new.value:
+                    continue  # -0
                 yield node, field, index if isinstance(value, list) else None, new, here, function
             if isinstance(child, ast.Raise) or (isinstance(child, ast.Call) and name_of(child) in SILENT):
                 continue
@@ -172,6 +179,7 @@ def mutants_of(module):
     """Every mutant of a module: its key, its source and the lines of the statement that it changes."""
     tree = ast.parse((ROOT / "latentlab" / f"{module}.py").read_text())
     seen, found = Counter(), []
+    fields = {field for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for field in node.body}
     for parent, field, index, new, statement, function in list(places(tree, tree, "", set())):
         body = getattr(statement, "body", None)
         last = body[0].lineno - 1 if isinstance(body, list) else statement.end_lineno
@@ -191,7 +199,7 @@ def mutants_of(module):
         seen[key] += 1
         key += f" ({seen[key]})" if seen[key] > 1 else ""
         lines = list(range(first, max(first, last) + 1))
-        defining = not function or isinstance(statement, (ast.FunctionDef, ast.ClassDef))
+        defining = not function or statement in fields or isinstance(statement, (ast.FunctionDef, ast.ClassDef))
         found.append({"key": key, "module": module, "source": source, "lines": None if defining else lines})
     return found
 
