@@ -5,7 +5,8 @@ in a forked child of this process, which has imported torch but nothing of laten
 source in place of the file, then runs the tests that execute the changed statement, quickest first, until one fails.
 Messages (strings with a space, f-strings, print), docstrings, annotations and imports are not mutated, nor are:
 the order of arguments where it does not matter (COMMUTE); -1 to -0, for it becomes 1 and -2;
-the keywords `strict`, `check`, `device`, `non_blocking` (KEPT): lengths agree, and the tests have one device.
+the keywords `strict`, `check`, `device`, `non_blocking` (lengths agree, and the tests have one device), and those of
+progress bars (KEPT, SILENT).
 
 `reports/published/mutants.json` has the score and every mutant left alive; mutants_equivalent.json lists those that
 no test can tell from the code, each with its reason. Finished mutants are kept in out/mutants: after new tests only
@@ -15,6 +16,7 @@ the survivors run again. Remove that folder to begin anew.
 import argparse
 import ast
 import copy
+import gc
 import hashlib
 import importlib.machinery
 import json
@@ -64,7 +66,7 @@ SWAPS = {
 PAIRS = ("min max", "any all", "amin amax", "minimum maximum", "argmin argmax", "floor ceil", "zeros_like ones_like")
 NAMES = {a: b for pair in PAIRS for a, b in (pair.split(), reversed(pair.split()))}
 COMMUTE = {"max", "min", "maximum", "minimum", "gcd", "transpose"}
-KEPT = {"strict", "check", "device", "non_blocking"}  # keywords
+KEPT = {"strict", "check", "device", "non_blocking", "desc", "unit", "delay", "leave"}  # keywords
 SILENT = {"print", "progress_bar", "warn"}  # calls for the reader's eye
 
 
@@ -95,7 +97,7 @@ def replacements(node, rebound):
             yield from (ast.Constant(node.value * 2 or 1.0), ast.Constant(node.value + 1))
         case ast.Constant(value=str()) if node.value and " " not in node.value:
             yield ast.Constant(node.value + "x")
-        case ast.Call():
+        case ast.Call() if name_of(node) not in SILENT:
             for i in (i for i, keyword in enumerate(node.keywords) if keyword.arg not in KEPT):
                 yield ast.Call(node.func, node.args, node.keywords[:i] + node.keywords[i + 1 :])
             starred = any(isinstance(a, ast.Starred) for a in node.args[:2])
@@ -473,6 +475,7 @@ def main():
     for name in ("GPT2LMHeadModel", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
         getattr(transformers, name)
     beartype.beartype(lambda x: x)
+    gc.freeze()  # pytest's collections then skip what the children share
     sources = {f: [p.read_text() for p in sorted((ROOT / f).rglob("*.py"))] for f in ("latentlab", *TESTS)}
     code = digest(*sources["latentlab"], (ROOT / "tests" / "conftest.py").read_text())
     state, outcomes = digest(code, *(text for folder in TESTS for text in sources[folder])), {}

@@ -8,7 +8,7 @@ import torch
 
 from latentlab.attention import RolloutCache
 from latentlab.masks import Masks, MaskSpec, draw_masks, hash_words, uniforms
-from latentlab.model import LatentReasoner, policy, token_logps
+from latentlab.model import LatentReasoner, State, policy, token_logps
 from latentlab.problems import Problem
 from latentlab.reward import majority_vote
 from latentlab.rollouts import Rollouts, choose, encode_prompts, rollout
@@ -48,6 +48,13 @@ def test_a_feature_is_dropped_where_its_53_bits_lie_below_the_rate(scheme):
         for row, seed in zip(values.flatten(1).tolist(), SEEDS.tolist(), strict=True):
             kept = [upper_bits(seed, 1, i) >= rate * 2**53 for i in range(len(row))]
             assert row == pytest.approx([1 / (1 - rate) if keep else 0.0 for keep in kept], rel=1e-6)
+
+
+def test_a_feature_whose_53_bits_equal_the_rate_is_kept(monkeypatch):
+    words = torch.tensor([2**52 - 1, 2**52, 2**52 + 1]).repeat(32)[None, :64] << 11
+    monkeypatch.setattr("latentlab.masks.hash_words", lambda *_: words)
+    values = draw_masks(MaskSpec(rate=0.5, sites=("mlp",)), tiny_gpt2(), SEEDS[:1]).values
+    assert values.flatten()[:6].tolist() == [0, 2, 2, 0, 2, 2]
 
 
 def test_a_uniform_number_is_53_bits_of_stream_2_at_its_token():
@@ -158,6 +165,24 @@ def test_precision_is_that_of_products_alone():
         assert model.dtype == torch.float32 and model.head(torch.ones(1, 32)).dtype == torch.float32
     assert model.place("cpu").autocast_dtype is None
     assert model.double().head(torch.ones(1, 32)).dtype == torch.float64
+
+
+def test_masks_cover_the_positions_of_their_scope(problems):
+    """Of a question of 3 inputs; then of <start> and 2 thoughts, of which one was run."""
+    model = tiny_gpt2(num_thoughts=2)
+    for scope, question, latent, answer in (
+        ("latent", 0, 2, 0),
+        ("prompt+latent", 3, 2, 0),
+        ("all", 3, 4, 4),
+        ("", 0, 0, 0),
+    ):
+        cache, masks = started(1, 1), draw_masks(MaskSpec(scope=scope), model, SEEDS[:1]) if scope else None
+        state = State(cache, torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, 32), masks)
+        assert model._num_masked(state, 4) == latent
+        cache.update(*torch.zeros(2, 1, 1, 2, 2), 0)
+        assert model._num_masked(state, 4) == answer
+        cache.in_prefix = True
+        assert model._num_masked(state, 3) == question
 
 
 def test_a_model_of_direct_answers_has_no_thought_whatever_it_is_told():
