@@ -463,7 +463,7 @@ def publish(sections, path, started):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=350, help="mutants of each group")
+    parser.add_argument("--sample", type=int, default=300, help="mutants of each group")
     parser.add_argument("--modules", nargs="*", default=[], help="such as advantage training/arms; nothing is written")
     parser.add_argument("--json", type=Path, default=ROOT / "reports" / "published" / "mutants.json")
     options, started = parser.parse_args(), time.time()
