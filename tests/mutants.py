@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import _hypothesis_pytestplugin  # noqa: F401 - what the tests need is imported here once, for all children
@@ -384,6 +385,8 @@ def run_all(mutants, covered, store):
         if not running:
             break
         pid, status = os.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # processes that its tests left
         mutant, rest, log = running.pop(pid)
         killer = log.read_text().splitlines()[0] if log.exists() else ""
         log.unlink(missing_ok=True)
