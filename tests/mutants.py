@@ -3,7 +3,10 @@
 A sample of mutants per group of modules, the same for the same code (ordered by a hash of each mutant). Each is run
 in a forked child of this process, which has imported torch but nothing of latentlab: the child reads the changed
 source in place of the file, then runs the tests that execute the changed statement, quickest first, until one fails.
-Messages (strings with a space, f-strings, print), docstrings, annotations, imports and zip's `strict` are not mutated.
+Messages (strings with a space, f-strings, print), docstrings, annotations and imports are not mutated, nor are:
+the order of arguments where it does not matter (COMMUTE); -1 to -0, for it becomes 1 and -2;
+the keywords `strict`, `check`, `device`, `non_blocking` (lengths agree, and the tests have one device), and those of
+progress bars (KEPT, SILENT).
 
 `reports/published/mutants.json` has the score and every mutant left alive; mutants_equivalent.json lists those that
 no test can tell from the code, each with its reason. Finished mutants are kept in out/mutants: after new tests only
@@ -13,6 +16,7 @@ the survivors run again. Remove that folder to begin anew.
 import argparse
 import ast
 import copy
+import gc
 import hashlib
 import importlib.machinery
 import json
@@ -22,6 +26,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import _hypothesis_pytestplugin  # noqa: F401 - what the tests need is imported here once, for all children
@@ -61,6 +66,8 @@ SWAPS = {
 }
 PAIRS = ("min max", "any all", "amin amax", "minimum maximum", "argmin argmax", "floor ceil", "zeros_like ones_like")
 NAMES = {a: b for pair in PAIRS for a, b in (pair.split(), reversed(pair.split()))}
+COMMUTE = {"max", "min", "maximum", "minimum", "gcd", "transpose"}
+KEPT = {"strict", "check", "device", "non_blocking", "desc", "unit", "delay", "leave"}  # keywords
 SILENT = {"print", "progress_bar", "warn"}  # calls for the reader's eye
 
 
@@ -91,10 +98,11 @@ def replacements(node, rebound):
             yield from (ast.Constant(node.value * 2 or 1.0), ast.Constant(node.value + 1))
         case ast.Constant(value=str()) if node.value and " " not in node.value:
             yield ast.Constant(node.value + "x")
-        case ast.Call():
-            for i in (i for i, keyword in enumerate(node.keywords) if keyword.arg != "strict"):
+        case ast.Call() if name_of(node) not in SILENT:
+            for i in (i for i, keyword in enumerate(node.keywords) if keyword.arg not in KEPT):
                 yield ast.Call(node.func, node.args, node.keywords[:i] + node.keywords[i + 1 :])
-            if len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args[:2]):
+            starred = any(isinstance(a, ast.Starred) for a in node.args[:2])
+            if len(node.args) > 1 and not starred and name_of(node) not in COMMUTE:
                 yield ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)
         case ast.Name() if node.id in NAMES:
             yield ast.Name(NAMES[node.id], node.ctx)
@@ -138,12 +146,14 @@ def places(node, statement, function, rebound):
             eye = isinstance(child, ast.Expr) and isinstance(child.value, ast.Call) and name_of(child.value) in SILENT
             if field in ("annotation", "returns") or text or eye or not isinstance(child, ast.AST):
                 continue
-            if isinstance(child, (ast.JoinedStr, ast.Import, ast.ImportFrom)) or getattr(child, "arg", "") == "strict":
+            if isinstance(child, (ast.JoinedStr, ast.Import, ast.ImportFrom)) or getattr(child, "arg", "") in KEPT:
                 continue
             here, inside, again = statement, function, rebound
             if isinstance(child, ast.stmt):
                 here = child
             for new in replacements(child, rebound):
+                if isinstance(node, ast.UnaryOp) and isinstance(new, ast.Constant) and not new.value:
+                    continue  # -0
                 yield node, field, index if isinstance(value, list) else None, new, here, function
             if isinstance(child, ast.Raise) or (isinstance(child, ast.Call) and name_of(child) in SILENT):
                 continue
@@ -172,6 +182,7 @@ def mutants_of(module):
     """Every mutant of a module: its key, its source and the lines of the statement that it changes."""
     tree = ast.parse((ROOT / "latentlab" / f"{module}.py").read_text())
     seen, found = Counter(), []
+    fields = {field for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for field in node.body}
     for parent, field, index, new, statement, function in list(places(tree, tree, "", set())):
         body = getattr(statement, "body", None)
         last = body[0].lineno - 1 if isinstance(body, list) else statement.end_lineno
@@ -191,7 +202,7 @@ def mutants_of(module):
         seen[key] += 1
         key += f" ({seen[key]})" if seen[key] > 1 else ""
         lines = list(range(first, max(first, last) + 1))
-        defining = not function or isinstance(statement, (ast.FunctionDef, ast.ClassDef))
+        defining = not function or statement in fields or isinstance(statement, (ast.FunctionDef, ast.ClassDef))
         found.append({"key": key, "module": module, "source": source, "lines": None if defining else lines})
     return found
 
@@ -374,6 +385,8 @@ def run_all(mutants, covered, store):
         if not running:
             break
         pid, status = os.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # processes that its tests left
         mutant, rest, log = running.pop(pid)
         killer = log.read_text().splitlines()[0] if log.exists() else ""
         log.unlink(missing_ok=True)
@@ -453,7 +466,7 @@ def publish(sections, path, started):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=350, help="mutants of each group")
+    parser.add_argument("--sample", type=int, default=300, help="mutants of each group")
     parser.add_argument("--modules", nargs="*", default=[], help="such as advantage training/arms; nothing is written")
     parser.add_argument("--json", type=Path, default=ROOT / "reports" / "published" / "mutants.json")
     options, started = parser.parse_args(), time.time()
@@ -465,6 +478,7 @@ def main():
     for name in ("GPT2LMHeadModel", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
         getattr(transformers, name)
     beartype.beartype(lambda x: x)
+    gc.freeze()  # pytest's collections then skip what the children share
     sources = {f: [p.read_text() for p in sorted((ROOT / f).rglob("*.py"))] for f in ("latentlab", *TESTS)}
     code = digest(*sources["latentlab"], (ROOT / "tests" / "conftest.py").read_text())
     state, outcomes = digest(code, *(text for folder in TESTS for text in sources[folder])), {}

@@ -133,6 +133,10 @@ def test_positions_are_written_in_place_and_grow_where_there_is_no_room():
     part = Positions(capacity=8)
     with torch.enable_grad():
         kept = [part.append(x) for x in new]
+    with torch.no_grad():
+        mixed = Positions(capacity=8)
+        mixed.append(new[0])
+    assert torch.equal(mixed.append(new[1]), torch.cat(new[:2], 2))  # with gradient, the free places are left out
     assert torch.equal(kept[0], new[0]) and torch.equal(kept[2], torch.cat(new, 2))  # what autograd saved stays
 
 

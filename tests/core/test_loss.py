@@ -78,6 +78,17 @@ def test_clipping_on_both_sides(ratio, advantage, loss, slope):
     assert stats["clip_ratio/high_mean"] == float(ratio > 1.3 and advantage > 0)
 
 
+@pytest.mark.parametrize("ratio", [0.75, 1.25])
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+def test_a_ratio_at_a_bound_and_an_advantage_of_0_are_not_clipped(ratio, advantage):
+    for outside, share in ((ratio, 0), (1 + 2 * (ratio - 1), int((ratio - 1) * advantage > 0))):
+        logp = torch.tensor([[math.log(outside)]], dtype=torch.float64)
+        assert outside != ratio or logp.exp().item() == ratio
+        settings = {"epsilon": 0.25, "epsilon_high": 0.25}
+        _, stats = grpo_loss(logp, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1).bool(), **settings)
+        assert stats["clip_ratio/low_mean"] + stats["clip_ratio/high_mean"] == share
+
+
 def test_on_policy_gradient_is_minus_advantage_over_the_constant():
     logp = OLD.clone().requires_grad_()
     loss, _ = grpo_loss(logp, OLD, ADVANTAGES, MASK, max_completion_length=10)

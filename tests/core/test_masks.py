@@ -47,11 +47,12 @@ def test_a_problem_drawn_twice_continues_counting_k():
 
 def test_the_hash_equals_splitmix64_on_python_integers():
     seeds = torch.tensor([0, -1, 123456789, -(2**63)], dtype=torch.int64)
-    words = hash_words(seeds, 2, torch.arange(3))
-    for row, seed in zip(words.tolist(), seeds.tolist(), strict=True):
-        key = splitmix_finaliser((seed + 2 * 0xD1342543DE82EF95) & WORD)
-        expected = [splitmix_finaliser((key + (i + 1) * 0x9E3779B97F4A7C15) & WORD) for i in range(3)]
-        assert [word & WORD for word in row] == expected
+    for stream in (1, 2, 3):
+        words = hash_words(seeds, stream, torch.arange(3))
+        for row, seed in zip(words.tolist(), seeds.tolist(), strict=True):
+            key = splitmix_finaliser((seed + stream * 0xD1342543DE82EF95) & WORD)
+            expected = [splitmix_finaliser((key + (i + 1) * 0x9E3779B97F4A7C15) & WORD) for i in range(3)]
+            assert [word & WORD for word in row] == expected
 
 
 @pytest.mark.parametrize("scheme", ["shared", "per_step"])

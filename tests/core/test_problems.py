@@ -91,6 +91,8 @@ WHOLE = {  # what touches a number and is dropped
     "18,": "18",
     "12>>": "12",
     "-\u20b918": "-18",
+    "caf\u00e9-18": "18",  # a hyphen behind a letter
+    "\u201c-18\u201d": "-18",  # a sign behind a quotation mark
 }
 PARTS = (  # a number that would be read in part
     *("1\u00bd", "10\u2076", "\uff15.0", "Rs.18", "\u00b23", "1\u066b5", "\u066b5", "\uff0e5", "10\u2099", "10\u207f"),
@@ -112,6 +114,15 @@ PARTS = (  # a number that would be read in part
     *("0x10", "0xff", "5=x", "<5", ">5", "5^x", "|5|", "\u21635", "5\u4e94", "5\u4e07", "\u51435\u5341", "5\u20e3"),
     *("5\u0338", "5\u200b", "1\u2064\u00bd", "1\u20442", "5\u2044", "\uff10", "\u2460 18", "5\u02b0", "\u221a5"),
 )
+
+
+def test_a_fraction_has_a_hundred_digits_on_a_side_at_most():
+    nines = "9" * 100
+    assert canonical_answer(f"{nines}/7") == f"{nines}/7"
+    assert canonical_answer(f"{nines}/1") == nines and canonical_answer(f"{nines}0/1") is None
+    tenth = "." + "0" * 98 + "1"  # 10 ** -99
+    assert canonical_answer(f"1/{tenth}") == "1" + "0" * 99
+    assert canonical_answer(f"10/{tenth}") is None and canonical_answer(f"{tenth}/10") is None
 
 
 @pytest.mark.parametrize(("text", "expected"), [*WHOLE.items(), *((text, None) for text in PARTS)])

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
 from latentlab.model import END, LATENT, START, LatentReasoner, policy
 from latentlab.pretrained.loading import load_model
-from latentlab.rollouts import choose, encode_prompts, replay_gap, rollout
+from latentlab.rollouts import choose, encode_prompts, first_token, replay_gap, rollout
 from latentlab.training import preflight
 from latentlab.verify.reference import naive_rollout
 from tests.conftest import tiny_gpt2
@@ -169,6 +169,13 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text(llama_folder, problems, 
         plain = tokenizer(problem.question + "\n", add_special_tokens=False)["input_ids"]
         around = [tokenizer.convert_tokens_to_ids(name) for name in names.values()]
         assert real == [around[0], *plain, *around[1:], tokenizer.convert_tokens_to_ids(START)]
+
+
+def test_the_first_token_of_a_text_is_not_that_of_a_template(llama_folder):
+    tokenizer = with_template(load_model(llama_folder, num_thoughts=1, max_new_tokens=2).tokenizer, bos_token="<s>")
+    assert first_token(tokenizer, "7 + 5") == tokenizer.convert_tokens_to_ids("7")
+    with pytest.raises(ValueError, match="^tokenizer: got no token for ' '"):
+        first_token(tokenizer, " ")
 
 
 def test_without_a_template_a_prompt_is_the_question_and_start(model, problems):

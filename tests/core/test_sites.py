@@ -1,12 +1,15 @@
 """backbone.py: branches are found by role in both families of backbones; a hook lasts for one pass."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from latentlab.backbone import branch_outputs, decoder_layers
-from latentlab.masks import scaled
+from latentlab import backbone
+from latentlab.backbone import _gaps, _layer_calls, branch_gaps, branch_outputs, decoder_layers, window_sizes
+from latentlab.masks import SITES, scaled
 
 
 def names_of(model, sites):
@@ -51,3 +54,47 @@ def test_the_first_positions_are_scaled_while_inside_and_after_an_error_nothing_
         assert torch.equal(module(x), torch.cat([plain[:, :2] * factors[:, :, 0], plain[:, 2:]], 1))
         raise KeyError
     assert torch.equal(module(x), plain)
+
+
+def test_the_gap_is_the_largest_deviation_relative_to_the_largest_output_of_a_branch():
+    """Of layers that add what no mask multiplies, also where only the mask's ones are, or that sum over positions."""
+    first, second = nn.Identity(), nn.Identity()
+    x = torch.arange(1.0, 13).view(1, 3, 4)
+    f = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    assert 0 < f.mean() < 1
+    assert _gaps(lambda: first(x) + second(2 * x), [first, second]) == [0, 0]
+    for extra in (f / 2, torch.full_like(f, 0.5)):
+        largest = [(x + extra).max().item(), (2 * x + extra).max().item()]
+        gaps = _gaps(lambda extra=extra: first(x) + second(2 * x) + extra, [first, second])
+        assert gaps == pytest.approx([0.5 / largest[0], 0.5 / largest[1]])
+    summed = ((f * x).cumsum(1) - f * x.cumsum(1)).abs().max() / x.cumsum(1).max()
+    gaps = _gaps(lambda: first(x).cumsum(1) + second(x), [first, second])
+    assert gaps == pytest.approx([summed.item(), 0])
+
+
+def test_the_gap_of_a_model_is_the_largest_of_its_layers(monkeypatch, model):
+    found = iter([[1.0, 4.0], [3.0, 2.0]])
+    monkeypatch.setattr(backbone, "_find", lambda *_: {})
+    monkeypatch.setattr(backbone, "_gaps", lambda *_: next(found))
+    assert branch_gaps(model.lm) == (3, 4)
+
+
+@torch.no_grad()
+def test_layers_are_examined_at_the_same_small_random_inputs_in_every_run(model):
+    x = torch.randn(2, 3, model.width, generator=torch.Generator().manual_seed(0))[:, None] / 100
+    for at, ((layer, call), decoder) in enumerate(zip(_layer_calls(model.lm), decoder_layers(model.lm), strict=True)):
+        handle = layer.register_forward_hook(lambda _, args, out: (out[0] if isinstance(out, tuple) else out) * 0 + 1)
+        assert layer is decoder
+        torch.testing.assert_close(call(), 1 - x[at])
+        handle.remove()
+
+
+def test_every_site_but_the_embedding_is_a_branch():
+    assert {*backbone.ROLES, "embedding"} == set(SITES)
+
+
+def test_windows_and_chunks_are_whole_positive_numbers_under_such_a_name():
+    config = SimpleNamespace(
+        sliding_window=1, attention_chunk_size=8, use_sliding_window=True, n_positions=64, local_window=0, window=None
+    )
+    assert window_sizes(config) == [1, 8]

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from latentlab.attention import RolloutCache
-from latentlab.masks import MaskSpec, draw_masks, hash_words, uniforms
-from latentlab.model import LatentReasoner, policy, token_logps
+from latentlab.masks import Masks, MaskSpec, draw_masks, hash_words, uniforms
+from latentlab.model import LatentReasoner, State, policy, token_logps
+from latentlab.problems import Problem
 from latentlab.reward import majority_vote
-from latentlab.rollouts import choose, encode_prompts, rollout
+from latentlab.rollouts import Rollouts, choose, encode_prompts, rollout
 from tests.conftest import sharpen, tiny_gpt2
 
 SEEDS = torch.tensor([0, 1, -1, 12345678901234567, -(2**63)])
@@ -20,6 +21,17 @@ def upper_bits(seed, stream, counter):
     """The 53 upper bits of a random word, as a Python integer."""
     word = hash_words(torch.tensor([seed]), stream, torch.tensor([counter])).item()
     return (word % 2**64) >> 11
+
+
+# -- records --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Problem, MaskSpec, Masks, Rollouts])
+def test_a_record_cannot_be_changed(kind):
+    record = object.__new__(kind)
+    for field in dataclasses.fields(kind):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, field.name, None)
 
 
 # -- masks and random numbers ---------------------------------------------------------------------------------------
@@ -36,6 +48,13 @@ def test_a_feature_is_dropped_where_its_53_bits_lie_below_the_rate(scheme):
         for row, seed in zip(values.flatten(1).tolist(), SEEDS.tolist(), strict=True):
             kept = [upper_bits(seed, 1, i) >= rate * 2**53 for i in range(len(row))]
             assert row == pytest.approx([1 / (1 - rate) if keep else 0.0 for keep in kept], rel=1e-6)
+
+
+def test_a_feature_whose_53_bits_equal_the_rate_is_kept(monkeypatch):
+    words = torch.tensor([2**52 - 1, 2**52, 2**52 + 1]).repeat(32)[None, :64] << 11
+    monkeypatch.setattr("latentlab.masks.hash_words", lambda *_: words)
+    values = draw_masks(MaskSpec(rate=0.5, sites=("mlp",)), tiny_gpt2(), SEEDS[:1]).values
+    assert values.flatten()[:6].tolist() == [0, 2, 2, 0, 2, 2]
 
 
 def test_a_uniform_number_is_53_bits_of_stream_2_at_its_token():
@@ -148,6 +167,24 @@ def test_precision_is_that_of_products_alone():
     assert model.double().head(torch.ones(1, 32)).dtype == torch.float64
 
 
+def test_masks_cover_the_positions_of_their_scope(problems):
+    """Of a question of 3 inputs; then of <start> and 2 thoughts, of which one was run."""
+    model = tiny_gpt2(num_thoughts=2)
+    for scope, question, latent, answer in (
+        ("latent", 0, 2, 0),
+        ("prompt+latent", 3, 2, 0),
+        ("all", 3, 4, 4),
+        ("", 0, 0, 0),
+    ):
+        cache, masks = started(1, 1), draw_masks(MaskSpec(scope=scope), model, SEEDS[:1]) if scope else None
+        state = State(cache, torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, 32), masks)
+        assert model._num_masked(state, 4) == latent
+        cache.update(*torch.zeros(2, 1, 1, 2, 2), 0)
+        assert model._num_masked(state, 4) == answer
+        cache.in_prefix = True
+        assert model._num_masked(state, 3) == question
+
+
 def test_a_model_of_direct_answers_has_no_thought_whatever_it_is_told():
     base = tiny_gpt2()
     for feedback, thoughts in (("none", 0), ("pause", 4), ("thought", 4)):
@@ -201,6 +238,34 @@ def test_rows_are_stacked_below_their_question_with_zeros_where_one_left():
     assert torch.equal(cache.unstack(cache.stack(rows)), rows)
     pairs = rows.expand(5, 1, 2, 1) * torch.tensor([1.0, 10.0])[:, None]  # two new positions
     assert cache.stack(pairs)[1, 0, :, 0].tolist() == [4, 40, 6, 60, 0, 0]
+
+
+@torch.no_grad()
+def test_sampling_allocates_its_positions_once(problems):
+    """<start>, L thoughts, <end> and all answer tokens but the last."""
+    model = tiny_gpt2(num_thoughts=3, max_new_tokens=4)
+    state = model.prefix(*encode_prompts(model.tokenizer, problems, "cpu"), num_generations=2, masks=None)
+    model.think(state)
+    parts = [part for layer in state.cache.suffix for part in layer]
+    places = [part.buffer.data_ptr() for part in parts]
+    model.answer(state, torch.empty(8, 0, dtype=torch.int64))
+    for _ in range(3):
+        model.next_token(state, torch.zeros(8, dtype=torch.int64))
+    assert [part.length for part in parts] == [part.buffer.shape[2] for part in parts] == [1 + 3 + 1 + 3] * len(parts)
+    assert [part.buffer.data_ptr() for part in parts] == places
+
+
+@torch.no_grad()
+def test_a_question_without_padding_is_run_as_the_model_runs_it(model, problems):
+    """To the last bit, when transformers' own attention function is the same."""
+    ids, valid = encode_prompts(model.tokenizer, problems[2:3], "cpu")
+    seen = []
+    handle = model.lm.base_model.register_forward_hook(lambda _, __, out: seen.append(out.last_hidden_state))
+    model.prefix(ids, valid, num_generations=1, masks=None)
+    model.lm.set_attn_implementation("sdpa")
+    model.lm(ids[:, :-1], attention_mask=valid[:, :-1])
+    handle.remove()
+    assert torch.equal(*seen)
 
 
 def test_a_position_sees_itself_and_what_came_before():

@@ -419,6 +419,13 @@ def test_verdict_takes_another_target():
         lambda: detectable_difference(100, 0.1, power=80),
         lambda: verdict(1.0, 2.0, 3.0),
         lambda: verdict(float("nan"), 0.0, 1.0),
+        *(lambda share=share: wilson_interval(1, 4, confidence=share) for share in (0.0, 1.0)),
+        lambda: wilson_interval(-1, 4),
+        lambda: verdict_rates(1.0, n=100, discordance=0.1, shared=-0.1),
+        lambda: pass_at_k([-1], 4, 1),
+        lambda: pass_at_k([1], 4, 0),
+        lambda: power_at(1.0, 0, 0.1),
+        lambda: power_at(0.0, 100, 0.0),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(call, unchecked):

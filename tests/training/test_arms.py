@@ -210,6 +210,18 @@ def test_what_is_counted_is_what_autograd_holds(problems):
     assert splitter.size == 32
 
 
+def test_the_budget_is_shared_by_what_is_saved_and_by_the_logits(problems):
+    """Per group 4 KiB that autograd saves, and log-softmax's float32 gradients and values for each answer token."""
+    model = tiny_gpt2()
+    out = rollout(model, problems, num_generations=3, masks=None, temperature=1.0, run_seed=0, step=0)
+    group = 4096 + 2 * 4 * 3 * out.tokens.shape[1] * model.lm.config.vocab_size
+    for budget, groups in ((3 * group, 3), (3 * group - 1, 2), (group // 2, 1), (99 * group, 4)):
+        splitter = Splitter(model, out, micro_batch=0, memory_gib=budget / 2**30)
+        with splitter.measured():
+            torch.zeros(1024, requires_grad=True).exp()
+        assert (splitter.size, splitter.most, splitter.budget) == (groups, 4, 0)
+
+
 def test_the_gradient_is_the_weighted_score_function(problems, config):
     """On policy: minus the mean of A_k grad log pi(y_k | x, m_k) over rows, divided by the longest answer."""
     model = tiny_gpt2().double()

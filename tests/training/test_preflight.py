@@ -4,6 +4,7 @@ import pytest
 
 from latentlab.pretrained.loading import model_from_config
 from latentlab.problems import Problem
+from latentlab.training import preflight
 from latentlab.training.preflight import expect_together
 
 LONG = Problem("long", "Leo has 2 books. He finds 4 more books.", ("<<2+4=6>>",), "6", "test")
@@ -46,6 +47,16 @@ def test_the_curriculum_needs_its_longest_text_or_its_most_thoughts(config, cont
     assert limit(c, curriculum=True) == prompt + texts  # stage 0
     many = config(curriculum={"steps": [1, 1, 1], "c_thought": 20, "control": control})
     assert limit(many, curriculum=True) == prompt + max(texts, thoughts + 3)  # the last stage: ### 9 and eos
+
+
+def test_of_many_texts_the_longest_are_examined_and_all_that_may_hold_a_control_token(config, monkeypatch):
+    monkeypatch.setattr(preflight, "LONGEST", 1)
+    c = config()
+    model = model_from_config(c)
+    expect_together(model, [LONG, *words("zebra"), *words("yak", "emu")], c)  # short unknown words are not looked up
+    for question in ("a <|latent|> b", "<|end-latent|>"):
+        with pytest.raises(ValueError, match=r"^text: got the control token <\|"):
+            expect_together(model, [LONG, *words(question)], c)
 
 
 def test_a_model_of_other_text_is_one_that_knows_less_than_half_the_words(config):

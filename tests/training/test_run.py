@@ -178,7 +178,10 @@ def test_a_damaged_or_foreign_state_is_one_line_and_runs_nothing(tmp_path, start
     assert "\n" not in str(error.value) and content(tmp_path) == before  # no file named payload either
 
 
-@pytest.mark.parametrize("kind", ["list", "foreign", "shape", "missing weight", "optimizer", "progress"])
+KEYS = ("metrics_offset", "metrics_sha256", "best_sha256", "identity", "made_with")
+
+
+@pytest.mark.parametrize("kind", ["list", "foreign", "shape", "missing weight", "optimizer", "progress", *KEYS])
 def test_a_state_of_another_shape_is_one_line(tmp_path, start, kind):
     end(start(options={"checkpoint_minutes": 0}), 0)
     state = torch.load(tmp_path / "run" / "state.pt")
@@ -190,6 +193,8 @@ def test_a_state_of_another_shape_is_one_line(tmp_path, start, kind):
         state["optimizer"] = {"state": {}, "param_groups": []}
     elif kind == "progress":
         state["progress"] = {"steps": 3}
+    elif kind in KEYS:
+        del state[kind]
     torch.save({"list": [1], "foreign": {"weights": 1}}.get(kind, state), tmp_path / "run" / "state.pt")
     with pytest.raises(ValueError, match="^resume: could not read .*state.pt") as error:
         run = start(resume=True)
@@ -436,6 +441,14 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
     assert (tmp_path / "run").exists() is enough
 
 
+def test_the_slack_holds_what_a_run_writes_beside_weights(tmp_path, start):
+    run = start(options={"checkpoint_minutes": 0})
+    end(run, 0, validation_accuracy=0.5)
+    beside = sum(len(text) for path, text in content(tmp_path).items() if not path.endswith((".safetensors", ".pt")))
+    assert 0 < 100 * beside < SLACK < 2**26
+    assert len(repr(run)) < 200  # not the weights
+
+
 def test_files_of_a_checkpoint_are_on_the_disk_before_they_have_their_name(tmp_path, start, monkeypatch):
     """The order of calls: every byte is flushed, then the rename, then the folder; metrics before the state."""
     run, calls = start(), []
@@ -600,6 +613,8 @@ def test_batches_are_epochs_of_permutations_and_a_function_of_the_step(total, si
     assert len({tuple(epoch) for epoch in epochs}) > 1
     assert batch_indices(total, size, seed=3, step=5) == picked[5 * size : 6 * size]
     assert batch_indices(total, size, seed=4, step=5) != picked[5 * size : 6 * size]
+    for at, epoch in enumerate(epochs):  # every seed has a million epochs of its own
+        assert epoch == torch.randperm(total, generator=torch.Generator().manual_seed(3 * 1_000_003 + at)).tolist()
 
 
 def test_the_learning_rate_rises_then_falls_to_its_share():
