@@ -152,10 +152,15 @@ class _Output(BaseModelOutput):
         return None
 
 
+def window_names(owner) -> list[str]:
+    """The attributes of a config or module that are sizes of attention windows or chunks, in positions."""
+    named = {name: size for name, size in vars(owner).items() if "window" in name or "chunk" in name}
+    return [name for name, size in named.items() if type(size) is int and size > 0]
+
+
 def window_sizes(config) -> list[int]:
     """The sizes of attention windows and chunks that a config names, in positions."""
-    named = {name: size for name, size in vars(config).items() if "window" in name or "chunk" in name}
-    return [size for size in named.values() if type(size) is int and size > 0]
+    return [vars(config)[name] for name in window_names(config)]
 
 
 def longest_sequence(config) -> int:
