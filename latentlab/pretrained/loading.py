@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def load_model(
     model = LatentReasoner(lm, tokenizer, **settings)
     kind = "checkpoint_N state dict" if state_dict else "folder" if os.path.isdir(name) else "hub"
     if (made := Path(name, "PROVENANCE.json")).is_file() and not state_dict:  # as its maker describes them
-        kind = read_json(made, "the source of these weights").get("kind", kind)
+        with suppress(ValueError, OSError):  # a user's own file of that name
+            kind = stated if isinstance(stated := read_json(made, "their source").get("kind"), str) else kind
     model.provenance = {"kind": kind, "name": Path(name).name, **weights_hash(state_dict or name)}
     check_backbone(model)
     return model

@@ -53,13 +53,13 @@ def flush(path: Path) -> None:
         os.close(number)
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 of the *.json and *.safetensors files of a folder, names included."""
-    found = hashlib.sha256()
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each *.json and *.safetensors file of a folder, by name."""
+    found = {}
+    for path in (*folder.glob("*.json"), *folder.glob("*.safetensors")):
         with open(path, "rb") as file:
-            found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return found.hexdigest()
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def expect_writable(folder: Path, need: int = 2**20) -> None:

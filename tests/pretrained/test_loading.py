@@ -132,6 +132,12 @@ def test_a_saved_model_answers_as_before(tmp_path, problems, make_model, feedbac
         assert tokenizer.convert_tokens_to_ids([START, LATENT, END]) == [model.start_id, model.latent_id, model.end_id]
 
 
+@pytest.mark.parametrize("text", ["[1]", "none", "", '{"kind": 3}', '{"kind": null}', "{}", '{"kind": "mine"}'])
+def test_a_users_own_provenance_file_counts_only_if_it_names_a_kind(saved, text):
+    (saved / "PROVENANCE.json").write_text(text)
+    assert load_model(saved).provenance["kind"] == ("mine" if "mine" in text else "folder")
+
+
 def test_only_safetensors_are_written(saved):
     assert [path.name for path in saved.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")] == []
     assert (saved / "model.safetensors").exists()
