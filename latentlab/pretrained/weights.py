@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from latentlab.runtime.files import read_json
+from latentlab.runtime.files import not_downloaded, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -35,11 +35,10 @@ def expect_readable(folder: Path) -> None:
     for file in sorted(folder.glob("*")):
         if file.suffix in (".json", ".safetensors", ".model") and file.is_file():
             with file.open("rb") as opened:
-                start = opened.read(200).lstrip().lower()
-            if start.startswith(b"version https://git-lfs"):
-                raise ValueError(f"{file}: got a Git LFS pointer, expected the file itself; run `git lfs pull` there")
-            if start.startswith((b"<!doctype", b"<html")):
-                raise ValueError(f"{file}: got a web page, expected the file itself; download the raw file")
+                page = not_downloaded(opened.read(200))
+            if page:
+                remedy = "run `git lfs pull` there" if "LFS" in page else "download the raw file"
+                raise ValueError(f"{file}: got {page}, expected the file itself; {remedy}")
     weights = (folder / WEIGHTS).exists() or (folder / INDEX).exists()
     for pattern, (held, remedy) in OTHER_FORMATS.items():
         if any(folder.glob(pattern)) and (pattern == ADAPTER or not weights):

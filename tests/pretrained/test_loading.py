@@ -300,8 +300,8 @@ def test_weights_that_do_not_fit_the_config(saved):
             "version https://git-lfs.github.com/spec/v1\n",
             "config.json: got a Git LFS pointer, .*lfs pull",
         ),
-        ("config.json", "<!DOCTYPE html><html>", "config.json: got a web page, .*; download the raw file"),
-        ("tokenizer.json", "\n<html>", "tokenizer.json: got a web page"),
+        ("config.json", "<!DOCTYPE html><html>", "config.json: got an HTML page, .*; download the raw file"),
+        ("tokenizer.json", "\n<html>", "tokenizer.json: got an HTML page"),
         (
             "config.json",
             {"model_type": "nonsense"},
