@@ -35,7 +35,7 @@ REFUSED = {
     "GPT-J": "whose own forward differs from the engine's in thoughts by",
     "GPT-Neo, window 24": "whose own forward differs from the engine's in thoughts by",
     "GPT-OSS": "expected layers that add an attention and an mlp branch to the residual stream",
-    "Mamba": "expected blocks with an attention and an mlp child",
+    "Mamba": "expected layers of softmax attention alone",
 }
 
 
