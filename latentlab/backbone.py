@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from latentlab.masks import scaled
 
 SUPPORTED = "use a family that docs/backbones.md lists as supported"
+ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}  # of a config's layer_types
 ROLES = {"attention": ("att",), "mlp": ("mlp", "feed_forward", "ffn", "moe", "fc")}  # parts of child names
 
 
@@ -44,9 +45,13 @@ def branch_gaps(lm: nn.Module) -> tuple[float, float]:
 
 
 def decoder_layers(lm: nn.Module) -> nn.ModuleList:
-    """The decoder blocks: the first ModuleList whose members have an attention and an MLP child."""
+    """The decoder blocks: the first ModuleList whose members all have an attention and an MLP child."""
+    if others := sorted(set(getattr(lm.config, "layer_types", None) or ATTENTION) - ATTENTION):
+        got = f"{type(lm).__name__} with layers of type {', '.join(others)}"
+        raise ValueError(f"backbone: got {got}, expected layers of softmax attention alone; {SUPPORTED}")
     for module in lm.modules():
-        if isinstance(module, nn.ModuleList) and module and all(_branch(module[0], site) for site in ROLES):
+        is_blocks = isinstance(module, nn.ModuleList) and len(module)
+        if is_blocks and all(_branch(layer, site) for layer in module for site in ROLES):
             return module
     raise ValueError(
         f"backbone: got {type(lm).__name__}, expected blocks with an attention and an mlp child; {SUPPORTED}"
@@ -152,10 +157,15 @@ class _Output(BaseModelOutput):
         return None
 
 
+def window_names(owner) -> list[str]:
+    """The attributes of a config or module that are sizes of attention windows or chunks, in positions."""
+    named = {name: size for name, size in vars(owner).items() if "window" in name or "chunk" in name}
+    return [name for name, size in named.items() if type(size) is int and size > 0]
+
+
 def window_sizes(config) -> list[int]:
     """The sizes of attention windows and chunks that a config names, in positions."""
-    named = {name: size for name, size in vars(config).items() if "window" in name or "chunk" in name}
-    return [size for size in named.values() if type(size) is int and size > 0]
+    return [vars(config)[name] for name in window_names(config)]
 
 
 def longest_sequence(config) -> int:

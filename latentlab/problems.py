@@ -20,14 +20,18 @@ MARKER = "###"  # GSM8K's own files write "####", which this marker finds as wel
 
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 _LETTER = r"[^\W\d_]"
-_NUMBER = re.compile(  # `joined` and `rest` are what must not touch a number; "²" and "±": see _stand_in
-    rf"(?P<joined>[+<>|~^±²,.]\$*|(?<!{_LETTER})[-/]\$*|\w(?=\.))??"
+_NUMBER = re.compile(  # `joined` and `rest` are what must not touch a number; "²", "–", "±": see _stand_in
+    rf"(?P<joined>[+<>|~^–±²,.]\$*|(?<!{_LETTER})[-/]\$*|\w(?=\.))??"
     rf"(?P<sign>(?<!\w)[-+])?\$?(?P<top>{_UNSIGNED})(?: ?/ ?(?P<bottom>{_UNSIGNED}))?"
-    rf"(?P<rest>[+<=|~^±²]|[-/](?!{_LETTER})|\.\.|[xX][0-9a-fA-F])?"
+    rf"(?P<rest>[+<=|~^–±²]|[-/](?!{_LETTER})|\.\.|[xX][0-9a-fA-F])?"
 )
 _TAG = re.compile(r"</?[A-Za-z]+ ?/?>")
+_PARTED_SIGN = re.compile(  # only markup, quotes, brackets or a currency between sign and number: "-**18**", "- $18"
+    r"(?<!\w)(?:[-+–]|±(?!\s))(?!\s*[.]?[0-9]|\$[.]?[0-9])"
+    rf"(?:{_TAG.pattern}|\\[A-Za-z]+|[A-Z]{{1,3}}(?![A-Za-z_])|[^\w<>=.,+–±-]|_)++[.]?[0-9]"
+)
 _FOREIGN_NUMBER = re.compile(rf"(?<!{_LETTER})²")
-_JOINS = ("Sm", "Pd", "Sk", "Lm", "Mn", "Mc", "Me", "Cf")  # signs, modifiers, combining and invisible characters
+_JOINS = ("Sm", "Sk", "Lm", "Mn", "Mc", "Me", "Cf")  # signs, modifiers, combining and invisible characters
 _SEPARATORS = "\u00b7\u066b\u066c\uff0c\uff0e"  # decimal points and thousands separators of other scripts
 _LONGEST_FRACTION = 100  # digits on either side of a "/"; keeps the exact arithmetic small
 
@@ -55,7 +59,9 @@ def canonical_answer(text: str) -> str | None:
        fraction: "2/6" -> "1/3". Division by zero, or more than 100 digits on a side -> None.
     3. A number counts as a whole. If another sign, a comparison, a separator or a numeric, modifier,
        combining or invisible character touches it, the text gives None: "--5", "5-", "~5", "5..",
-       "Rs.18", "10\u2076", "5\u4e07" (5 times 10,000).
+       "5\u2026", "Rs.18", "10\u2076", "5\u4e07" (5 times 10,000). So does a sign that only markup,
+       quotes, brackets or a currency part from the number: "-**18**", "-\boxed{18}", "-(18)",
+       "- $18". A hyphen and a space alone are a list item: "- 18" -> "18".
     4. No number, or more than one -> None: two values are no answer. So "1e3", "1,5", "3:45", "5-3"
        and "1 1/2" give None, as do numerals outside ASCII ("\uff15", "\u00bd"), unless they follow a
        letter ("18 m\u00b2" -> "18").
@@ -63,9 +69,11 @@ def canonical_answer(text: str) -> str | None:
     The result has no leading or trailing zeros, no separators, no "+" and no signed zero. It is exact:
     no number passes through a float.
     """
-    text = _TAG.sub(" ", re.sub(r"[^\x00-\x7f]", _stand_in, text))
-    found = list(_NUMBER.finditer(text))
-    if len(found) != 1 or found[0]["joined"] or found[0]["rest"] or _FOREIGN_NUMBER.search(text):
+    text = re.sub(r"[^\x00-\x7f]", _stand_in, text)
+    if _PARTED_SIGN.search(text) or _FOREIGN_NUMBER.search(text):
+        return None
+    found = list(_NUMBER.finditer(_TAG.sub(" ", text)))
+    if len(found) != 1 or found[0]["joined"] or found[0]["rest"]:
         return None
     top, bottom = (found[0][part] for part in ("top", "bottom"))
     negative = found[0]["sign"] not in (None, "+")
@@ -80,7 +88,7 @@ def canonical_answer(text: str) -> str | None:
 
 
 def _stand_in(found: re.Match[str]) -> str:
-    """One character for each class of characters outside ASCII that `_NUMBER` tells apart."""
+    """What stands for each class of characters outside ASCII that `_NUMBER` tells apart."""
     character = found[0]
     kind = unicodedata.category(character)
     if character == "\u2212":
@@ -91,6 +99,10 @@ def _stand_in(found: re.Match[str]) -> str:
         return "²"
     if kind == "Sc":
         return "$"
+    if character in "…‥":
+        return ".."
+    if kind == "Pd":
+        return "–"
     if kind in _JOINS or character in "➕➖➗" or character.isnumeric():
         return "±"
     return "a" if kind[0] == "L" else ";"

@@ -121,7 +121,7 @@ without cache. A backbone is right, or it is refused in one line before any comp
   (Granite's `embedding_multiplier`); what it does in its embedding layer is not (Gemma's factor √D).
 - **Logits** come from the model's own head: scales and caps apply (Granite, Cohere, Gemma-2).
 - **Windows and caps of attention** are those that the family hands to its attention function. A window of at most 512
-  positions is exceeded by the question of the comparison.
+  positions is exceeded by the question of the comparison, shrunk for it where the family reads it at every call.
 - **Masks** multiply what a branch adds to the residual stream: the output of its last linear map, or of the norm behind
   it (Gemma-2 and -3, OLMo-2 and -3, GLM-4), or of the whole branch (mixtures of experts). Each layer is run under masks
   to find out which.

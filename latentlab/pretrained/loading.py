@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def load_model(
     state_dict = coconut.state_dict_file(name)
     lm, tokenizer = coconut.load_state_dict(state_dict, base) if state_dict else _load_pair(name)
     published = coconut.name_latent_tokens(lm.config, tokenizer) or state_dict
+    lm.config.return_dict = True  # the engine reads outputs by name
     settings = {**(coconut.RECIPE if published else defaults or {}), **_stored_settings(name), **settings}
     missing = [key for key in ("num_thoughts", "max_new_tokens") if key not in settings]
     if missing:
@@ -93,7 +95,8 @@ def load_model(
     model = LatentReasoner(lm, tokenizer, **settings)
     kind = "checkpoint_N state dict" if state_dict else "folder" if os.path.isdir(name) else "hub"
     if (made := Path(name, "PROVENANCE.json")).is_file() and not state_dict:  # as its maker describes them
-        kind = read_json(made, "the source of these weights").get("kind", kind)
+        with suppress(ValueError, OSError):  # a user's own file of that name
+            kind = stated if isinstance(stated := read_json(made, "their source").get("kind"), str) else kind
     model.provenance = {"kind": kind, "name": Path(name).name, **weights_hash(state_dict or name)}
     check_backbone(model)
     return model
@@ -122,11 +125,12 @@ def _load_pair(name: str) -> tuple[Any, Any]:
         load: Any = AutoModelForCausalLM.from_pretrained
         report = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported, and refused below
         lm, info = load(name, **options, **report, trust_remote_code=False)
-        folder = name if os.path.isdir(name) else snapshot_download(name, local_files_only=True)
-        weights.expect_equal(lm, info, weights.stored_tensors(Path(folder)), name)
+        weights.expect_equal(lm, info, weights.stored_tensors(weights.local_folder(name)), name)
     except Exception as error:  # transformers raises many kinds: missing files, damaged files, no network
         if str(error).startswith("checkpoint "):
             raise
+        if why := weights.why_not_loaded(error, name):
+            raise ValueError(f"checkpoint {name}: {why}") from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if os.path.isdir(name):
             damage = f"could not be read ({reason}); it is damaged or incomplete, use another"

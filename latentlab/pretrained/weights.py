@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from latentlab.runtime.files import read_json
+from latentlab.runtime.files import not_downloaded, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -34,11 +35,10 @@ def expect_readable(folder: Path) -> None:
     for file in sorted(folder.glob("*")):
         if file.suffix in (".json", ".safetensors", ".model") and file.is_file():
             with file.open("rb") as opened:
-                start = opened.read(200).lstrip().lower()
-            if start.startswith(b"version https://git-lfs"):
-                raise ValueError(f"{file}: got a Git LFS pointer, expected the file itself; run `git lfs pull` there")
-            if start.startswith((b"<!doctype", b"<html")):
-                raise ValueError(f"{file}: got a web page, expected the file itself; download the raw file")
+                page = not_downloaded(opened.read(200))
+            if page:
+                remedy = "run `git lfs pull` there" if "LFS" in page else "download the raw file"
+                raise ValueError(f"{file}: got {page}, expected the file itself; {remedy}")
     weights = (folder / WEIGHTS).exists() or (folder / INDEX).exists()
     for pattern, (held, remedy) in OTHER_FORMATS.items():
         if any(folder.glob(pattern)) and (pattern == ADAPTER or not weights):
@@ -70,6 +70,37 @@ def expect_causal_lm(name: str, config: dict[str, Any]) -> None:
     if quantised := config.get("quantization_config"):
         got = f"weights quantised by {dict(quantised).get('quant_method', 'an unnamed method')}"
         raise ValueError(f"checkpoint {name}: got {got}, expected float weights; use the model that is not quantised")
+    for key in ("_attn_implementation", "attn_implementation"):  # the comparison at load runs it, in float32
+        if (kind := config.get(key)) not in (None, "sdpa", "eager"):
+            got = f"{key} {str(kind)[:40]} in config.json, expected sdpa, eager or none"
+            raise ValueError(f"checkpoint {name}: got {got}; remove the entry")
+
+
+def local_folder(name: str) -> Path:
+    """The folder of that name, or that of a Hub id's files."""
+    return Path(name if Path(name).is_dir() else snapshot_download(name, local_files_only=True))
+
+
+def why_not_loaded(error: Exception, name: str) -> str | None:
+    """What is wrong where transformers raised `error` on files that may be whole; None: they are not."""
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return "got custom code (auto_map), which is not run, expected classes of transformers; use another model"
+    if isinstance(error, ImportError):
+        return f"needs a package that is not installed ({reason[:200]}); install it"
+    if "automatic conversion" in reason:  # of several tensors into one, such as those of experts
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+        parts = set(revert_weight_conversion(lm, lm.state_dict())).difference(lm.state_dict())
+        if missing := sorted(parts.difference(key for key, _ in stored_tensors(local_folder(name)))):
+            return _no_weights(missing)
+        return f"got parts of a tensor whose shapes do not fit, expected those that config.json describes; {RESAVE}"
+    return None
+
+
+def _no_weights(missing: list[str], remedy: str = RESAVE) -> str:
+    got = f"no weights for {missing[0]} ({len(missing)} missing)"
+    return f"got {got}, expected all that config.json describes; {remedy}"
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -97,8 +128,7 @@ def expect_equal(
         key, got, expected = shapes[0]
         raise ValueError(f"checkpoint {name}: got {key} of shape {list(got)}, expected {list(expected)}; {remedy}")
     if missing := sorted(info["missing_keys"]):  # transformers initialises these at random
-        got = f"no weights for {missing[0]} ({len(missing)} missing)"
-        raise ValueError(f"checkpoint {name}: got {got}, expected all that config.json describes; {remedy}")
+        raise ValueError(f"checkpoint {name}: {_no_weights(missing, remedy)}")
     if unexpected:
         got = f"weights that config.json does not describe, {unexpected[0]} ({len(unexpected)} in all)"
         raise ValueError(f"checkpoint {name}: got {got}, expected no others; {remedy}")

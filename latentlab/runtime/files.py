@@ -53,13 +53,13 @@ def flush(path: Path) -> None:
         os.close(number)
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 of the *.json and *.safetensors files of a folder, names included."""
-    found = hashlib.sha256()
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each *.json and *.safetensors file of a folder, by name."""
+    found = {}
+    for path in (*folder.glob("*.json"), *folder.glob("*.safetensors")):
         with open(path, "rb") as file:
-            found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return found.hexdigest()
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def expect_writable(folder: Path, need: int = 2**20) -> None:
@@ -94,17 +94,24 @@ def expect_file(name: str) -> Path | None:
     return path
 
 
+def not_downloaded(start: bytes) -> str | None:
+    """What stands in a file's place if its first bytes are of a Git LFS pointer or an HTML page."""
+    start = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer"
+    return "an HTML page" if start.startswith((b"<!doctype html", b"<html")) else None
+
+
 def parse_json(text: bytes, *, constants: bool = False) -> dict:
     """The JSON object in `text`, UTF-8. Raises ValueError that says what is there instead, "got ...".
 
     Stricter than `json`: no key twice, no NaN or Infinity unless `constants` (transformers 4 writes them).
     """
     start = text.lstrip()[:100].lower()
-    looks = {
+    looks: dict[str | None, object] = {
         "nothing": not text,
         "a blank line": not start,
-        "a git-LFS pointer": start.startswith(b"version https://git-lfs"),
-        "an HTML page": start.startswith((b"<!doctype html", b"<html")),
+        (page := not_downloaded(start)): page,
         "a byte order mark": start.startswith(b"\xef\xbb\xbf"),
         "UTF-16 text": start.startswith((b"\xff\xfe", b"\xfe\xff")),
         "gzip data": start.startswith(b"\x1f\x8b"),

@@ -50,16 +50,16 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(f"run: could not write {path} ({text.splitlines()[0][:200]}); {kept}") from error
 
 
-def own_best(folder: Path, digest: str | None, written: bytes) -> Path | None:
-    """Which of best/ and best.old/ has the digest that state.pt names; None if it names none yet.
+def own_best(folder: Path, named: dict[str, str] | None, written: bytes) -> Path | None:
+    """Which of best/ and best.old/ has the files that state.pt names; None if it names none yet.
 
     Then a best/ is the run's own only if a kill hit between it and state.pt, so that `written`, the
     lines of metrics.jsonl after state.pt, have its validation; else ValueError.
     """
     best, old = folder / "best", folder / "best.old"
-    if digest is None:
+    if named is None:
         own = None
-    elif (own := next((path for path in (best, old) if path.is_dir() and files.digest(path) == digest), None)) is None:
+    elif not (own := next((path for path in (best, old) if named.items() <= files.digests(path).items()), None)):
         got = "other content" if best.exists() else "no such folder"
         raise ValueError(f"resume: {best}: got {got}, expected the weights that state.pt names; {RESTORE}")
     if own is None and best.exists() and b'"validation_accuracy"' not in written:
@@ -100,7 +100,10 @@ def read_state(path: Path, asked: dict) -> dict:
             warnings.simplefilter("ignore")  # about foreign files, which are refused in one line
             state = dict(torch.load(path, weights_only=True, map_location="cpu"))
         state |= {"progress": Progress(**state["progress"]), "metrics_offset": int(state["metrics_offset"])}
-        state |= {"metrics_sha256": str(state["metrics_sha256"]), "best_sha256": state["best_sha256"]}
+        state |= {
+            "metrics_sha256": str(state["metrics_sha256"]),
+            "best_sha256": state["best_sha256"] and dict(state["best_sha256"]),
+        }
         stored, before, now = dict(state["identity"]), state["made_with"], made_with()
         changed = [f"{key} {before[key]} (now {now[key]})" for key in now if before[key] != now[key]]
     except Exception as error:  # truncated, foreign, or a pickle that weights_only refuses

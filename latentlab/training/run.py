@@ -104,7 +104,10 @@ class Run:
             raise FileExistsError(f"run folder: got {out}, which holds a run already; pass --resume, or another --out")
         try:
             config = files.read_json(stored, "the configuration of this run")
-        except (OSError, ValueError) as error:  # missing beside state.pt, or damaged: never started over
+        except FileNotFoundError:
+            got = f"{state} without {stored.name}, expected both, as a run writes them"
+            raise ValueError(f"resume: got {got}; {RESTORE}") from None
+        except (OSError, ValueError) as error:  # damaged: never started over
             raise ValueError(checkpoint.unusable(stored, error)) from error
         checkpoint.expect_same(config, self.settings, "the run's config.json")
         lines, counted = self.metrics.read_bytes() if self.metrics.exists() else b"", 0
@@ -227,7 +230,7 @@ class Run:
         def write(path: Path) -> None:
             save_model(self.model, path)
             (path / "validation.json").write_text(json.dumps({"step": step, "validation_accuracy": accuracy}) + "\n")
-            self.best_sha256 = files.digest(path)
+            self.best_sha256 = files.digests(path)
 
         self._write(self.folder / "best", write)
 

@@ -93,6 +93,18 @@ WHOLE = {  # what touches a number and is dropped
     "-\u20b918": "-18",
     "caf\u00e9-18": "18",  # a hyphen behind a letter
     "\u201c-18\u201d": "-18",  # a sign behind a quotation mark
+    "- 18": "18",  # a list item
+    "- .5": "0.5",
+    "-> **18**": "18",
+    "- **-18**": "-18",
+    "- **Answer**: 18": "18",
+    "**-18**": "-18",
+    "\\boxed{-18}": "-18",
+    "<b>-18</b>": "-18",
+    "so\u2026 18": "18",
+    "\u2705\ufe0f **18**": "18",
+    "<b>1</b>/<b>2</b>": "0.5",
+    "sub-**18**": "18",
 }
 PARTS = (  # a number that would be read in part
     *("1\u00bd", "10\u2076", "\uff15.0", "Rs.18", "\u00b23", "1\u066b5", "\u066b5", "\uff0e5", "10\u2099", "10\u207f"),
@@ -113,6 +125,21 @@ PARTS = (  # a number that would be read in part
     ),
     *("0x10", "0xff", "5=x", "<5", ">5", "5^x", "|5|", "\u21635", "5\u4e94", "5\u4e07", "\u51435\u5341", "5\u20e3"),
     *("5\u0338", "5\u200b", "1\u2064\u00bd", "1\u20442", "5\u2044", "\uff10", "\u2460 18", "5\u02b0", "\u221a5"),
+    *("-**18**", r"-\boxed{18}", "-$ 18", "- $18", "-`18`", "-(18)", "-<b>18</b>", "- <b>18</b>", "\u2212**18**"),
+    *("-_18_", "-'18'", "**-**18", r"-\(18\)", r"-\$18", r"-\mathbf{18}", "-\u20ac 18", "\u2013 $18", "-(.5)", "+*18*"),
+    *(
+        "-USD 18",
+        "-USD18",
+        "-A$18",
+        "x = -**18**",
+        "\u00b1**18**",
+        "- **$18**",
+        "-\u201c18\u201d",
+        "-<i><b>18",
+        "18\u2026",
+        "18...",
+    ),
+    *("\u202618", "...18", "18\u2025"),
 )
 
 
@@ -147,11 +174,34 @@ def test_no_numeral_and_no_sign_can_touch_a_number(number):
 
 
 @pytest.mark.parametrize(
-    "part", ["1", "1/", "1,", "111,", "1,1111", "1.", "-", "+$", ".", "<a", "<a ", "a.", "\u00bd", "\u2212$", "\u4e94a"]
+    "part",
+    [
+        "1",
+        "1/",
+        "1,",
+        "111,",
+        "1,1111",
+        "1.",
+        "-",
+        "+$",
+        ".",
+        "<a",
+        "<a ",
+        "a.",
+        "\u00bd",
+        "\u2212$",
+        "\u4e94a",
+        "-*",
+        "- ",
+        "-<a>",
+        r"\aUSD",
+        r"\aUSD ",
+    ],
 )
 def test_a_long_text_takes_linear_time(part):
     start = time.perf_counter()
     canonical_answer(part * (100_000 // len(part)))
+    canonical_answer("-" + part * (100_000 // len(part)))
     assert time.perf_counter() - start < 2  # a quadratic search takes minutes
 
 

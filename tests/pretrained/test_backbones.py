@@ -35,7 +35,7 @@ REFUSED = {
     "GPT-J": "whose own forward differs from the engine's in thoughts by",
     "GPT-Neo, window 24": "whose own forward differs from the engine's in thoughts by",
     "GPT-OSS": "expected layers that add an attention and an mlp branch to the residual stream",
-    "Mamba": "expected blocks with an attention and an mlp child",
+    "Mamba": "expected layers of softmax attention alone",
 }
 
 
@@ -90,6 +90,55 @@ def test_what_the_engine_would_leave_out_is_seen(name, mistake, differ, monkeypa
     mistake(monkeypatch)
     with pytest.raises(ValueError, match=differ):
         check_backbone(build(name))
+
+
+WIDE = {
+    "Mistral": {"sliding_window": 400},
+    "Phi3": {"sliding_window": 400},
+    "Gemma3": {**measure_backbones.FAMILIES["Gemma-3, window 24"][1], "sliding_window": 400},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 400, "max_window_layers": 1},
+    "Llama": {"sliding_window": 400},  # which Llama does not read
+    "GPTNeo": {**measure_backbones.FAMILIES["GPT-Neo, window 24"][1], "window_size": 400},  # read once, at the start
+}
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    def build_wide(name):
+        settings = {**measure_backbones.GQA, **WIDE[name], "max_position_embeddings": 600}
+        monkeypatch.setitem(FAMILIES, name, (FAMILIES["Gemma-3, window 24"][0] if name == "Gemma3" else name, settings))
+        model, lengths = build(name), []
+        model.lm.base_model.register_forward_pre_hook(
+            lambda _, args, given: lengths.extend(x.shape[1] for x in given.values() if torch.is_tensor(x)),
+            with_kwargs=True,
+        )
+        return model, lengths
+
+    return build_wide
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Phi3", "Gemma3", "Qwen2"])
+def test_a_wide_window_is_compared_as_a_small_one(name, wide):
+    model, lengths = wide(name)
+    before = [repr(vars(module)) for module in model.lm.modules() if "window" in repr(vars(module))]
+    check_backbone(model)
+    assert max(lengths) < 32 and model.lm.config.sliding_window == 400 and longest_sequence(model.lm.config) == 600
+    assert before == [repr(vars(module)) for module in model.lm.modules() if "window" in repr(vars(module))]
+
+
+def test_a_window_that_is_not_read_as_it_is_set_is_exceeded(wide):
+    model, lengths = wide("Llama")
+    check_backbone(model)
+    assert max(lengths) > 400
+    with pytest.raises(ValueError, match="differs from the engine's in thoughts by"):
+        check_backbone(wide("GPTNeo")[0])
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Phi3", "Gemma3", "Qwen2"])
+def test_a_wide_window_that_the_engine_would_leave_out_is_seen(name, wide, monkeypatch):
+    skip_windows(monkeypatch)
+    with pytest.raises(ValueError, match="thoughts by"):
+        check_backbone(wide(name)[0])
 
 
 def test_granites_entropy_is_that_of_its_scaled_logits():

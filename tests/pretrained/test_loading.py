@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -17,6 +18,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    MixtralConfig,
     PhiConfig,
     PreTrainedTokenizer,
     PreTrainedTokenizerFast,
@@ -128,6 +130,12 @@ def test_a_saved_model_answers_as_before(tmp_path, problems, make_model, feedbac
         ids = torch.tensor([tokenizer(problems[0].question)["input_ids"]])
         assert torch.equal(plain(ids).logits, model.lm(ids).logits)
         assert tokenizer.convert_tokens_to_ids([START, LATENT, END]) == [model.start_id, model.latent_id, model.end_id]
+
+
+@pytest.mark.parametrize("text", ["[1]", "none", "", '{"kind": 3}', '{"kind": null}', "{}", '{"kind": "mine"}'])
+def test_a_users_own_provenance_file_counts_only_if_it_names_a_kind(saved, text):
+    (saved / "PROVENANCE.json").write_text(text)
+    assert load_model(saved).provenance["kind"] == ("mine" if "mine" in text else "folder")
 
 
 def test_only_safetensors_are_written(saved):
@@ -292,8 +300,8 @@ def test_weights_that_do_not_fit_the_config(saved):
             "version https://git-lfs.github.com/spec/v1\n",
             "config.json: got a Git LFS pointer, .*lfs pull",
         ),
-        ("config.json", "<!DOCTYPE html><html>", "config.json: got a web page, .*; download the raw file"),
-        ("tokenizer.json", "\n<html>", "tokenizer.json: got a web page"),
+        ("config.json", "<!DOCTYPE html><html>", "config.json: got an HTML page, .*; download the raw file"),
+        ("tokenizer.json", "\n<html>", "tokenizer.json: got an HTML page"),
         (
             "config.json",
             {"model_type": "nonsense"},
@@ -367,6 +375,46 @@ def test_settings_of_another_type_are_refused(saved, setting, unchecked):
     refused(ValueError, saved, r"latentlab\.json: got .*expected num_thoughts", feedback="thought")
 
 
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+@pytest.mark.parametrize("kind", ["flash_attention_2", "kernels-community/flash-attn", "nonsense"])
+def test_another_implementation_of_attention_is_named(saved, key, kind):
+    edit(saved / "config.json", **{key: kind})
+    refused(ValueError, saved, f"^checkpoint {saved}: got {key} {kind} in config.json, expected sdpa, .*remove the")
+
+
+@pytest.mark.parametrize("source", ["someone/else--tok.FooTokenizer", "tok.FooTokenizer"])
+def test_custom_code_is_named(tmp_path, source):
+    plain_folder(saved := tmp_path / "llama", fresh(HEADS["llama"]))
+    edit(saved / "tokenizer_config.json", tokenizer_class="FooTokenizer", auto_map={"AutoTokenizer": [source, None]})
+    refused(
+        ValueError, saved, f"^checkpoint {saved}: got custom code .auto_map., which is not run, .*use another model"
+    )
+
+
+def test_a_missing_package_is_named(saved, monkeypatch):
+    def fail(*_, **__):
+        raise ImportError("requires the\nprotobuf library")
+
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", fail)
+    refused(ValueError, saved, "needs a package that is not installed .requires the protobuf library.; install it$")
+
+
+def test_a_hub_model_that_is_not_there_is_still_one_line(monkeypatch):
+    monkeypatch.setattr(loading, "hub_answers", lambda: True)
+    monkeypatch.setattr(loading.PretrainedConfig, "get_config_dict", lambda name: ({"model_type": "gpt2"}, {}))
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError("x")))
+    refused(FileNotFoundError, "no-such/model", "^Hub: could not get no-such/model .x.; connect")
+
+
+def test_a_config_that_asks_for_tuples_loads(saved):
+    edit(saved / "config.json", return_dict=False)
+    assert load_model(saved).lm.config.return_dict
+
+
+def edit(file, **entries):
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
 # -- what the file holds is what the model computes with ------------------------------------------------------------
 
 
@@ -403,6 +451,38 @@ HEADS = {
     "llama tied": LlamaConfig(**SMALL_LLAMA, **TIED),
     "phi, a head with bias": PhiConfig(**SMALL_LLAMA | {"num_key_value_heads": 2}),
 }
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("layers.0.block_sparse_moe.experts.2.w1", "layers.0.block_sparse_moe.experts.2.w1.weight .1 missing."),
+        ("layers.1.block_sparse_moe.experts.0.w3", "layers.1.block_sparse_moe.experts.0.w3.weight .1 missing."),
+        ("layers.1.block_sparse_moe.experts.3.w2", r"mlp.experts.down_proj of shape \[3, 16, 24\], expected \[4"),
+    ],
+)
+def test_a_missing_expert_is_named(tmp_path, part, message):
+    config = MixtralConfig(**SMALL_LLAMA, num_local_experts=4)
+    plain_folder(tmp_path, config, change=lambda state: {k: v for k, v in state.items() if part not in k})
+    refused(ValueError, tmp_path, f"^checkpoint {tmp_path}: got .*{message}.*; use another checkpoint")
+
+
+HYBRIDS = {
+    "Lfm2": {"layer_types": ["full_attention", "conv"]},
+    "Qwen3Next": {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4},
+    "GraniteMoeHybrid": {"layer_types": ["attention", "mamba"], "mamba_n_heads": 4, "mamba_n_groups": 1},
+}
+HYBRIDS["Qwen3Next"] |= {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads")}
+HYBRIDS["GraniteMoeHybrid"] |= {"mamba_d_head": 8, "num_local_experts": 4}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_hybrid_says_which_layers_it_has(tmp_path, name):
+    plain_folder(tmp_path, getattr(transformers, f"{name}Config")(**SMALL_LLAMA | HYBRIDS[name]))
+    kind = "conv" if name == "Lfm2" else "linear_attention"
+    refused(
+        ValueError, tmp_path, f"^backbone: got {name}ForCausalLM with layers of type {kind}, expected .*; use a family"
+    )
 
 
 def fresh(config):

@@ -325,7 +325,7 @@ LOOKS = {
     "a JSON array": "got a JSON array",
     "printed array": "got a JSON array",
     "an HTML page": "got an HTML page",
-    "LFS pointer": "got a git-LFS pointer",
+    "LFS pointer": "got a Git LFS pointer",
     "NUL": "line 2: got a NUL byte",
     "UTF-16": "got UTF-16 text",
     "byte order mark": "got a byte order mark",

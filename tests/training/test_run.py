@@ -294,6 +294,7 @@ REPLACED = {
         lambda f: (f / "timing.jsonl").write_text('{"seconds": "1"}\n'),
         "could not read .*timing.jsonl",
     ),
+    "config missing": (lambda f: (f / "config.json").unlink(), "got .*state.pt without config.json, expected both"),
     "no state.pt": (lambda f: (f / "state.pt").unlink(), None),
 }
 
@@ -310,6 +311,12 @@ def test_a_resumed_run_takes_only_its_own_files(saved, start, what):
     with pytest.raises(ValueError, match=f"^resume: .*{said}.*restore it, or") as error:
         start(resume=True)
     assert "\n" not in str(error.value) and content(saved) == before
+
+
+def test_files_that_a_user_adds_to_best_are_left_alone(saved, start):
+    for name in ("notes.json", "PROVENANCE.json", "eval.safetensors"):
+        (saved / "best" / name).write_text("[1]")
+    assert not start(resume=True).new and (saved / "best" / "notes.json").read_text() == "[1]"
 
 
 def test_a_lost_state_is_no_new_run(saved, start):
