@@ -18,6 +18,7 @@ def names_of(model, sites):
 
 
 def test_sites_are_found_by_role(make_model):
+    assert {*backbone.ROLES, "embedding"} == set(SITES)
     assert names_of(make_model("gpt2"), ("attention", "mlp")) == [
         f"transformer.h.{i}.{site}" for i in (0, 1) for site in ("attn.c_proj", "mlp.c_proj")
     ]
@@ -87,10 +88,6 @@ def test_layers_are_examined_at_the_same_small_random_inputs_in_every_run(model)
         assert layer is decoder
         torch.testing.assert_close(call(), 1 - x[at])
         handle.remove()
-
-
-def test_every_site_but_the_embedding_is_a_branch():
-    assert {*backbone.ROLES, "embedding"} == set(SITES)
 
 
 def test_windows_and_chunks_are_whole_positive_numbers_under_such_a_name():
