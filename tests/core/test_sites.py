@@ -18,7 +18,6 @@ def names_of(model, sites):
 
 
 def test_sites_are_found_by_role(make_model):
-    assert {*backbone.ROLES, "embedding"} == set(SITES)
     assert names_of(make_model("gpt2"), ("attention", "mlp")) == [
         f"transformer.h.{i}.{site}" for i in (0, 1) for site in ("attn.c_proj", "mlp.c_proj")
     ]
@@ -41,6 +40,12 @@ def test_a_site_is_the_last_linear_map_of_its_branch_and_as_wide_as_the_stream(m
             for handle in handles:
                 handle.remove()
             assert seen[-1] == (module, model.width)
+
+
+def test_every_site_but_the_embedding_is_a_branch_of_a_block():
+    blocks = nn.ModuleList([nn.ModuleDict({"self_attention": nn.Linear(2, 2), "feed_forward": nn.Linear(2, 2)})])
+    assert decoder_layers(nn.Sequential(nn.Linear(2, 2), blocks)) is blocks
+    assert {*backbone.ROLES, "embedding"} == set(SITES)
 
 
 def test_a_backbone_without_blocks_is_refused_in_one_line():
