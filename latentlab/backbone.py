@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from copy import copy
 from itertools import product
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -50,8 +51,9 @@ def decoder_layers(lm: nn.Module) -> nn.ModuleList:
         got = f"{type(lm).__name__} with layers of type {', '.join(others)}"
         raise ValueError(f"backbone: got {got}, expected layers of softmax attention alone; {SUPPORTED}")
     for module in lm.modules():
-        is_blocks = isinstance(module, nn.ModuleList) and len(module)
-        if is_blocks and all(_branch(layer, site) for layer in module for site in ROLES):
+        if not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        if all(_branch(layer, site) for layer in module for site in ROLES):
             return module
     raise ValueError(
         f"backbone: got {type(lm).__name__}, expected blocks with an attention and an mlp child; {SUPPORTED}"
@@ -69,7 +71,7 @@ def _is_map(module: nn.Module) -> bool:  # Linear, Conv1D
 
 
 @torch.no_grad()
-def _layer_calls(lm: nn.Module) -> list[tuple[nn.Module, Callable[[], Tensor]]]:
+def _layer_calls(lm: Any) -> list[tuple[nn.Module, Callable[[], Tensor]]]:
     """Each decoder layer, and a function: what it adds to random inputs [1, 3, D]."""
     calls: list[tuple[nn.Module, Callable[[], Tensor]]] = []
     generator = torch.Generator().manual_seed(0)
