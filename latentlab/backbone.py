@@ -47,7 +47,7 @@ def branch_gaps(lm: nn.Module) -> tuple[float, float]:
 
 def decoder_layers(lm: nn.Module) -> nn.ModuleList:
     """The decoder blocks: the first ModuleList whose members all have an attention and an MLP child."""
-    if others := sorted(set(getattr(lm.config, "layer_types", None) or ATTENTION) - ATTENTION):
+    if others := sorted(set(getattr(getattr(lm, "config", None), "layer_types", None) or ATTENTION) - ATTENTION):
         got = f"{type(lm).__name__} with layers of type {', '.join(others)}"
         raise ValueError(f"backbone: got {got}, expected layers of softmax attention alone; {SUPPORTED}")
     for module in lm.modules():

@@ -148,7 +148,7 @@ def die():
 
 def test_what_fails_on_one_process_fails_on_all_in_the_same_words(tmp_path):
     errors = together(3, fit, tmp_path / "3", out=tmp_path / "run", on_rank_1=complain, at=10)
-    assert [(type(error), str(error)) for error in errors] == [(ValueError, "reward: got no sense")] * 3
+    assert [(type(error), str(error)) for error in errors] == [(ValueError, "grpo at step 2, reward: got no sense")] * 3
     assert all(map(distributed.raised_everywhere, errors))
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [-1, 0, 1]
 

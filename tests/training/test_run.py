@@ -216,7 +216,8 @@ def test_a_checkpoint_without_its_config_is_never_started_over(tmp_path, start):
     before = content(tmp_path)
     with pytest.raises(FileExistsError, match="holds a run already"):
         start()
-    with pytest.raises(ValueError, match="^resume: could not read .*config.json .*; restore it, or start again"):
+    said = "^resume: got .*state.pt without config.json, expected both, .*; restore it, or use another"
+    with pytest.raises(ValueError, match=said):
         start(resume=True)
     assert content(tmp_path) == before
 
