@@ -75,16 +75,21 @@ class Positions:
         return Positions(self.capacity, self.buffer[rows], self.length)
 
 
+class PrefixRun(Exception):
+    """The prefix has its keys and values of every layer; nothing reads the rest of its pass."""
+
+
 class RolloutCache(Cache):
     """Keys and values of B prefixes, and of the suffixes of the rows that are still in the batch.
 
     valid: False at padding, which is never attended to. capacity: suffix positions to allocate.
-    Positions belong to the prefix until `start_rows` is called.
+    Positions belong to the prefix until `start_rows` is called. last_layer: the layer whose update
+    ends the pass over the prefix by raising PrefixRun; None: the pass runs to its end.
     """
 
-    def __init__(self, valid: Bool[Tensor, "B Q"], capacity: int):
+    def __init__(self, valid: Bool[Tensor, "B Q"], capacity: int, last_layer: int | None = None):
         super().__init__(layers=[])
-        self.valid, self.capacity, self.in_prefix = valid, capacity, True
+        self.valid, self.capacity, self.last_layer, self.in_prefix = valid, capacity, last_layer, True
         self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer: [B, H, Q, d]
         self.suffix: list[tuple[Positions, Positions]] = []  # per layer: [R, H, S, d]
         self.problem = torch.arange(len(valid), device=valid.device)  # [R] prefix of a row
@@ -95,16 +100,20 @@ class RolloutCache(Cache):
         """End the prefix: from here on each problem has `num_generations` rows, in order."""
         self.in_prefix, self.width = False, num_generations
         self.problem = self.problem.repeat_interleave(num_generations)
-        # contiguous: with strided keys BLAS may round the rows of a group differently
-        self.prefix = [(k.contiguous(), v.contiguous()) for k, v in (_wide(*layer) for layer in self.prefix)]
+        self.prefix = [_wide(*layer) for layer in self.prefix]
         self.suffix = [(Positions(self.capacity), Positions(self.capacity)) for _ in self.prefix]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Append the new positions of a layer; returns all keys and values of their part."""
+        """Append the new positions of a layer; returns all keys and values of their part.
+
+        Raises PrefixRun in the prefix of `last_layer`.
+        """
         if self.in_prefix:
             self.prefix.append((key_states, value_states))
+            if layer_idx == self.last_layer:
+                raise PrefixRun
             return key_states, value_states
         new_keys, new_values = _wide(key_states, value_states)
         keys, values = self.suffix[layer_idx]
@@ -128,7 +137,7 @@ class RolloutCache(Cache):
         return causal & self.valid[:, None, None, :] | (index == query) if self.in_prefix else causal
 
     def keep(self, rows: Int[Tensor, " N"]) -> None:
-        """Drop all rows but `rows` (ascending), and unused prefixes once they are half of all."""
+        """Replace the rows by `rows` (ascending, repeats allowed); drop unused prefixes once they are half of all."""
         self.problem = self.problem[rows]
         self.suffix = [(keys.keep(rows), values.keep(rows)) for keys, values in self.suffix]
         sizes = self.problem.bincount(minlength=len(self.valid))  # [B]
@@ -227,7 +236,9 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
 def _wide(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Both one precision wider than the values: float32 for half precision, else float64."""
     dtype = torch.float32 if values.dtype in (torch.bfloat16, torch.float16) else torch.float64
-    return keys.to(dtype), values.to(dtype)
+    # contiguous: with strided keys BLAS may round the rows of a group differently
+    wide = {"dtype": dtype, "memory_format": torch.contiguous_format}
+    return keys.to(**wide), values.to(**wide)
 
 
 _current: ContextVar[RolloutCache] = ContextVar("rollout_cache")  # not all families pass keywords on

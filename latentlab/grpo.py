@@ -1,5 +1,8 @@
 """The gradient of one batch of rollouts, in micro-batches of groups: score -> loss -> backward.
 
+A group whose advantages are all 0 adds nothing to the gradient without a KL term, so it is not
+scored; denominators and means count it.
+
 A memory budget is kept by measurement. The first micro-batch is the group with the longest question
 alone, and every tensor that autograd saves in it is counted (autocast's copies of weights included,
 an overestimate). No other group needs more, so the budget in bytes gives the number of groups per
@@ -35,19 +38,24 @@ def policy_gradient(
     *,
     reference: LatentReasoner | None = None,
     denominator: float | None = None,
+    whole: bool = False,
 ) -> dict[str, float]:
     """Add the gradient of the GRPO loss to `.grad`, in micro-batches of groups; returns stats.
 
     reference: the model of the KL term (config.grpo.beta > 0). denominator: that of the whole batch
-    (`loss_denominator`) if `out` is a part of it.
+    (`loss_denominator`) if `out` is a part of it. whole: score groups of zero advantages too, as
+    with a KL term or if all are; else replay_gap and ratio_max_deviation are of the other groups.
     """
     g, k = config.grpo, out.num_generations
     names = ("epsilon", "epsilon_high", "beta", "loss_type", "importance_sampling_level")
     settings = {name: getattr(g, name) for name in names}
     if denominator is None:
         denominator = loss_denominator(out.token_mask, g.loss_type, model.max_new_tokens)
-    splitter = Splitter(model, out, micro_batch=g.micro_batch, memory_gib=g.memory_gib)
     advantages, shares = advantages.view(-1, k), []
+    signal = (advantages != 0).any(1)  # [B]
+    scored = torch.ones_like(signal) if whole or g.beta or not signal.any() else signal
+    groups = scored.nonzero()[:, 0].tolist()
+    splitter = Splitter(model, out, groups, micro_batch=g.micro_batch, memory_gib=g.memory_gib)
     for places in splitter:
         part = out.take(places)
         with splitter.measured():
@@ -61,6 +69,12 @@ def policy_gradient(
         if part.entropy is not None:
             stats["entropy"] = part.entropy.sum().item() / tokens
         shares.append((tokens, len(logp), {"loss": loss.item(), "replay_gap": replay_gap(logp, part), **stats}))
+    if len(groups) < len(scored):
+        rest = out.take((~scored).nonzero()[:, 0].tolist())
+        tokens, stats = int(rest.token_mask.sum()), dict.fromkeys(shares[0][2], 0.0)
+        if rest.entropy is not None:
+            stats["entropy"] = rest.entropy.sum().item() / tokens
+        shares.append((tokens, len(rest.tokens), stats))
     return merge_stats(shares, g.importance_sampling_level)
 
 
@@ -84,16 +98,18 @@ def merge_stats(shares: Sequence[tuple[int, int, dict[str, float]]], level: str)
 
 
 class Splitter:
-    """Micro-batches of the groups in `out`, as lists of problem indices, longest question first.
+    """Micro-batches of some `groups` in `out`, as lists of problem indices, longest question first.
 
     micro_batch: groups per micro-batch at most, 0 for no limit. memory_gib: memory of a backward pass
     on top of weights, gradients and optimizer, 0 for no limit. A group is never split.
     """
 
-    def __init__(self, model: LatentReasoner, out: Rollouts, *, micro_batch: int, memory_gib: float):
+    def __init__(
+        self, model: LatentReasoner, out: Rollouts, groups: Sequence[int], *, micro_batch: int, memory_gib: float
+    ):
         lengths = out.prompt_valid.sum(1).tolist()
-        self.left = sorted(range(len(lengths)), key=lambda b: -lengths[b])
-        self.most = micro_batch or len(lengths)
+        self.left = sorted(groups, key=lambda b: -lengths[b])
+        self.most = micro_batch or len(groups)
         self.size, self.budget = 1 if memory_gib else self.most, memory_gib * 2**30
         self.weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
         # bytes of the gradients of logits and log-softmax, on top of the saved tensors

@@ -11,8 +11,10 @@ only during the forward pass.
 
 Source: Coconut, arXiv 2412.06769. Deviations from its code:
 1. Rollouts are batched; prompts are left-padded and padding is never attended to.
-2. Under mask scope "latent" a question is run once for its K rows, gradient included (attention.py).
-3. The language-model head runs at answer positions only.
+2. What is equal for rollouts is run once, gradient included: the question under mask scope "latent"
+   (attention.py), without masks also thoughts and equal beginnings of answers.
+3. The language-model head runs at answer positions only, the last layer at question positions only
+   as far as its keys and values.
 
 Dimensions: B problems, K rollouts per problem, R = B * K rows, Q prompt tokens, L thoughts,
 A answer tokens, T positions of one forward pass, D width, S mask sites, V vocabulary.
@@ -28,7 +30,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from latentlab.attention import RolloutCache, rollout_attention
+from latentlab.attention import PrefixRun, RolloutCache, rollout_attention
 from latentlab.backbone import branch_outputs, longest_sequence, own_logits
 from latentlab.masks import Masks, scale_first, scaled
 
@@ -48,7 +50,7 @@ class State:
     masks: Masks | None
 
     def keep(self, rows: Int[Tensor, " N"]) -> None:
-        """Drop all rows but `rows`: finished rows leave the batch."""
+        """Replace the rows by `rows` (ascending): finished ones leave, one that branches is there several times."""
         self.cache.keep(rows)
         self.position, self.pending = self.position[rows], self.pending[rows]
         if self.masks is not None:
@@ -79,6 +81,7 @@ class LatentReasoner(nn.Module):
         self.eos_id = tokenizer.eos_token_id
         self.autocast_dtype: torch.dtype | None = None  # of matrix products; None: as the weights
         self.provenance: dict = {}  # origin of the weights: kind, path, sha256
+        self.whole_prefix = False  # run question positions through all of the last layer, unread
         self._branches: dict[tuple[str, ...], list[nn.Module]] = {}
         self.eval()
 
@@ -145,8 +148,8 @@ class LatentReasoner(nn.Module):
             logits = own_logits(self.lm, hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def forward_pass(self, state: State, inputs: Float[Tensor, "R T D"]) -> Float[Tensor, "R T D"]:
-        """Append `inputs` to the cache, masked where in scope: -> last hidden states."""
+    def forward_pass(self, state: State, inputs: Float[Tensor, "R T D"]) -> Float[Tensor, "R _ D"]:
+        """Append `inputs` to the cache, masked where in scope: -> last hidden states (none in the prefix)."""
         new, cache, masks = inputs.shape[1], state.cache, state.masks
         positions = state.position[:, None] + torch.arange(new, device=inputs.device)  # [R, T]
         state.position = state.position + new
@@ -157,14 +160,17 @@ class LatentReasoner(nn.Module):
             hooks = scaled(self.branches(masks.spec.sites), factors, masked)
             if "embedding" in masks.spec.sites:
                 inputs = scale_first(inputs, factors[:, :, -1], masked)
-        with self.autocast(), hooks, rollout_attention(self.lm.config, cache):
-            output = self.lm.base_model(
-                inputs_embeds=inputs,
-                attention_mask=cache.visible(new),
-                position_ids=positions.clamp(min=0),  # padding is before position 0
-                past_key_values=cache,
-                use_cache=True,
-            )
+        try:
+            with self.autocast(), hooks, rollout_attention(self.lm.config, cache):
+                output = self.lm.base_model(
+                    inputs_embeds=inputs,
+                    attention_mask=cache.visible(new),
+                    position_ids=positions.clamp(min=0),  # padding is before position 0
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+        except PrefixRun:
+            return inputs[:, :0]
         return output.last_hidden_state
 
     def _num_masked(self, state: State, new: int) -> int:
@@ -201,7 +207,8 @@ class LatentReasoner(nn.Module):
             prompt_ids, prompt_valid = (x.repeat_interleave(rows, 0) for x in (prompt_ids, prompt_valid))
             rows = 1
         embedded, question = self.embed(prompt_ids), prompt_valid[:, :-1]
-        cache = RolloutCache(question, capacity=1 + self.num_thoughts + self.max_new_tokens)
+        last_layer = None if self.whole_prefix else self.lm.config.num_hidden_layers - 1
+        cache = RolloutCache(question, 1 + self.num_thoughts + self.max_new_tokens, last_layer)
         start = question.sum(1) - question.shape[1]  # [B] minus the padding: real tokens start at 0
         state = State(cache=cache, position=start, pending=embedded[:, -1:], masks=masks)
         self.forward_pass(state, embedded[:, :-1])
@@ -224,15 +231,23 @@ class LatentReasoner(nn.Module):
             state.pending = z[:, None]
         return torch.stack(thoughts, 1) if thoughts else state.pending[:, :0]
 
-    def answer(self, state: State, tokens: Int[Tensor, "R T"]) -> Float[Tensor, "R T+1 D"]:
-        """Run the last thought, <end> and `tokens` in one pass: -> hidden states from <end> on.
+    def answer(
+        self, state: State, tokens: Int[Tensor, "R T"], rows: Int[Tensor, " R"] | None = None
+    ) -> Float[Tensor, "R T+1 D"]:
+        """Run the last thought, <end> and `tokens`: -> hidden states from <end> on.
 
-        Position t of the result predicts answer token t.
+        Position t of the result predicts answer token t. rows (ascending): the row of the state that
+        each answer continues, so that several branch off one after <end>; None: its own.
         """
-        ids = torch.cat([tokens.new_full((len(tokens), 1), self.end_id), tokens], 1)  # [R, 1 + T]
-        hidden = self.forward_pass(state, torch.cat([state.pending, self.embed(ids)], 1))[:, 1:]
+        end = self.embed(tokens.new_full((len(state.pending), 1), self.end_id))
+        together = [self.embed(tokens)] if rows is None else []  # one pass
+        hidden = self.forward_pass(state, torch.cat([state.pending, end, *together], 1))[:, 1:]
         if state.masks is not None and state.masks.spec.scope != "all":
             state.masks = None  # no later position is masked
+        if rows is not None:
+            state.keep(rows)
+            more = [self.forward_pass(state, self.embed(tokens))] if tokens.shape[1] else []
+            hidden = torch.cat([hidden[rows], *more], 1)
         return hidden
 
     def next_token(self, state: State, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R D"]:
@@ -259,26 +274,43 @@ class LatentReasoner(nn.Module):
         *,
         num_generations: int = 1,
         masks: Masks | None = None,
+        prompts: Int[Tensor, " R"] | None = None,
     ) -> tuple[Float[Tensor, "R A D"], Float[Tensor, "R L D"]]:
-        """The hidden states that predict the answer `tokens`, and the thoughts, with gradient."""
+        """The hidden states that predict the answer `tokens`, and the thoughts, with gradient.
+
+        The answers belong to the prompts in order, `num_generations` each, or, without masks, to
+        `prompts` (ascending). Without masks thoughts are run once per prompt.
+        """
         self.check_length(prompt_ids.shape[1], tokens.shape[1])
+        if prompts is None and masks is None and num_generations > 1:
+            prompts = torch.arange(len(prompt_ids), device=tokens.device).repeat_interleave(num_generations)
         with self.cast_once():
-            state = self.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
+            rows = num_generations if prompts is None else 1
+            state = self.prefix(prompt_ids, prompt_valid, num_generations=rows, masks=masks)
             thoughts = self.think(state)
-            return self.answer(state, tokens[:, :-1]), thoughts
+            hidden = self.answer(state, tokens[:, :-1], prompts)
+        return hidden, thoughts if prompts is None else thoughts[prompts]
 
     def score(self, rollouts, *, masks: Masks | None) -> Float[Tensor, "R A"]:
         """Log-probs (nats) of the rollouts' answers under `masks`, with gradient; 0 after the end.
 
         Under the masks of the rollouts they equal `rollouts.logp` up to rounding (`replay_gap`).
+        Without masks equal answers to a problem are run once.
         """
-        r = rollouts
+        r, k = rollouts, rollouts.num_generations
+        rows, prompts = torch.arange(len(r.tokens), device=r.tokens.device), None
+        first = copies = rows  # [R'] one rollout of each distinct row, [R] the distinct row of each rollout
+        if masks is None:
+            distinct, copies = torch.cat([rows[:, None] // k, r.tokens], 1).unique(dim=0, return_inverse=True)
+            prompts = distinct[:, 0]
+            first = torch.empty_like(prompts).index_copy(0, copies, rows)
+        tokens, token_mask = r.tokens[first], r.token_mask[first]
         hidden, _ = self.teacher_forced(
-            r.prompt_ids, r.prompt_valid, r.tokens, num_generations=r.num_generations, masks=masks
+            r.prompt_ids, r.prompt_valid, tokens, num_generations=k, masks=masks, prompts=prompts
         )
-        places = r.token_mask.nonzero(as_tuple=True)  # the N answer tokens
-        logp = token_logps(self.head(hidden[places]), r.tokens[places], r.temperature)  # [N]
-        return logp.new_zeros(r.tokens.shape).index_put(places, logp)
+        at = token_mask.nonzero(as_tuple=True)  # the N answer tokens
+        logp = token_logps(self.head(hidden[at]), tokens[at], r.temperature)  # [N]
+        return logp.new_zeros(tokens.shape).index_put(at, logp)[copies]
 
 
 def policy(logits: Float[Tensor, "*rows V"], temperature: float) -> Float[Tensor, "*rows V"]:

@@ -3,7 +3,8 @@
     token_t ~ softmax(logits_t / temperature)    by inverse CDF of a uniform from (seed of the row, t)
 
 No random generator is shared between rows, so an answer does not depend on the other rows of its
-batch. `Rollouts` records what a replay needs: tokens, log-probs as sampled, and the masks.
+batch. `Rollouts` records what a replay needs: tokens, log-probs as sampled, and the masks. Without
+masks the K rollouts of a problem are one row until their answers differ.
 
 Source: Dropout-GRPO, arXiv 2606.10184: one mask per rollout. Deviation: answers are sampled where the
 theory needs it; greedy answers under masks (temperature 0) are an arm of their own.
@@ -15,7 +16,7 @@ D width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, SupportsIndex
@@ -102,12 +103,16 @@ def encode_texts(tokenizer, texts: Sequence[str], *, add_special_tokens: bool = 
     return encoded["input_ids"]
 
 
-def first_token(tokenizer, text: str) -> int:
-    """The first token of `text` that is not blank; SentencePiece may put "▁" alone before it."""
-    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
-        if tokenizer.decode([token]).strip():
-            return token
-    raise ValueError(f"tokenizer: got no token for {text!r}, expected that of a causal LM; use another")
+def first_tokens(tokenizer, texts: Iterable[str]) -> dict[str, int]:
+    """The first token of each text that is not blank; SentencePiece may put "▁" alone before it."""
+    if not (different := sorted(set(texts))):
+        return {}
+    rows = dict(zip(different, tokenizer(different, add_special_tokens=False)["input_ids"], strict=True))
+    blank = {token for token in set().union(*rows.values()) if not tokenizer.decode([token]).strip()}
+    for text, row in rows.items():
+        if blank.issuperset(row):
+            raise ValueError(f"tokenizer: got no token for {text!r}, expected that of a causal LM; use another")
+    return {text: next(token for token in row if token not in blank) for text, row in rows.items()}
 
 
 def prompt_rows(tokenizer, questions: Sequence[str]) -> list[list[int]]:
@@ -169,9 +174,10 @@ def rollout(
     model.check_length(prompt_ids.shape[1], model.max_new_tokens)
     if isinstance(masks, MaskSpec):
         masks = draw_masks(masks, model, seeds)
+    together = 1 if masks is not None or edit is not None else num_generations  # rollouts per row of thoughts
     with model.cast_once():
-        state = model.prefix(prompt_ids, prompt_valid, num_generations=num_generations, masks=masks)
-        thoughts = model.think(state, edit=edit)
+        state = model.prefix(prompt_ids, prompt_valid, num_generations=num_generations // together, masks=masks)
+        thoughts = model.think(state, edit=edit).repeat_interleave(together, 0)
         answers = _answer(model, state, seeds.to(model.device), temperature)
     return Rollouts(
         problems=tuple(problems),
@@ -188,36 +194,49 @@ def rollout(
 
 
 def _answer(model: LatentReasoner, state: State, seeds: Int[Tensor, " R"], temperature: float) -> dict[str, Any]:
-    """Decode until eos or the limit in all rows: the fields of `Rollouts` with shape [R, A]."""
-    rows = torch.arange(len(seeds), device=seeds.device)  # the R' rows that have not ended
-    hidden = model.answer(state, rows.new_empty(len(rows), 0))[:, -1]  # [R, D]
-    tokens = torch.full((len(rows), model.max_new_tokens), model.eos_id, device=seeds.device)
+    """Decode until eos or the limit in all rows: the fields of `Rollouts` with shape [R, A].
+
+    Rollouts whose thoughts and tokens so far are equal share a row of `state`.
+    """
+    going = torch.arange(len(seeds), device=seeds.device)  # the N rollouts that have not ended
+    count = len(state.pending)  # R' rows
+    row = going // (len(going) // count)  # [N] of each rollout
+    hidden = model.answer(state, going.new_empty(count, 0))[:, -1]  # [R', D]
+    tokens = torch.full((len(going), model.max_new_tokens), model.eos_id, device=seeds.device)
     token_mask = torch.zeros_like(tokens, dtype=torch.bool)
     logp = torch.zeros(tokens.shape, dtype=model.head(hidden[:1]).dtype, device=seeds.device)
     entropy = torch.zeros_like(logp)
     for t in range(model.max_new_tokens):
         logits = model.head(hidden)  # [R', V]
         logps = policy(logits, temperature)
-        choice = choose(logps, seeds[rows], t) if temperature else logits.argmax(-1)  # [R']
-        tokens[rows, t], token_mask[rows, t] = choice, True
-        logp[rows, t] = logps.gather(-1, choice[:, None])[:, 0]
-        entropy[rows, t] = -torch.linalg.vecdot(logps.exp(), logps)
-        going = choice != model.eos_id
-        if t + 1 == model.max_new_tokens or not going.any():
+        choice = choose(logps, seeds[going], t, row) if temperature else logits.argmax(-1)[row]  # [N]
+        tokens[going, t], token_mask[going, t] = choice, True
+        logp[going, t] = logps[row, choice]
+        entropy[going, t] = -torch.linalg.vecdot(logps.exp(), logps)[row]
+        on = choice != model.eos_id
+        if t + 1 == model.max_new_tokens or not on.any():
             break
-        if not going.all():
-            keep = going.nonzero()[:, 0]
-            rows, choice = rows[keep], choice[keep]
-            state.keep(keep)
+        going, vocabulary = going[on], logits.shape[-1]
+        branches, row = (row[on] * vocabulary + choice[on]).unique(return_inverse=True)  # ascending
+        rows, choice = branches // vocabulary, branches % vocabulary
+        if not torch.equal(rows, torch.arange(count, device=rows.device)):
+            state.keep(rows)
+        count = len(rows)
         hidden = model.next_token(state, choice)
     length = int(token_mask.any(0).sum())
     fields = {"tokens": tokens, "token_mask": token_mask, "logp": logp, "entropy": entropy}
     return {name: x[:, :length] for name, x in fields.items()}
 
 
-def choose(logps: Float[Tensor, "R V"], seeds: Int[Tensor, " R"], t: int) -> Int[Tensor, " R"]:
-    """Sample answer token t of each row by inverse CDF of a uniform number from (seed, t)."""
+def choose(
+    logps: Float[Tensor, "R V"], seeds: Int[Tensor, " N"], t: int, row: Int[Tensor, " N"] | None = None
+) -> Int[Tensor, " N"]:
+    """Sample answer token t of each rollout by inverse CDF of a uniform number from (seed, t).
+
+    row: the row of `logps` that each rollout samples from; None: its own.
+    """
     cdf = logps.exp().cumsum(-1, dtype=torch.float64)
+    cdf = cdf if row is None else cdf[row]
     target = uniforms(seeds, t)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logps.shape[-1] - 1)
 

@@ -31,7 +31,7 @@ from latentlab.model import END, LATENT, START, LatentReasoner
 from latentlab.pretrained import coconut, weights
 from latentlab.pretrained.scratch import build_model
 from latentlab.pretrained.selfcheck import check_backbone
-from latentlab.rollouts import first_token
+from latentlab.rollouts import first_tokens
 from latentlab.runtime.environment import TIMEOUT, hub_answers, repository_root
 from latentlab.runtime.files import read_json
 
@@ -175,7 +175,7 @@ def add_latent_tokens(lm, tokenizer) -> None:
         raise ValueError(
             "tokenizer: got no eos token, expected one, which ends answers; use another, or set its eos_token"
         )
-    first = first_token(tokenizer, "<<")
+    first = first_tokens(tokenizer, ["<<"])["<<"]
     if len(used) <= max(used) and tokenizer.is_fast:
         _number_after_gaps(tokenizer, max(used) + 1)
     tokens = {"extra_special_tokens": [START, LATENT, END]}

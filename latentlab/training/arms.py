@@ -15,7 +15,8 @@ with dynamic sampling (`max_candidates`, see sample_groups) takes more, so there
     candidates, groups      problems rolled out in this iteration; those that the update used
     reward, reward_std      over candidates: mean reward; mean standard deviation within a group
     frac_reward_zero_std    share of candidates whose K rewards are equal: no signal there
-    replay_gap              max |re-scored - recorded| log-prob before the update, nats; 0 if none
+    replay_gap              max |re-scored - recorded| log-prob before the update, nats; 0 if none;
+                            over groups with a signal, at validation steps over all kept groups
     loss, grad_norm         of the first update; the norm before clipping; 0 without any group
     entropy                 mean entropy of the distributions that kept tokens came from, nats
     kl, *clip_ratio*        see loss.py
@@ -143,11 +144,15 @@ def _iteration(model, reference, optimizer, train, config: Config, step: int, re
     token_mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [R, A] of the whole batch
     denominator = loss_denominator(token_mask, g.loss_type, model.max_new_tokens)
 
+    validated = len(batch.rewards) == limit or (step + 1) % g.eval_every == 0  # a validation follows
+
     def backward() -> list[tuple[int, int, dict[str, float]]]:
         shares = []
         for out, places in batch.parts:
             part = advantages[places].flatten().to(out.logp)
-            stats = policy_gradient(model, out, part, config, reference=reference, denominator=denominator)
+            stats = policy_gradient(
+                model, out, part, config, reference=reference, denominator=denominator, whole=validated
+            )
             shares.append((int(out.token_mask.sum()), len(out.tokens), stats))
         return shares
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from latentlab.config import CONTROLS, Config
 from latentlab.masks import draw_masks, rollout_seeds
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem, step_result
-from latentlab.rollouts import encode_prompts, encode_texts, first_token
+from latentlab.rollouts import encode_prompts, encode_texts, first_tokens
 from latentlab.runtime import distributed
 from latentlab.training.run import Problems, Run
 from latentlab.training.steps import batch_indices, progress_bar, set_learning_rate, update, warmup_cosine
@@ -52,9 +52,11 @@ def encode_answers(tokenizer, texts: Sequence[str]) -> tuple[torch.Tensor, torch
 def result_tokens(tokenizer, problems: Problems, thoughts: int, c_thought: int) -> torch.Tensor:
     """[R, L]: per thought, the first token of the result of the step it completes, or IGNORE."""
     targets = torch.full((len(problems), thoughts), IGNORE)
-    for row, problem in enumerate(problems):
-        for i, step in enumerate(problem.steps[: thoughts // c_thought]):
-            targets[row, (i + 1) * c_thought - 1] = first_token(tokenizer, step_result(step))
+    results = [[step_result(step) for step in problem.steps[: thoughts // c_thought]] for problem in problems]
+    tokens = first_tokens(tokenizer, chain.from_iterable(results))
+    for row, texts in enumerate(results):
+        for i, text in enumerate(texts):
+            targets[row, (i + 1) * c_thought - 1] = tokens[text]
     return targets
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
 from latentlab.model import END, LATENT, START, LatentReasoner, policy
 from latentlab.pretrained.loading import load_model
-from latentlab.rollouts import choose, encode_prompts, first_token, replay_gap, rollout
+from latentlab.rollouts import choose, encode_prompts, first_tokens, replay_gap, rollout
 from latentlab.training import preflight
 from latentlab.verify.reference import naive_rollout
 from tests.conftest import tiny_gpt2
@@ -173,9 +173,12 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text(llama_folder, problems, 
 
 def test_the_first_token_of_a_text_is_not_that_of_a_template(llama_folder):
     tokenizer = with_template(load_model(llama_folder, num_thoughts=1, max_new_tokens=2).tokenizer, bos_token="<s>")
-    assert first_token(tokenizer, "7 + 5") == tokenizer.convert_tokens_to_ids("7")
+    assert first_tokens(tokenizer, ["7 + 5", "12", "7 + 5"]) == {
+        "7 + 5": tokenizer.convert_tokens_to_ids("7"),
+        "12": tokenizer("12", add_special_tokens=False)["input_ids"][0],
+    }
     with pytest.raises(ValueError, match="^tokenizer: got no token for ' '"):
-        first_token(tokenizer, " ")
+        first_tokens(tokenizer, ["12", " "])
 
 
 def test_without_a_template_a_prompt_is_the_question_and_start(model, problems):
@@ -317,6 +320,77 @@ def test_finished_rows_leave_until_one_row_is_left(model, problems, eos_bias, mo
         if 1 in sizes:
             return
     pytest.fail("no run shrank to one row: the test has lost its point")
+
+
+# -- what is equal is run once --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_without_masks_rollouts_are_those_of_rows_of_their_own(model, problems, temperature, uneven):
+    """Masks of ones keep the K rows of a problem apart from the question on."""
+    model = model.double()
+    settings = {**SETTINGS, "num_generations": 8, "temperature": temperature}
+    together, apart = (rollout(model, problems, masks=masks, **settings) for masks in (None, MaskSpec(rate=0.0)))
+    assert together.text == apart.text and torch.equal(together.tokens, apart.tokens)
+    assert torch.equal(together.token_mask, apart.token_mask)
+    assert len(set(together.text)) > len(problems) or not temperature
+    for field in ("logp", "entropy", "thoughts"):
+        torch.testing.assert_close(getattr(together, field), getattr(apart, field), rtol=0, atol=1e-12)
+    weight = torch.arange(together.logp.numel()).view_as(together.logp).double().cos()
+    scores = [model.score(out, masks=out.masks) for out in (together, apart)]
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-12)
+    grads = [torch.autograd.grad((weight * logp).sum(), list(model.parameters())) for logp in scores]
+    bound = 1e-11 if model.lm.config.model_type == "gpt2" else 1e-4  # Llama's norms are computed in float32
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=bound)
+
+
+def test_a_row_is_run_once_for_all_rollouts_that_are_equal_so_far(gpt2, problems, uneven, monkeypatch):
+    sizes, real = [], LatentReasoner.forward_pass
+
+    def recorded(self, state, inputs):
+        sizes.append(tuple(inputs.shape[:2]))
+        return real(self, state, inputs)
+
+    monkeypatch.setattr(LatentReasoner, "forward_pass", recorded)
+    out = rollout(gpt2, problems, masks=None, **{**SETTINGS, "num_generations": 8, "temperature": 0.2})
+    b, answers = len(problems), out.tokens.unflatten(0, (-1, 8))
+
+    def begun(t):
+        """Different beginnings of t tokens among the answers of each problem that go on."""
+        on = out.token_mask.unflatten(0, (-1, 8))
+        return sum(
+            len({tuple(row[:t]) for row, m in zip(a.tolist(), m, strict=True) if m[t]})
+            for a, m in zip(answers, on, strict=True)
+        )
+
+    steps = [(b, 1)] * gpt2.num_thoughts
+    assert sizes[1:] == [*steps, (b, 2), *((begun(t), 1) for t in range(1, out.tokens.shape[1]))]
+    assert sizes[-1][0] < len(out.tokens)
+    sizes.clear()
+    gpt2.score(out, masks=None)
+    distinct = sum(len({tuple(row) for row in a.tolist()}) for a in answers)
+    assert sizes[1:] == [*steps, (b, 2), (distinct, out.tokens.shape[1] - 1)] and distinct < len(out.tokens)
+
+
+def test_an_edit_sees_every_rollout(gpt2, problems):
+    shapes = []
+    edit = lambda i, z: (shapes.append(len(z)), z)[1]  # noqa: E731
+    rollout(gpt2, problems, masks=None, edit=edit, **SETTINGS)
+    assert shapes == [len(problems) * SETTINGS["num_generations"]] * gpt2.num_thoughts
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_last_layer_runs_a_question_for_its_keys_and_values_only(model, problems, scope):
+    masks = MaskSpec(rate=0.3, scope=scope)
+    short, sizes = rollout(model, problems, masks=masks, **SETTINGS), []
+    handle = model.branches(("mlp",))[-1].register_forward_hook(lambda _, __, out: sizes.append(out.shape[1]))
+    with handle:
+        gap(model, short, short.masks)
+    assert max(sizes) == 1 + short.tokens.shape[1]  # <end> and answer tokens, after the last thought
+    model.whole_prefix = True
+    whole = rollout(model, problems, masks=masks, **SETTINGS)
+    assert torch.equal(short.logp, whole.logp) and torch.equal(short.thoughts, whole.thoughts)
 
 
 # -- sampling -------------------------------------------------------------------------------------------------------

@@ -9,11 +9,13 @@ import torch
 import transformers
 
 from latentlab import attention
-from latentlab.backbone import branch_outputs, longest_sequence
+from latentlab.backbone import branch_outputs, decoder_layers, longest_sequence
 from latentlab.cli import main
 from latentlab.model import LatentReasoner, State
 from latentlab.pretrained import load_model
 from latentlab.pretrained.selfcheck import Gap, _likeliest, check_backbone, compare
+from latentlab.problems import Problem
+from latentlab.rollouts import rollout
 from latentlab.runtime.environment import repository_root
 from latentlab.study.results import load_result, published_folder
 from latentlab.verify import table
@@ -25,6 +27,7 @@ assert spec and spec.loader
 measure_backbones = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(measure_backbones)
 build, FAMILIES = measure_backbones.build, measure_backbones.FAMILIES
+PROBLEMS = [Problem("a", "tom has 3 apples", (), "1", "x"), Problem("b", "tom has", (), "1", "x")]
 ROWS = ["embeddings", "thoughts", "log_probs", "attention_masks", "mlp_masks", "answers", "gradient"]
 REFUSED = {
     "Falcon": "which cannot be run with latent thoughts and masks",
@@ -41,9 +44,17 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - set(REFUSED)))
 def test_a_supported_family_equals_its_plain_forward(name):
-    gaps = compare(build(name), full=True)
+    model, passes, layers = build(name), [], []
+    model.lm.base_model.register_forward_hook(lambda *_: passes.append(0))
+    decoder_layers(model.lm)[-1].register_forward_hook(lambda *_: layers.append(0))
+    gaps = compare(model, full=True)
     assert [gap.name for gap in gaps] == ROWS
     assert not [gap for gap in gaps if not gap.ok]
+    model.max_new_tokens = 1
+    passes.clear(), layers.clear()
+    rollout(model, PROBLEMS, num_generations=2, masks=None, temperature=0.0, run_seed=0, step=0)
+    # The question ends in the last layer; the other passes are the latent steps and that of <end>.
+    assert len(passes) == len(layers) == model.num_thoughts + 1
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

@@ -198,7 +198,7 @@ def test_what_is_counted_is_what_autograd_holds(problems):
     """One linear map: its input is saved for the weight's gradient, the weight itself is not counted."""
     model = tiny_gpt2()
     out = rollout(model, problems[:1], num_generations=2, masks=None, temperature=1.0, run_seed=0, step=0)
-    splitter = Splitter(model, out, micro_batch=0, memory_gib=1.0)
+    splitter = Splitter(model, out, range(len(out.problems)), micro_batch=0, memory_gib=1.0)
     splitter.logits = 0
     x, weight = torch.zeros(2**20, 4, requires_grad=True), model.lm.transformer.wte.weight
     with splitter.measured():
@@ -216,10 +216,55 @@ def test_the_budget_is_shared_by_what_is_saved_and_by_the_logits(problems):
     out = rollout(model, problems, num_generations=3, masks=None, temperature=1.0, run_seed=0, step=0)
     group = 4096 + 2 * 4 * 3 * out.tokens.shape[1] * model.lm.config.vocab_size
     for budget, groups in ((3 * group, 3), (3 * group - 1, 2), (group // 2, 1), (99 * group, 4)):
-        splitter = Splitter(model, out, micro_batch=0, memory_gib=budget / 2**30)
+        splitter = Splitter(model, out, range(len(out.problems)), micro_batch=0, memory_gib=budget / 2**30)
         with splitter.measured():
             torch.zeros(1024, requires_grad=True).exp()
         assert (splitter.size, splitter.most, splitter.budget) == (groups, 4, 0)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_groups_without_a_signal_leave_the_update_and_nothing_else_changes(problems, config, loss_type):
+    model, scored = tiny_gpt2().double(), []
+    out = rollout(model, problems, num_generations=4, masks=MaskSpec(rate=0.3), temperature=1.0, run_seed=0, step=0)
+    out.logp.add_(torch.arange(out.logp.numel()).sin().view_as(out.logp) * out.token_mask)  # so that ratios clip
+    out.logp[4, 0] += 3.0  # of the second group
+    advantages = group_advantages(out.rewards(graded))
+    advantages[1::2] = 0.0
+    score = model.score
+    model.score = lambda part, masks: (scored.extend(p.id for p in part.problems), score(part, masks=masks))[1]
+    c = config(grpo={"loss_type": loss_type, "epsilon_high": 1.2 if loss_type == "cispo" else 0.2})
+    results = []
+    for whole in (False, True):
+        scored.clear()
+        stats = policy_gradient(model, out, advantages.flatten(), c, whole=whole)
+        assert sorted(scored) == sorted(p.id for p in (problems if whole else problems[::2]))
+        results.append((stats, gradients(model)))
+    (part, grads), (full, full_grads) = results
+    assert part.keys() == full.keys()
+    of_scored = ("replay_gap", "ratio_max_deviation")
+    assert {k: v for k, v in part.items() if k not in of_scored} == pytest.approx(
+        {k: v for k, v in full.items() if k not in of_scored}, abs=1e-12
+    )
+    assert part["replay_gap"] < full["replay_gap"]  # the largest, above, is in a group that was left out
+    for name, grad in full_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-12)
+    scored.clear()
+    policy_gradient(model, out, torch.zeros_like(advantages).flatten(), c)
+    assert len(scored) == len(problems)  # the optimizer still steps, on gradients of 0
+    assert all(torch.count_nonzero(grad) == 0 for grad in gradients(model).values())
+    scored.clear()
+    beta = config(grpo={"loss_type": loss_type, "epsilon_high": 1.2, "beta": 0.1})
+    policy_gradient(model, out, advantages.flatten(), beta, reference=tiny_gpt2(seed=1).double())
+    assert len(scored) == len(problems)  # the KL term has a gradient everywhere
+
+
+def test_all_groups_are_scored_where_a_validation_follows(config, word_sets, tmp_path, monkeypatch):
+    real, whole = arms.policy_gradient, []
+    monkeypatch.setattr(arms, "policy_gradient", lambda *a, **k: (whole.append(k["whole"]), real(*a, **k))[1])
+    c = config(grpo={"steps": 5, "eval_every": 2})
+    fit_grpo(model_from_config(c), *word_sets, c, out=tmp_path / "run", reward=graded)
+    lines = read_metrics(tmp_path / "run")[1:]
+    assert whole == ["validation_accuracy" in line for line in lines] == [False, True, False, True, True]
 
 
 def test_the_gradient_is_the_weighted_score_function(problems, config):
