@@ -237,8 +237,8 @@ def _wide(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Both one precision wider than the values: float32 for half precision, else float64."""
     dtype = torch.float32 if values.dtype in (torch.bfloat16, torch.float16) else torch.float64
     # contiguous: with strided keys BLAS may round the rows of a group differently
-    wide = {"dtype": dtype, "memory_format": torch.contiguous_format}
-    return keys.to(**wide), values.to(**wide)
+    strides = torch.contiguous_format
+    return keys.to(dtype, memory_format=strides), values.to(dtype, memory_format=strides)
 
 
 _current: ContextVar[RolloutCache] = ContextVar("rollout_cache")  # not all families pass keywords on

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput
 
 from latentlab.masks import scaled
@@ -58,6 +59,17 @@ def decoder_layers(lm: nn.Module) -> nn.ModuleList:
     raise ValueError(
         f"backbone: got {type(lm).__name__}, expected blocks with an attention and an mlp child; {SUPPORTED}"
     )
+
+
+def fuse_gelu(lm: nn.Module) -> None:
+    """Let PyTorch's kernel compute GPT-2's "gelu_new", which transformers writes out in Python.
+
+    The same function up to rounding; each of its intermediate tensors was as large as the MLP's.
+    """
+    for module in list(lm.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def _branch(layer: nn.Module, site: str) -> list[nn.Module]:

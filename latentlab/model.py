@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from latentlab.attention import PrefixRun, RolloutCache, rollout_attention
-from latentlab.backbone import branch_outputs, longest_sequence, own_logits
+from latentlab.backbone import branch_outputs, fuse_gelu, longest_sequence, own_logits
 from latentlab.masks import Masks, scale_first, scaled
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
@@ -67,6 +67,8 @@ class LatentReasoner(nn.Module):
         thought) or "none" (no latent steps: direct answers).
     """
 
+    whole_prefix = False  # True: run question positions through all of the last layer, though nothing reads it
+
     def __init__(self, lm, tokenizer, *, num_thoughts: int, max_new_tokens: int, feedback: str = "thought"):
         super().__init__()
         if feedback not in FEEDBACKS:
@@ -81,8 +83,8 @@ class LatentReasoner(nn.Module):
         self.eos_id = tokenizer.eos_token_id
         self.autocast_dtype: torch.dtype | None = None  # of matrix products; None: as the weights
         self.provenance: dict = {}  # origin of the weights: kind, path, sha256
-        self.whole_prefix = False  # run question positions through all of the last layer, unread
         self._branches: dict[tuple[str, ...], list[nn.Module]] = {}
+        fuse_gelu(lm)
         self.eval()
 
     @property

@@ -209,7 +209,7 @@ def _answer(model: LatentReasoner, state: State, seeds: Int[Tensor, " R"], tempe
     for t in range(model.max_new_tokens):
         logits = model.head(hidden)  # [R', V]
         logps = policy(logits, temperature)
-        choice = choose(logps, seeds[going], t, row) if temperature else logits.argmax(-1)[row]  # [N]
+        choice = choose(logps[row], seeds[going], t) if temperature else logits.argmax(-1)[row]  # [N]
         tokens[going, t], token_mask[going, t] = choice, True
         logp[going, t] = logps[row, choice]
         entropy[going, t] = -torch.linalg.vecdot(logps.exp(), logps)[row]
@@ -228,15 +228,9 @@ def _answer(model: LatentReasoner, state: State, seeds: Int[Tensor, " R"], tempe
     return {name: x[:, :length] for name, x in fields.items()}
 
 
-def choose(
-    logps: Float[Tensor, "R V"], seeds: Int[Tensor, " N"], t: int, row: Int[Tensor, " N"] | None = None
-) -> Int[Tensor, " N"]:
-    """Sample answer token t of each rollout by inverse CDF of a uniform number from (seed, t).
-
-    row: the row of `logps` that each rollout samples from; None: its own.
-    """
+def choose(logps: Float[Tensor, "R V"], seeds: Int[Tensor, " R"], t: int) -> Int[Tensor, " R"]:
+    """Sample answer token t of each row by inverse CDF of a uniform number from (seed, t)."""
     cdf = logps.exp().cumsum(-1, dtype=torch.float64)
-    cdf = cdf if row is None else cdf[row]
     target = uniforms(seeds, t)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logps.shape[-1] - 1)
 

@@ -105,8 +105,10 @@ class CacheGrown(LatentReasoner):
 class EndApart(LatentReasoner):
     """The last thought has a pass of its own, before <end>."""
 
-    def answer(self, state: State, tokens: torch.Tensor) -> torch.Tensor:
+    def answer(self, state: State, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         self.forward_pass(state, state.pending)
+        if rows is not None:
+            state.keep(rows)
         state.pending = state.pending[:, :0]
         ids = torch.cat([tokens.new_full((len(tokens), 1), self.end_id), tokens], 1)
         return self.forward_pass(state, self.embed(ids))
@@ -123,6 +125,8 @@ class EarlyEnd(LatentReasoner):
 
 class HeadEverywhere(LatentReasoner):
     """Logits at all positions, not only where they are needed."""
+
+    whole_prefix = True
 
     def forward_pass(self, *args) -> torch.Tensor:
         hidden = super().forward_pass(*args)

@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from latentlab import backbone
 from latentlab.backbone import _gaps, _layer_calls, branch_gaps, branch_outputs, decoder_layers, window_sizes
 from latentlab.masks import SITES, scaled
+from tests.conftest import tiny_gpt2
 
 
 def names_of(model, sites):
@@ -100,3 +102,11 @@ def test_windows_and_chunks_are_whole_positive_numbers_under_such_a_name():
         sliding_window=1, attention_chunk_size=8, use_sliding_window=True, n_positions=64, local_window=0, window=None
     )
     assert window_sizes(config) == [1, 8]
+
+
+def test_gelu_new_is_computed_by_one_kernel_and_is_the_same_function():
+    lm, x = tiny_gpt2().double().lm, torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    assert not any(isinstance(module, NewGELUActivation) for module in lm.modules())
+    assert lm.config.activation_function == "gelu_new"  # as it is saved
+    for block in lm.transformer.h:
+        torch.testing.assert_close(block.mlp.act(x), NewGELUActivation()(x), rtol=0, atol=1e-14)
