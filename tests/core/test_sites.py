@@ -47,6 +47,7 @@ def test_a_site_is_the_last_linear_map_of_its_branch_and_as_wide_as_the_stream(m
 def test_every_site_but_the_embedding_is_a_branch_of_a_block():
     blocks = nn.ModuleList([nn.ModuleDict({"self_attention": nn.Linear(2, 2), "feed_forward": nn.Linear(2, 2)})])
     assert decoder_layers(nn.Sequential(nn.Linear(2, 2), blocks)) is blocks
+    assert decoder_layers(nn.Sequential(nn.ModuleList([nn.Linear(2, 2)]), blocks)) is blocks
     assert {*backbone.ROLES, "embedding"} == set(SITES)
 
 

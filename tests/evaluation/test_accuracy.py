@@ -66,6 +66,18 @@ def test_results_come_in_the_order_of_the_problems_whatever_their_batches(proble
         assert (alone.correct == forwards.correct[i]).all()
 
 
+def test_batches_are_of_questions_of_like_length(problems, monkeypatch):
+    batches, real = [], accuracy.rollout
+    monkeypatch.setattr(accuracy, "rollout", lambda m, batch, **k: (batches.append(batch), real(m, batch, **k))[1])
+    evaluate(
+        tiny_gpt2(),
+        problems[::-1] if len(problems[0].question) < len(problems[-1].question) else problems,
+        batch_size=2,
+    )
+    lengths = [len(problem.question) for batch in batches for problem in batch]
+    assert lengths == sorted(lengths) and len(set(lengths)) > 2
+
+
 def test_a_summary_names_both_deployments(problems, config):
     model = sharpen(tiny_gpt2())
     c = config()

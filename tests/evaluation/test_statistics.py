@@ -37,6 +37,7 @@ def test_wilson_interval_by_hand_at_an_easy_case():
     # 0 of n: the upper bound is z^2 / (n + z^2), the lower 0.
     z2 = 1.959963984540054**2
     assert wilson_interval(0, 10) == pytest.approx((0.0, z2 / (10 + z2)), abs=1e-12)
+    assert wilson_interval(0, 1) == pytest.approx((0.0, z2 / (1 + z2)), abs=1e-12)
 
 
 @pytest.mark.parametrize(("correct", "n", "confidence"), [(360, 1319, 0.95), (1, 3, 0.9), (7, 7, 0.99)])
@@ -377,6 +378,10 @@ def test_detectable_difference_by_hand():
 )
 def test_verdict_follows_the_rule(low, high, expected):
     assert verdict((low + high) / 2, low, high) == expected
+
+
+def test_a_difference_at_an_end_of_its_interval_has_a_verdict():
+    assert verdict(0.5, 0.5, 1.0) == verdict(1.0, 0.5, 1.0) == "smaller gain"
 
 
 def test_verdict_takes_another_target():

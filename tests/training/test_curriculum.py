@@ -93,7 +93,11 @@ def test_only_text_after_end_carries_loss(config, word_sets):
 
 
 def test_stage_zero_applies_no_mask_and_later_stages_do(config, word_sets):
-    bare, masked = (config(curriculum={"mask": {"scheme": scheme, "rate": 0.5}}) for scheme in ("none", "shared"))
+    """Two layers: in one, a mask on <start> would change <start> alone, which nobody reads."""
+    bare, masked = (
+        config(curriculum={"mask": {"scheme": scheme, "rate": 0.5}}, backbone={"n_layer": 2})
+        for scheme in ("none", "shared")
+    )
     model = model_from_config(bare)
     for stage, equal in ((0, True), (1, False)):
         model.num_thoughts = stage
@@ -112,7 +116,17 @@ def test_the_decoding_loss_is_added_with_its_weight(config, word_sets):
 
 
 @pytest.mark.parametrize("scope", ["latent", "all"])
-def test_training_texts_longer_than_the_validation_ones_have_slots(config, scope):
+def test_training_texts_longer_than_the_validation_ones_have_slots(config, scope, monkeypatch):
+    """One of <start>, one for the thought and, in scope "all", one for each answer token."""
+    draw = curriculum.draw_masks
+
+    def watched(spec, model, seeds, num_slots):
+        assert num_slots == 2 + (scope == "all") * len(
+            encode_answers(model.tokenizer, [stage_text(PROBLEM, 1, 2)])[0][0]
+        )
+        return draw(spec, model, seeds, num_slots=num_slots)
+
+    monkeypatch.setattr(curriculum, "draw_masks", watched)
     c = config(curriculum={"mask": {"scheme": "per_step", "rate": 0.1, "scope": scope}})
     model = model_from_config(c)
     short = Problem("s", "Leo has 2 books.", ("<<2+3=5>>",), "5", "test")
@@ -242,16 +256,22 @@ def test_a_mask_is_drawn_per_problem_and_step(config, word_sets, monkeypatch):
 
 @pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize("scheme", ["shared", "per_step"])
-def test_parts_of_like_length_give_the_loss_of_the_whole_batch(config, word_sets, stage, scheme):
+def test_parts_of_like_length_give_the_loss_of_the_whole_batch(config, word_sets, stage, scheme, monkeypatch):
     train = sorted(word_sets[0][:7], key=lambda p: p.id, reverse=True)
-    values = {}
+    values, parts, encode = {}, [], curriculum.encode_prompts
+    monkeypatch.setattr(
+        curriculum, "encode_prompts", lambda t, part, device: (parts.extend(part), encode(t, part, device))[1]
+    )
     for size in (0, 1, 3):
+        parts.clear()
         c = config(curriculum={"micro_batch": size, "decode_weight": 0.5, "mask": {"scheme": scheme, "rate": 0.3}})
         model = model_from_config(c)
         model.lm.double()
         set_stage(model, c, stage, train)
         stats = curriculum_gradient(model, train, stage, c, step=3)
         values[size] = stats, torch.cat([p.grad.flatten() for p in model.parameters()])
+    lengths = [len(p.question) + len(stage_text(p, stage, c.latent_stages)) for p in parts]
+    assert lengths == sorted(lengths) and len(set(lengths)) > 3
     for size in (1, 3):
         assert values[size][0] == pytest.approx(values[0][0], rel=1e-12)
         assert torch.allclose(values[size][1], values[0][1], rtol=1e-9, atol=1e-12)

@@ -210,6 +210,17 @@ def test_a_damaged_config_is_one_line(tmp_path, start, damage):
         start(resume=True)
 
 
+def test_a_run_that_has_no_checkpoint_yet_resumes_with_its_own_config_only(tmp_path, start):
+    start()
+    path = tmp_path / "run" / "config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "seed": 5}))
+    with pytest.raises(
+        ValueError, match="^resume: got seed=0, expected 5 as in the run's config.json; use another --out"
+    ):
+        start(resume=True)
+
+
 def test_a_checkpoint_without_its_config_is_never_started_over(tmp_path, start):
     end(start(options={"checkpoint_minutes": 0}), 0)
     (tmp_path / "run" / "config.json").unlink()
