@@ -63,6 +63,7 @@ class Training(Shared):
     resume: bool = False  # continue an interrupted run from its last checkpoint
     max_minutes: Minutes = 0.0  # stop after this many minutes, saved and ready for --resume; 0 is no limit
     checkpoint_minutes: Minutes = 10.0  # minutes between checkpoints: the most work that a kill can lose
+    tensorboard: bool = False  # write the metrics for TensorBoard as well, into the run folder
 
     def fit(self, fit, name: str, init_from: str, *, curriculum: bool) -> dict:
         """Pre-flight checks, then `fit` in its run folder."""
@@ -77,8 +78,9 @@ class Training(Shared):
         model.place(self.selected_device(), config.precision)
         train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))
         preflight.expect_together(model, [*train, *validation], config, curriculum=curriculum)
-        limits = {"max_minutes": self.max_minutes, "checkpoint_minutes": self.checkpoint_minutes}
-        summary = fit(model, train, validation, config, out=out, resume=self.resume, **limits)
+        names = ("resume", "max_minutes", "checkpoint_minutes", "tensorboard")
+        options = {name: getattr(self, name) for name in names}
+        summary = fit(model, train, validation, config, out=out, **options)
         return {"out": out, **summary, "peak_memory_gib": environment.peak_memory_gib()}
 
 
