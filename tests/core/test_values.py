@@ -287,3 +287,13 @@ def test_a_position_sees_itself_and_what_came_before():
     cache = started(1, 1)
     assert cache.visible(1) is None
     assert cache.visible(2)[0, 0].int().tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("rows, vocabulary", [(7, 2**17), (5, 2**18 + 1), (1000, 300), (1, 3)])
+def test_tokens_do_not_depend_on_how_many_rows_are_chosen_at_a_time(rows, vocabulary):
+    """Bit for bit those of one cumulative sum over all rows."""
+    logps = torch.log_softmax(torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0)), -1)
+    seeds = torch.arange(rows)
+    cdf = logps.exp().cumsum(-1, dtype=torch.float64)
+    expected = torch.searchsorted(cdf, uniforms(seeds, 3)[:, None] * cdf[:, -1:], right=True)[:, 0]
+    assert torch.equal(choose(logps, seeds, 3), expected)
