@@ -1,8 +1,8 @@
 """`latentlab bench --against FOLDER`: this checkout and another one, row by row (rows.py).
 
-Each row is timed in processes of their own, in turn here and there (A B, B A, ...), in CPU seconds of one
-thread, which other load of the machine affects least. A pair gives one ratio; the median of the
-ratios has a bootstrap interval over pairs.
+All rows are timed in a process of their own, in turn there and here (A B, B A, ...), in CPU seconds
+of one thread, which other load of the machine affects least. A pair gives one ratio per row; the
+median of the ratios has a bootstrap interval over pairs.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def time_rows(checkout: Path, shape: str) -> dict:
 
 
 def compare(here: list[dict], there: list[dict]) -> dict[str, Any]:
-    """Per row: the speed of this checkout over that of the other, paired, and what both computed."""
+    """Per row: how many times as fast this checkout is, and whether both computed the same."""
     first, other = here[0], there[0]
     metrics: dict[str, Any] = {"rows": {}, "left_out": other["left_out"], "different": []}
     for name in [name for name in first["seconds"] if name in other["seconds"]]:

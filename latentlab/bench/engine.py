@@ -123,7 +123,7 @@ def in_bfloat16(model: LatentReasoner) -> LatentReasoner:
 
 
 def trick_runs(model: LatentReasoner, count: int, k: int) -> dict[str, Callable[[], object]]:
-    """The engine, and the engine without one of its optimizations: names begin with "rollout" or "update"."""
+    """The engine, and the engine without one of its optimizations: "rollout_*" and "update_*"."""
     problems = questions(count)
     separate = [p for p in problems for _ in range(k)]  # each rollout a problem of its own: no shared prefix
     recorded, unshared = sample(model, problems, k), sample(model, separate, 1)

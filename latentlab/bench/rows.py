@@ -109,7 +109,7 @@ def _update(model, problems, k: int, mask) -> Run:
 
 
 def outcome(value: Any) -> dict:
-    """What two checkouts must agree on: a hash of tokens and rewards, and the size of a gradient."""
+    """What two checkouts should agree on: a hash of tokens and rewards, the norm of a gradient."""
     if isinstance(value, dict):
         hashed = {key: value[key] for key in ("reward", "reward_std", "completions/mean_length") if key in value}
         return {"hash": _hash(hashed), "gradient": value["grad_norm"]}

@@ -1,8 +1,7 @@
 """`latentlab bench`: times everything, and works out the figures that docs/bench.md quotes.
 
-All figures are ratios of seconds of one process, whose rows are interleaved, so that other load slows
-all of them alike. Compare ratios within one run, never seconds of two runs; for two versions of the
-library see against.py.
+All runs are interleaved in one process, so that other load slows all of them alike. Compare ratios
+within one result, never seconds of two; for two versions of the library see against.py.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ def run_bench(
     """Time everything and print the figures; returns the arguments of `study.results.write_result`.
 
     `axes`: what is scaled, and its values; default engine.AXES. On CUDA matrix products are in
-    bfloat16, and whole iterations are timed in place of preset tiny. Raises ValueError for an unknown
-    shape.
+    bfloat16, and whole iterations of this shape are timed in place of preset tiny's.
+    Raises ValueError for an unknown shape.
     """
     if shape not in engine.SHAPES:
         raise ValueError(f"shape: got {shape!r}, expected one of {', '.join(engine.SHAPES)}")
@@ -69,7 +68,7 @@ def run_bench(
 
 
 def ratios(s: dict[str, float], tricks: dict[str, float], rows: int) -> dict[str, Any]:
-    """The named figures, from the seconds `s` and `tricks`; "tricks": how many times slower without each."""
+    """The named figures, from seconds; "tricks": how many times slower without each."""
     switched = ("prefix_per_row", *VARIANTS)
     without = {
         name: {n: tricks[f"{name}_{n}"] / tricks[name] for n in switched if f"{name}_{n}" in tricks}

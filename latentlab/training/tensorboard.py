@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Events:
-    """Writes runs/NAME/tensorboard. first: the next step; those from it on, of an earlier process, are dropped.
+    """Writes runs/NAME/tensorboard. first: the next step; earlier events from there on are dropped.
 
     Raises ModuleNotFoundError without the package tensorboard.
     """
