@@ -221,6 +221,10 @@ class Bench(Computing):
 
         copy, folder = files.expect_file(self.json), results.reports_folder()
         files.expect_writable(folder / "bench")
+        if self.against and self.device != "cpu":
+            raise ValueError(
+                f"against: got --device {self.device}, expected cpu; two checkouts are timed on one thread"
+            )
         if self.against:
             result = against.run_against(Path(self.against), self.shape, self.pairs)
         else:

@@ -210,11 +210,14 @@ def test_a_row_that_fails_here_ends_the_comparison(checkout, monkeypatch, capsys
     assert capsys.readouterr().err.splitlines()[-1] == "latentlab: bench: a: why"
 
 
-def test_a_folder_that_is_no_checkout_is_one_line(tmp_path, checkout):
+def test_a_folder_that_is_no_checkout_is_one_line(tmp_path, checkout, capsys):
     with pytest.raises(ValueError, match="against: got .*, expected a checkout of this project; make one"):
         against.run_against(tmp_path, "tiny")
     with pytest.raises(ValueError, match='against: got "?ModuleNotFoundError: .*use a later commit'):
         against.run_against(checkout, "tiny")
+    for words, message in (["nowhere"], "got nowhere"), ([str(checkout), "--device", "cuda"], "got --device cuda"):
+        assert main(["bench", "--against", *words]) == 2
+        assert capsys.readouterr().err.startswith(f"latentlab: against: {message}, expected")
 
 
 def test_rows_of_another_version_are_left_out_with_their_reason(toy, tiny, monkeypatch, capsys):
