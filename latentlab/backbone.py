@@ -1,4 +1,4 @@
-"""What the engine asks of a `transformers` causal LM: mask sites, logits, longest sequence.
+"""What the engine asks of a `transformers` causal LM and its device: mask sites, precision, logits.
 
 A mask multiplies what an attention or MLP branch adds to the residual stream. Families differ in
 where that is: the output of the branch's last linear map, of the whole branch (mixtures of experts),
@@ -149,6 +149,16 @@ def _gaps(call: Callable[[], Tensor], modules: list[nn.Module]) -> list[float]:
         error = torch.maximum((masked - f * alone).abs().max(), nothing.abs().max())
         gaps.append(float(error / alone.abs().max()))
     return gaps
+
+
+# -- precision ------------------------------------------------------------------------------------
+
+
+def multiplies_bfloat16(device: torch.device | str) -> bool:
+    """Whether the device has instructions for bfloat16 products: avx512_bf16 or AMX on a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 # -- logits and length ----------------------------------------------------------------------------

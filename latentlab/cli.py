@@ -125,7 +125,8 @@ def _one_line(error: Exception) -> str:
         remedy = REMEDIES.get(error.errno, "check this path")
         return f"{error.filename or 'a file'}: {error.strerror}; {remedy}, then the same command again"
     if isinstance(error, ModuleNotFoundError):
-        return f"got no package {error.name}, expected it installed; pip install 'latentlab[study]'"
+        extra = "tensorboard" if error.name == "tensorboard" else "study"
+        return f"got no package {error.name}, expected it installed; pip install 'latentlab[{extra}]'"
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return f"out of memory ({text[:200]}); lower the batch sizes or the model's shape"
     return text or f"{type(error).__name__} without a message; --debug shows where"

@@ -185,7 +185,8 @@ class Config(Section):
     preset: Name = "smoke"
     seed: Seed = 0
     max_new_tokens: Positive = 4  # longest answer, end-of-sequence token included
-    precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products (autocast); weights stay float32
+    # of matrix products (autocast); weights stay float32. auto: bfloat16 where the device has instructions for it
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
     curriculum: CurriculumConfig = CurriculumConfig()

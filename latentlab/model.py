@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from latentlab.attention import PrefixRun, RolloutCache, rollout_attention
-from latentlab.backbone import branch_outputs, fuse_gelu, longest_sequence, own_logits
+from latentlab.backbone import branch_outputs, fuse_gelu, longest_sequence, multiplies_bfloat16, own_logits
 from latentlab.masks import Masks, scale_first, scaled
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
@@ -114,11 +114,12 @@ class LatentReasoner(nn.Module):
         return self._branches[sites]
 
     def place(self, device: torch.device | str, precision: str = "float32") -> LatentReasoner:
-        """Move to `device`; `precision` of matrix products is "float32" or "bfloat16" (autocast).
+        """Move to `device`; precision "bfloat16" is autocast of matrix products, all else stays float32.
 
-        Weights, optimizer, suffix attention, the head, log-probs and the loss stay in float32.
+        "auto" is bfloat16 on a device that has instructions for it, else "float32".
         """
-        self.autocast_dtype = torch.bfloat16 if precision == "bfloat16" else None
+        half = multiplies_bfloat16(device) if precision == "auto" else precision == "bfloat16"
+        self.autocast_dtype = torch.bfloat16 if half else None
         return self.to(device)
 
     def autocast(self):
@@ -142,8 +143,7 @@ class LatentReasoner(nn.Module):
     def head(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Logits (`own_logits`) in float32 or wider, computed without autocast.
 
-        bfloat16 logits are spaced by about 0.1 where it matters: ties, and log-probs that do not
-        replay (arXiv 2506.13585).
+        bfloat16 logits are spaced by about 0.1: ties, log-probs that do not replay (arXiv 2506.13585).
         """
         hidden = hidden.to(self.lm.get_output_embeddings().weight.dtype)
         with torch.autocast(self.device.type, enabled=False):

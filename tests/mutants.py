@@ -68,7 +68,7 @@ PAIRS = ("min max", "any all", "amin amax", "minimum maximum", "argmin argmax", 
 NAMES = {a: b for pair in PAIRS for a, b in (pair.split(), reversed(pair.split()))}
 COMMUTE = {"max", "min", "maximum", "minimum", "gcd", "transpose"}
 KEPT = {"strict", "check", "device", "non_blocking", "desc", "unit", "delay", "leave"}  # keywords
-SILENT = {"print", "progress_bar", "warn"}  # calls for the reader's eye
+SILENT = {"print", "progress_bar", "show", "warn"}  # calls for the reader's eye
 
 
 # ---------------------------------------------------------------- mutants

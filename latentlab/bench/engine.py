@@ -1,15 +1,13 @@
-"""How fast is the engine? Rollouts and updates against other ways to make them (baselines.py).
+"""What is timed at a shape: rollouts and updates of the engine and of other ways to make them.
 
 Random weights of the named shape; questions of exactly 48 tokens, 6 thoughts, answers of exactly 8
-tokens, so that all variants do equal work. All run in one process, interleaved, so that other load
-slows all of them alike. Compare ratios within one run, never seconds of two runs. `official` and
-`definition` are timed on a few rollouts and scaled up.
+tokens, so that all variants do equal work. `official` and `definition` are timed on a few rollouts
+and scaled up (run.py); what each optimization saves is timed on half of the problems.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,10 +17,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from latentlab.bench.baselines import VARIANTS, EarlyEnd, floor, official, plain
 from latentlab.bench.timing import measure, seconds_of
-from latentlab.config import flat
 from latentlab.data.word_problems import WORDS
 from latentlab.masks import MaskSpec, draw_masks
-from latentlab.model import LatentReasoner
+from latentlab.model import Edit, LatentReasoner
 from latentlab.pretrained.scratch import word_tokenizer
 from latentlab.problems import Problem
 from latentlab.rollouts import Rollouts, rollout
@@ -41,52 +38,7 @@ SHAPES = {
 QUESTION, THOUGHTS, ANSWER = 48, 6, 8  # tokens of a prompt, <start> included; thoughts; answer tokens
 SPEC = MaskSpec(rate=0.1)
 OFFICIAL_ROWS = 2  # rollouts of the official scheme that are timed; of the definition one
-AXES = {"num_generations": (1, 2, 4, 8, 16, 32, 64), "question": (16, 32, 64, 128)}
-AXES |= {"thoughts": (0, 3, 6, 12), "answer": (2, 4, 8, 16)}
-
-
-def run_bench(
-    shape: str, device: str = "cpu", *, num_problems: int = 4, num_generations: int = 16, repeats: int = 5, axes=AXES
-) -> dict:
-    """Time everything and print the figures; returns the arguments of `study.results.write_result`.
-
-    `axes`: what is scaled, and its values. On CUDA matrix products are in bfloat16, and whole
-    iterations are timed too. Raises ValueError for an unknown shape.
-    """
-    if shape not in SHAPES:
-        raise ValueError(f"shape: got {shape!r}, expected one of {', '.join(SHAPES)}")
-    parameters = {"shape": shape, "device": device, "num_problems": num_problems, "num_generations": num_generations}
-    parameters |= {"repeats": repeats, "question": QUESTION, "thoughts": THOUGHTS, "answer": ANSWER}
-    parameters["threads"] = torch.get_num_threads()
-    started, kind = time.time(), torch.device(device).type
-    model, rows = build(shape, device), num_problems * num_generations
-    seconds, memory = measure(timed_runs(model, num_problems, num_generations), repeats, device)
-    seconds["official"] *= rows / OFFICIAL_ROWS
-    seconds["definition"] *= rows
-    metrics = ratios(seconds, rows) | {"gradient_error": gradient_error(model)}
-    metrics |= {"peak_memory_gib": memory, "seconds": seconds}
-    metrics["scaling"] = {name: scaling(model, name, values, repeats, device) for name, values in axes.items()}
-    if kind == "cuda":
-        metrics["all_in"] = whole_iterations(model)
-    print_figures(metrics)
-    floors = metrics["floor_fraction"]
-    headline = (
-        f"{shape} shape on {kind}: {metrics['speedup_vs_official_scheme']:.0f} times the official scheme, "
-        f"{metrics['speedup_vs_plain_batched']:.1f} times plain batching; rollout at {floors['rollout']:.0%}, "
-        f"update at {floors['update']:.0%} of the floor"
-    )
-    name = kind if shape == "gpt2" else f"{kind}_{shape}"
-    result = {"name": name, "preset": "bench", "parameters": parameters, "metrics": metrics, "started": started}
-    return result | {"seconds": time.time() - started, "question": "How fast is the engine?", "headline": headline}
-
-
-def print_figures(metrics: dict) -> None:
-    """One line per measured number: its dotted path and value."""
-    for path, value in flat(metrics).items():
-        numbers = {f"{path}.{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {path: value}
-        for name, number in numbers.items():
-            if isinstance(number, float):
-                print(f"{name:<44}{number:>12.4g}")
+AXES = {"num_generations": (1, 16, 64), "question": (16, 64, 128), "thoughts": (0, 6, 12), "answer": (2, 8, 16)}
 
 
 def build(shape: str, device: str = "cpu") -> LatentReasoner:
@@ -114,9 +66,12 @@ def questions(count: int, length: int = QUESTION) -> list[Problem]:
     return [Problem(f"bench-{i}", " ".join(words[i : i + length - 2]), (), "1", "bench") for i in range(count)]
 
 
-def sample(model: LatentReasoner, problems: list[Problem], k: int, masks: MaskSpec | None = SPEC) -> Rollouts:
+def sample(
+    model: LatentReasoner, problems: list[Problem], k: int, masks: MaskSpec | None = SPEC, edit: Edit | None = None
+) -> Rollouts:
     """K rollouts of each problem at temperature 1."""
-    return rollout(model, problems, num_generations=k, masks=masks, temperature=1.0, run_seed=0, step=0)
+    settings: dict[str, Any] = {"masks": masks, "temperature": 1.0, "run_seed": 0, "step": 0}
+    return rollout(model, problems, num_generations=k, edit=edit, **settings)
 
 
 def update(model: LatentReasoner, log_probs: Callable[[], torch.Tensor]) -> None:
@@ -133,50 +88,58 @@ def score(model: LatentReasoner, recorded: Rollouts) -> torch.Tensor:
 def timed_runs(model: LatentReasoner, count: int, k: int) -> dict[str, Callable[[], object]]:
     """What is timed at `count` problems and K rollouts, by name; updates begin with "update"."""
     problems = questions(count)
-    separate = [p for p in problems for _ in range(k)]  # each rollout a problem of its own: no shared prefix
-    recorded, unshared = sample(model, problems, k), sample(model, separate, 1)
-    prompts, seeds, early = unshared.prompt_ids, recorded.seeds.to(model.device), variant(model, EarlyEnd)
+    recorded = sample(model, problems, k)
+    prompts, seeds = recorded.prompt_ids.repeat_interleave(k, 0), recorded.seeds.to(model.device)
     dense = (count * k, count * (QUESTION - 1) + count * k * (1 + THOUGHTS + ANSWER), ANSWER)
     masks, tokens = recorded.masks and recorded.masks.take(slice(1)), recorded.tokens[0].tolist()
-    others = {name: variant(model, kind) for name, kind in VARIANTS.items()}
-    updated = {name: other for name, other in others.items() if name != "cache_grown"}  # it grows in an update anyway
     return {
         "rollout": partial(sample, model, problems, k),
         "unmasked": partial(sample, model, problems, k, None),
+        "unmasked_per_row": partial(sample, model, problems, k, None, lambda i, z: z),  # edited: a thought per row
         "official": lambda: [official(model, prompts[:1]) for _ in range(OFFICIAL_ROWS)],
         "definition": partial(naive_rollout, model, problems[0].question, 1.0, seeds[:1], masks, tokens),
         "plain": torch.no_grad()(partial(plain, model, prompts, seeds)),
-        "prefix_per_row": partial(sample, model, separate, 1),
-        **{name: partial(sample, other, problems, k) for name, other in others.items()},
-        "ends_early": partial(sample, early, problems, k),
         "floor": partial(floor, model, *dense, update=False),
         "update": partial(update, model, partial(score, model, recorded)),
         "update_plain": partial(update, model, partial(plain, model, prompts, seeds, recorded.tokens)),
-        "update_prefix_per_row": partial(update, model, partial(score, model, unshared)),
-        **{f"update_{name}": partial(update, x, partial(score, x, recorded)) for name, x in updated.items()},
         "update_floor": partial(floor, model, *dense, update=True),
         "mask_drawing": partial(draw_masks, SPEC, model, recorded.seeds),
     }
 
 
-def ratios(s: dict[str, float], rows: int) -> dict[str, Any]:
-    """The named figures, all from the seconds `s`; `tricks`: how many times slower without each."""
-    switched = ("prefix_per_row", *VARIANTS)
-    return {
-        "rollouts_per_second": rows / s["rollout"],
-        "speedup_vs_official_scheme": s["official"] / s["rollout"],
-        "speedup_vs_definition": s["definition"] / s["rollout"],
-        "speedup_vs_plain_batched": s["plain"] / s["rollout"],
-        "update_speedup_vs_plain": s["update_plain"] / s["update"],
-        "update_speedup_prefix_only": s["update_prefix_per_row"] / s["update"],
-        "floor_fraction": {"rollout": s["floor"] / s["rollout"], "update": s["update_floor"] / s["update"]},
-        "mask_overhead": s["rollout"] / s["unmasked"] - 1,
-        "mask_drawing_share": s["mask_drawing"] / s["rollout"],
-        "tricks": {
-            "rollout": {n: s[n] / s["rollout"] for n in switched} | {"rows_stay": s["rollout"] / s["ends_early"]},
-            "update": {n: s[f"update_{n}"] / s["update"] for n in switched if f"update_{n}" in s},
-        },
+def bfloat16_runs(model: LatentReasoner, count: int, k: int) -> dict[str, Callable[[], object]]:
+    """Rollout and update with matrix products in bfloat16."""
+    half, problems = in_bfloat16(model), questions(count)
+    recorded = sample(half, problems, k)
+    runs: dict[str, Callable[[], object]] = {"rollout_bfloat16": partial(sample, half, problems, k)}
+    return runs | {"update_bfloat16": partial(update, half, partial(score, half, recorded))}
+
+
+def in_bfloat16(model: LatentReasoner) -> LatentReasoner:
+    """The same weights in a model whose matrix products are in bfloat16."""
+    other = variant(model)
+    other.autocast_dtype = torch.bfloat16
+    return other
+
+
+def trick_runs(model: LatentReasoner, count: int, k: int) -> dict[str, Callable[[], object]]:
+    """The engine, and the engine without one of its optimizations: "rollout_*" and "update_*"."""
+    problems = questions(count)
+    separate = [p for p in problems for _ in range(k)]  # each rollout a problem of its own: no shared prefix
+    recorded, unshared = sample(model, problems, k), sample(model, separate, 1)
+    runs: dict[str, Callable[[], object]] = {
+        "rollout": partial(sample, model, problems, k),
+        "rollout_prefix_per_row": partial(sample, model, separate, 1),
+        "rollout_ends_early": partial(sample, variant(model, EarlyEnd), problems, k),
+        "update": partial(update, model, partial(score, model, recorded)),
+        "update_prefix_per_row": partial(update, model, partial(score, model, unshared)),
     }
+    for name, kind in VARIANTS.items():
+        other = variant(model, kind)
+        runs[f"rollout_{name}"] = partial(sample, other, problems, k)
+        if name != "cache_grown":  # it grows in an update anyway
+            runs[f"update_{name}"] = partial(update, other, partial(score, other, recorded))
+    return runs
 
 
 def gradient_error(model: LatentReasoner) -> float:

@@ -168,7 +168,8 @@ def command(result: dict) -> str:
     if name == preset:
         return f"python scripts/measure_{ {'perturb': 'copies'}.get(name, name) }.py"
     if preset == "bench":
-        return "latentlab bench " + " ".join(f"--{key} {parameters[key]}" for key in ("shape", "device", "threads"))
+        words = [f"--{key} {parameters[key]}" for key in ("shape", "device", "threads", "pairs") if key in parameters]
+        return " ".join(["latentlab bench", *(["--against FOLDER"] if "against" in parameters else []), *words])
     notebook = re.match(r"(\d\d)_", name)
     verb = f"study --only {notebook[1]}" if notebook else "reproduce" if is_budgeted(result) else "sweep"
     words = [f"latentlab {verb} --preset {preset.removesuffix('-cpu').removesuffix('-cuda')}"]

@@ -5,9 +5,11 @@ The comment behind a field is its help text. What only one verb needs is importe
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from pydantic import Field
 
@@ -27,6 +29,16 @@ class Verb(Section):
 class Computing(Verb):
     device: str = "auto"  # auto (CUDA if there is one) | cpu | cuda | cuda:1
     threads: Threads = 0  # torch threads; 0 leaves torch's default
+
+    def selected_device(self) -> torch.device:
+        """The device; prints what precision "auto" is on it."""
+        from latentlab.backbone import multiplies_bfloat16
+
+        device = distributed.select_device(self.device)
+        if self.config.precision == "auto" and distributed.rank() == 0:
+            chosen = "bfloat16" if multiplies_bfloat16(device) else "float32"
+            print(f"precision auto: {chosen} products on this {device.type}", file=sys.stderr)
+        return device
 
 
 class Shared(Computing):
@@ -51,6 +63,7 @@ class Training(Shared):
     resume: bool = False  # continue an interrupted run from its last checkpoint
     max_minutes: Minutes = 0.0  # stop after this many minutes, saved and ready for --resume; 0 is no limit
     checkpoint_minutes: Minutes = 10.0  # minutes between checkpoints: the most work that a kill can lose
+    tensorboard: bool = False  # write the metrics for TensorBoard as well, into the run folder
 
     def fit(self, fit, name: str, init_from: str, *, curriculum: bool) -> dict:
         """Pre-flight checks, then `fit` in its run folder."""
@@ -62,11 +75,12 @@ class Training(Shared):
         if self.resume and not any(Path(out, name).exists() for name in ("config.json", "state.pt")):
             raise ValueError(f"resume: got {out}, expected the folder of a run; correct --out, or drop --resume")
         model = model_from_config(config, init_from=init_from, curriculum=curriculum)
-        model.place(distributed.select_device(self.device), config.precision)
+        model.place(self.selected_device(), config.precision)
         train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))
         preflight.expect_together(model, [*train, *validation], config, curriculum=curriculum)
-        limits = {"max_minutes": self.max_minutes, "checkpoint_minutes": self.checkpoint_minutes}
-        summary = fit(model, train, validation, config, out=out, resume=self.resume, **limits)
+        names = ("resume", "max_minutes", "checkpoint_minutes", "tensorboard")
+        options = {name: getattr(self, name) for name in names}
+        summary = fit(model, train, validation, config, out=out, **options)
         return {"out": out, **summary, "peak_memory_gib": environment.peak_memory_gib()}
 
 
@@ -108,7 +122,7 @@ class Evaluate(Shared):
         checkpoint = self.checkpoint or shipped_checkpoint(config.preset)
         problems = datasets.benchmark(self.benchmark) if self.benchmark else datasets.load(config.data, "test")
         problems = problems[: self.limit or None]
-        model = load_model(checkpoint).place(distributed.select_device(self.device), config.precision)
+        model = load_model(checkpoint).place(self.selected_device(), config.precision)
         preflight.expect_together(model, problems, config)
         return accuracy.summary(model, problems, config, mask=config.grpo.mask, temperature=config.grpo.temperature)
 
@@ -159,6 +173,7 @@ class Reproduce(Computing):
     def __call__(self) -> None:
         from latentlab.study.experiment import run_experiment
 
+        self.selected_device()
         asked = {name: getattr(self, name) for name in ("budget_minutes", "backbone", "init_from", "device")}
         print("wrote", run_experiment(self.config, out=_study_folder(self, "reproduce"), **asked))
 
@@ -187,25 +202,38 @@ class Verify(Verb):
 
 
 class Bench(Computing):
-    """Time the engine against baselines and its lower bound; gpt2 takes twenty minutes."""
+    """Time the engine and the training loops; gpt2 takes fifteen minutes.
+
+    With --against another checkout of the project is timed beside this one, row by row.
+    """
 
     shape: Literal["tiny", "gpt2", "smollm2"] = "gpt2"
+    against: str = ""  # another checkout, such as made by `git worktree add FOLDER HEAD~1`; on one CPU thread
+    pairs: Annotated[int, Field(ge=2, le=1000)] = 9  # of processes, in turn here and there, with --against
     json: str = ""  # write the result to this file as well
     device: str = "cpu"  # cpu | cuda
 
     def __call__(self) -> None:
         import matplotlib  # noqa: F401  # for the figure: a missing package is reported before the timing
 
-        from latentlab.bench import engine
+        from latentlab.bench import against, run
         from latentlab.study import figures
 
         copy, folder = files.expect_file(self.json), results.reports_folder()
         files.expect_writable(folder / "bench")
-        result = engine.run_bench(self.shape, str(distributed.select_device(self.device)))
+        if self.against and self.device != "cpu":
+            raise ValueError(
+                f"against: got --device {self.device}, expected cpu; two checkouts are timed on one thread"
+            )
+        if self.against:
+            result = against.run_against(Path(self.against), self.shape, self.pairs)
+        else:
+            result = run.run_bench(self.shape, str(distributed.select_device(self.device)))
         path = results.write_result(**result)
         if copy:
             files.write_atomically(copy, path.read_bytes())
-        figures.draw_bench(result, folder)
+        if not self.against:
+            figures.draw_bench(result, folder)
         print("wrote", path)
 
 

@@ -44,7 +44,7 @@ from latentlab.rollouts import Rollouts, rollout
 from latentlab.runtime import distributed
 from latentlab.training.curriculum import curriculum_gradient
 from latentlab.training.run import Problems, Run
-from latentlab.training.steps import batch_indices, progress_bar, set_learning_rate, update
+from latentlab.training.steps import batch_indices, progress_bar, set_learning_rate, show, update
 
 
 def fit_grpo(
@@ -52,7 +52,7 @@ def fit_grpo(
 ) -> dict:
     """Train one arm, in place; the model ends with its best weights on the validation set.
 
-    out: the run folder (str or Path). options: resume, max_minutes and checkpoint_minutes of Run.
+    out: the run folder (str or Path). options: resume, max_minutes, checkpoint_minutes and tensorboard of Run.
     Raises what Run does, Stopped if asked to stop, and FloatingPointError for a NaN.
     """
     g = config.grpo
@@ -76,6 +76,7 @@ def fit_grpo(
                 record["validation_accuracy"] = run.accuracy()
             run.end_step(optimizer, record, last=last)
             bar.update(progress.rollouts - bar.n)
+            show(bar, reward=stats.get("reward"), collapsed=stats.get("frac_reward_zero_std"))
     run.load_best()
     return {"validation_accuracy": progress.best, "rollouts": progress.rollouts}
 

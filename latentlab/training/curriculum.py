@@ -30,7 +30,7 @@ from latentlab.problems import Problem, step_result
 from latentlab.rollouts import encode_prompts, encode_texts, first_tokens
 from latentlab.runtime import distributed
 from latentlab.training.run import Problems, Run
-from latentlab.training.steps import batch_indices, progress_bar, set_learning_rate, update, warmup_cosine
+from latentlab.training.steps import batch_indices, progress_bar, set_learning_rate, show, update, warmup_cosine
 
 IGNORE = -100  # a target without loss
 
@@ -154,7 +154,8 @@ def _fit_stage(run: Run, stage: int) -> None:
     total, offset = c.steps[stage], sum(c.steps[:stage])
     start = run.progress.step - offset
     run.restore(optimizer if start else None)
-    for i in progress_bar(range(start, total), desc=f"{c.control} stage {stage}", initial=start, total=total):
+    bar = progress_bar(range(start, total), desc=f"{c.control} stage {stage}", initial=start, total=total)
+    for i in bar:
         if last and run.progress.best >= c.stop_accuracy:
             break
         step = offset + i
@@ -167,6 +168,7 @@ def _fit_stage(run: Run, stage: int) -> None:
         if i + 1 == total or (last and (i + 1) % c.eval_every == 0):
             accuracy = record["validation_accuracy"] = run.accuracy()
             stages[str(stage)] = max(accuracy, stages.get(str(stage), accuracy))
+        show(bar, loss=stats["loss"], accuracy=next(reversed(stages.values()), None))
         run.end_step(optimizer, record, last=last and i + 1 == total, keep_best=last)
 
 

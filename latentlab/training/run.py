@@ -3,6 +3,7 @@
     runs/NAME/config.json    the whole configuration
     runs/NAME/metrics.jsonl  one JSON object per line, as it happens; resuming leaves the same bytes
     runs/NAME/timing.jsonl   step and seconds, from 0 in every process that continues the run
+    runs/NAME/tensorboard/   the numbers of metrics.jsonl as TensorBoard events, if asked for
     runs/NAME/state.pt       everything that resuming needs: 12 bytes per weight in float32
     runs/NAME/best/          the weights of the best validation accuracy, as transformers loads them
 
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,6 +40,7 @@ from latentlab.runtime import distributed, files
 from latentlab.runtime.environment import on_signals
 from latentlab.training import checkpoint
 from latentlab.training.checkpoint import RESTORE, Progress, expect_finite, writing
+from latentlab.training.tensorboard import Events
 
 SLACK = 16 * 2**20  # bytes of a run folder beside weights: tokenizer, metrics
 FILES = ("metrics.jsonl", "timing.jsonl", "best", "best.old", "best.*.partial", "state.pt.*.partial")
@@ -68,6 +71,7 @@ class Run:
     resume: bool = False  # continue from state.pt; else a used folder is refused
     max_minutes: float = 0.0  # stop after so many; 0 is no limit
     checkpoint_minutes: float = 10.0  # a kill loses at most so many
+    tensorboard: bool = False  # write events for TensorBoard as well
 
     def __post_init__(self):
         if not self.train or not self.validation:
@@ -86,6 +90,7 @@ class Run:
         self.state: dict | None = None
         self.metrics_hash, self.best_sha256 = hashlib.sha256(), None  # of the lines so far, of best/
         self.own_best: Path | None = None
+        self.events: Events | None = None
         distributed.gather(self._read)  # all have read before rank 0 writes
         distributed.check_same(**self.identity, checkpoint=self.progress.step)
         self.new = self.state is None
@@ -129,6 +134,8 @@ class Run:
 
     def _open(self) -> None:
         """Make the folder, or repair it: drop lines after the checkpoint and partial files."""
+        if self.tensorboard:
+            import_module("torch.utils.tensorboard")  # without the package an error before anything is written
         held = [self.folder / "state.pt", *self.folder.glob("best/*")]
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         # Weights, two moments and best/, each twice while it is written; the former best/.
@@ -144,6 +151,8 @@ class Run:
         os.truncate(self.metrics, self.state["metrics_offset"] if self.state else 0)
         os.truncate(self.timing, self.timing.read_bytes().rfind(b"\n") + 1)
         self._append(self.timing, {"step": self.progress.step - 1, "seconds": 0.0})
+        if self.tensorboard:
+            self.events = Events(self.folder, first=self.progress.step if self.state else -1)
 
     def restore(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Load state.pt into the model and `optimizer`, once; a new run's stay as they are."""
@@ -188,10 +197,12 @@ class Run:
             raise Stopped(f"stopped by {stop} {where}, everything is saved in {self.folder}; {remedy}")
 
     def log(self, record: dict) -> None:
-        """Append `record` to metrics.jsonl, its time to timing.jsonl. Refuses a NaN."""
+        """Append `record` to metrics.jsonl, its time to timing.jsonl, write its events. Refuses a NaN."""
         expect_finite(record, record["step"])
         self.metrics_hash.update(self._append(self.metrics, record))
         self._append(self.timing, {"step": record["step"], "seconds": round(time.monotonic() - self.started, 3)})
+        if self.events:
+            self.events.write(record)
 
     def _append(self, path: Path, record: dict) -> bytes:
         line = (json.dumps(record) + "\n").encode()

@@ -1,4 +1,4 @@
-"""What one step of either loop needs: optimizer step, learning rate, batch order, progress bar."""
+"""What one step of either loop needs: optimizer step, learning rate, batch order, progress line."""
 
 from __future__ import annotations
 
@@ -53,3 +53,8 @@ def batch_indices(total: int, size: int, *, seed: SupportsIndex, step: SupportsI
 def progress_bar(*arguments, **settings) -> tqdm:
     """tqdm on rank 0 alone; TQDM_DISABLE=1 switches it off."""
     return tqdm(*arguments, leave=False, **settings, **({"disable": True} if distributed.rank() else {}))
+
+
+def show(bar: tqdm, **metrics: float | None) -> None:
+    """Show metrics of the last step behind the bar's seconds left; None: not measured yet."""
+    bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items() if value is not None}, refresh=False)

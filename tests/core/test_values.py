@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 
+from latentlab import backbone
+from latentlab import model as model_module
 from latentlab.attention import RolloutCache
 from latentlab.masks import MaskSpec, draw_masks, hash_words, uniforms
 from latentlab.model import LatentReasoner, State, policy, token_logps
@@ -156,7 +158,7 @@ def test_exactly_the_context_fits():
         model.check_length(50, 12)
 
 
-def test_precision_is_that_of_products_alone():
+def test_precision_is_that_of_products_alone(monkeypatch):
     model = tiny_gpt2()
     for precision, dtype in (("bfloat16", torch.bfloat16), ("float32", None)):
         assert model.place("cpu", precision) is model and model.autocast_dtype == dtype
@@ -164,7 +166,17 @@ def test_precision_is_that_of_products_alone():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (dtype or torch.float32)
         assert model.dtype == torch.float32 and model.head(torch.ones(1, 32)).dtype == torch.float32
     assert model.place("cpu").autocast_dtype is None
+    for found in (True, False):
+        monkeypatch.setattr(model_module, "multiplies_bfloat16", lambda device, found=found: found)
+        assert model.place("cpu", "auto").autocast_dtype == (torch.bfloat16 if found else None)
     assert model.double().head(torch.ones(1, 32)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("avx512, amx", [(True, False), (False, True), (False, False)])
+def test_a_cpu_multiplies_bfloat16_with_either_instruction(monkeypatch, avx512, amx):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert backbone.multiplies_bfloat16("cpu") == (avx512 or amx)
 
 
 def test_masks_cover_the_positions_of_their_scope(problems):
@@ -275,3 +287,13 @@ def test_a_position_sees_itself_and_what_came_before():
     cache = started(1, 1)
     assert cache.visible(1) is None
     assert cache.visible(2)[0, 0].int().tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize("rows, vocabulary", [(7, 2**17), (5, 2**18 + 1), (1000, 300), (1, 3)])
+def test_tokens_do_not_depend_on_how_many_rows_are_chosen_at_a_time(rows, vocabulary):
+    """Bit for bit those of one cumulative sum over all rows."""
+    logps = torch.log_softmax(torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0)), -1)
+    seeds = torch.arange(rows)
+    cdf = logps.exp().cumsum(-1, dtype=torch.float64)
+    expected = torch.searchsorted(cdf, uniforms(seeds, 3)[:, None] * cdf[:, -1:], right=True)[:, 0]
+    assert torch.equal(choose(logps, seeds, 3), expected)

@@ -213,6 +213,26 @@ def test_publishing_copies_results_and_regenerates_marked_blocks(reports, reposi
     assert [path.read_bytes() for path in (published / "RESULTS.md", readme, page)] == before
 
 
+def test_the_bench_page_has_tricks_whole_steps_and_the_comparison_of_two_checkouts(reports, repository):
+    about = {"shape": "gpt2", "device": "cpu", "threads": 1}
+    tricks = {"rollout": {"prefix_per_row": 2.25, "thoughts_per_row": 3.5}, "update": {"prefix_per_row": 2.5}}
+    write(
+        "cpu", preset="bench", parameters=about, metrics={"tricks": tricks, "tiny": {"seconds": {"validation": 0.25}}}
+    )
+    row = {"speedup": 3.25, "low": 3.0, "high": 3.5, "seconds_there": 0.75, "seconds_here": 0.25}
+    metrics = {"rows": {"iteration_shared": row}, "different": [], "left_out": {}}
+    write("against_gpt2", preset="bench", parameters={**about, "pairs": 9, "against": "0123"}, metrics=metrics)
+    write("trials", preset="trials", headline="not faster", metrics={"compile": {"speedup": 0.5}})
+    tables.publish()
+    page = (repository / "docs" / "page.md").read_text()
+    assert "not for every rollout | 2.25 | 2.50 |" in page and "for every rollout | 3.50 |  |" in page
+    assert "not copied K times" not in page  # was not measured
+    assert "| validation | 0.25 |" in page
+    assert "| iteration_shared | 3.25 | 3.00 to 3.50 | 0.75 | 0.25 |" in page
+    assert "(`latentlab bench --against FOLDER --shape gpt2 --device cpu --threads 1 --pairs 9`)" in page
+    assert "not faster** (`python scripts/measure_trials.py`)" in page and "| compile.speedup | 0.5 |" in page
+
+
 def test_the_commit_is_unknown_outside_a_repository(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "repository_root", lambda: tmp_path)
     assert environment.commit() == "unknown"
