@@ -3,6 +3,7 @@
     load_model("tiny")             the checkpoint that comes with the library
     load_model(name_or_path)       a folder or Hub id: of latentlab, or any supported LM
     load_model("…/checkpoint_25")  a published Coconut checkpoint, either layout (coconut.py)
+    load_model(adapter_folder)     the base that a LoRA adapter names, and the adapter (lora.py)
     model_from_config(config)      what a preset asks for
     save_model(model, folder)      safetensors + tokenizer + config + latentlab.json
 
@@ -11,7 +12,6 @@ Only safetensors are read, or tensors alone (`weights_only`): no pickle, no remo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from contextlib import suppress
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import cached_file
@@ -28,9 +27,10 @@ from transformers.utils import logging as hf_logging
 from latentlab.config import Config
 from latentlab.data.word_problems import WORDS
 from latentlab.model import END, LATENT, START, LatentReasoner
-from latentlab.pretrained import coconut, weights
+from latentlab.pretrained import adapters, coconut, weights
 from latentlab.pretrained.scratch import build_model
 from latentlab.pretrained.selfcheck import check_backbone
+from latentlab.pretrained.weights import weights_hash
 from latentlab.rollouts import first_token
 from latentlab.runtime.environment import TIMEOUT, hub_answers, repository_root
 from latentlab.runtime.files import read_json
@@ -78,11 +78,14 @@ def load_model(
     name = str(shipped_checkpoint("tiny") if name_or_path == "tiny" else name_or_path)
     if Path(name, "metrics.jsonl").exists() and Path(name, "best").exists():
         name = os.path.join(name, "best")
+    if _base_sha256(name):
+        return _load_adapter(Path(name), settings)
     _silence_transformers()
     state_dict = coconut.state_dict_file(name)
     lm, tokenizer = coconut.load_state_dict(state_dict, base) if state_dict else _load_pair(name)
     published = coconut.name_latent_tokens(lm.config, tokenizer) or state_dict
     lm.config.return_dict = True  # the engine reads outputs by name
+    lm.name_or_path = os.path.abspath(name) if os.path.exists(name) else name
     settings = {**(coconut.RECIPE if published else defaults or {}), **_stored_settings(name), **settings}
     missing = [key for key in ("num_thoughts", "max_new_tokens") if key not in settings]
     if missing:
@@ -99,6 +102,30 @@ def load_model(
             kind = stated if isinstance(stated := read_json(made, "their source").get("kind"), str) else kind
     model.provenance = {"kind": kind, "name": Path(name).name, **weights_hash(state_dict or name)}
     check_backbone(model)
+    return model
+
+
+def _base_sha256(name: str) -> str | None:
+    """The hash of the base's weights that an adapter folder of `save_model` names; None for other checkpoints."""
+    path = Path(name, STATE_FILE)
+    return read_json(path, "what `save_model` writes").get("base_sha256") if path.exists() else None
+
+
+def _load_adapter(folder: Path, settings: dict) -> LatentReasoner:
+    """The base that the adapter in `folder` names, with the adapter."""
+    lora = adapters.lora()
+    base = read_json(folder / weights.ADAPTER, "what peft writes", "base_model_name_or_path")["base_model_name_or_path"]
+    remedy = f"restore it, or write its new place into {weights.ADAPTER} as base_model_name_or_path"
+    try:
+        model = load_model(base, **{**_stored_settings(str(folder)), **settings})
+    except FileNotFoundError as error:
+        got = f"got no base model {base} ({error})"
+        raise FileNotFoundError(f"adapter {folder}: {got}, expected the one it was trained on; {remedy}") from error
+    found, expected = model.provenance.get("sha256"), _base_sha256(str(folder))
+    if found != expected:
+        raise ValueError(f"adapter {folder}: got a base {base} with weights {found}, expected {expected}; {remedy}")
+    lora.load(model, folder)
+    model.provenance = {"kind": "adapter", "name": folder.name, **weights_hash(folder), "base_sha256": expected}
     return model
 
 
@@ -147,6 +174,7 @@ def _stored_settings(name: str) -> dict:
     if not path.exists():
         return {}
     stored = read_json(path, expected := f"{', '.join(SETTINGS)} as `save_model` writes them")
+    stored.pop("base_sha256", None)
     least = {"num_thoughts": 0, "max_new_tokens": 1}
     if any(type(v).__name__ != SETTINGS.get(k) or (k in least and v < least[k]) for k, v in stored.items()):
         raise ValueError(f"{path}: got {str(stored)[:80]}, expected {expected}; restore the file")
@@ -216,13 +244,20 @@ def no_native_dropout(lm) -> None:
 
 
 def save_model(model: LatentReasoner, folder: str | Path) -> None:
-    """Write `model` into `folder`: what plain transformers loads, plus latentlab.json."""
+    """Write `model` into `folder`: what plain transformers loads, plus latentlab.json.
+
+    Of a base with an adapter the adapter alone, as peft loads it, with the hash of the base's weights.
+    """
     _silence_transformers()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.lm.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
     settings = {name: getattr(model, name) for name in SETTINGS}
+    if adapters.adapted(model):
+        adapters.lora().save(model, folder)
+        settings["base_sha256"] = model.provenance["base_sha256"]
+    else:
+        model.lm.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
     (folder / STATE_FILE).write_text(json.dumps(settings, indent=1) + "\n")
 
 
@@ -233,17 +268,3 @@ def shipped_checkpoint(preset: str) -> Path:
         remedy = f"train one with `latentlab curriculum --preset {preset}` and pass its run folder"
         raise FileNotFoundError(f"checkpoint: got no {folder}, expected a model for preset {preset}; {remedy}")
     return folder
-
-
-def weights_hash(name: str | Path) -> dict[str, str]:
-    """{"sha256": …} of a file, or of the safetensors of a folder or cached Hub id; else {}."""
-    if not os.path.exists(name):
-        try:
-            name = snapshot_download(str(name), local_files_only=True)
-        except Exception:  # not in the cache, or not an id: huggingface_hub raises many kinds
-            return {}
-    files = [Path(name)] if Path(name).is_file() else sorted(Path(name).glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return {"sha256": digest.hexdigest()} if files else {}

@@ -108,15 +108,15 @@ def _checked_weights(config: Config, data: dict, device: torch.device | str, ini
     expect_together(model, [*learned, *data["test"]], config)
     if not init_from:
         expect_together(model, learned, config, curriculum=True)
-    _expect_memory(model)
+    _expect_memory(model, 4 if config.lora.r else 16)
     return model.provenance
 
 
-def _expect_memory(model: LatentReasoner) -> None:
-    """OSError if the GPU cannot hold weights, gradients, two moments and some activations."""
+def _expect_memory(model: LatentReasoner, per_weight: int) -> None:
+    """OSError if the GPU cannot hold weights, what trains them (16 bytes in all) and some activations."""
     if model.device.type != "cuda":
         return
-    need = 16 * sum(p.numel() for p in model.parameters()) + 2 * 2**30
+    need = per_weight * sum(p.numel() for p in model.parameters()) + 2 * 2**30
     free, _ = torch.cuda.mem_get_info(model.device)
     if free + torch.cuda.memory_allocated(model.device) < need:
         got, expected = f"{free / 2**30:.1f} GiB free", f"{need / 2**30:.1f} for weights, gradients, optimizer, batch"
