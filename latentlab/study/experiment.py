@@ -32,6 +32,7 @@ from latentlab.data import datasets
 from latentlab.data.jsonl import read_jsonl, write_jsonl
 from latentlab.evaluation.accuracy import evaluate
 from latentlab.model import LatentReasoner
+from latentlab.pretrained.adapters import attach_adapter
 from latentlab.pretrained.loading import load_model, model_from_config, save_model
 from latentlab.runtime.distributed import select_device
 from latentlab.runtime.environment import commit, peak_memory_gib
@@ -104,6 +105,7 @@ def run_experiment(
 def _checked_weights(config: Config, data: dict, device: torch.device | str, init_from: str) -> dict:
     """Provenance of the model to start from; it must fit the problems, and the GPU must fit it."""
     model = model_from_config(config, init_from=init_from).place(device, config.precision)
+    attach_adapter(model, config)
     learned = [*data["train"], *data["validation"]]
     expect_together(model, [*learned, *data["test"]], config)
     if not init_from:
@@ -195,6 +197,7 @@ class Experiment(TrainedModels):
         """The job of a baseline, its stages sized to the budget."""
         config, c = job.config, job.config.curriculum
         model = model_from_config(config).place(self.device, config.precision)
+        attach_adapter(model, config)
         plan = partial(plan_curriculum, model, self.data, config, self.budget)
         steps = tuple(self.budget.once("curriculum_steps", plan))
         warmup = min(c.warmup_steps, max(1, min(steps) // 4))  # short stages are not all warm-up

@@ -16,6 +16,7 @@ from latentlab.pretrained.selfcheck import compare
 from latentlab.rollouts import replay_gap, rollout
 from latentlab.training.steps import trained
 from tests.conftest import small_config
+from tests.pretrained.test_backbones import build
 
 LORA = {"r": 4, "alpha": 8}
 
@@ -27,14 +28,17 @@ def base(request, make_model, tmp_path):
     return folder
 
 
-def adapted(base, *, scale=0.1, **lora):
-    """A base with an adapter whose matrices and rows are all away from their start."""
-    model = load_model(base)
+def adapted(base, **lora):
+    return changed(load_model(base), **lora)
+
+
+def changed(model, **lora):
+    """`model` with an adapter whose matrices and rows are all away from their start."""
     attach_adapter(model, small_config(lora={**LORA, **lora}))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in trained(model):
-            weight.add_(torch.randn(weight.shape, generator=generator), alpha=scale)
+            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
     return model
 
 
@@ -69,6 +73,16 @@ def test_the_engine_and_its_masks_are_exact_with_an_adapter(base):
     assert max(branch_gaps(model.lm)) < 1e-12
     assert not [gap for gap in compare(model, full=True) if not gap.ok]
     assert (logits(model) - logits(load_model(base).double())).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["Gemma", "Gemma-3, window 24", "Llama, tied head, biases", "Phi", "Mixtral"])
+def test_families_with_scaled_or_tied_tables_biases_and_experts(family):
+    model = build(family)
+    model.provenance["sha256"] = "0"
+    changed(model)
+    assert not [gap for gap in compare(model, full=True) if not gap.ok]
+    before = logits(model)
+    torch.testing.assert_close(logits(merge_adapter(model)), before, rtol=0, atol=1e-5)
 
 
 def test_masks_looked_up_before_the_adapter_act_on_it(base, problems):
