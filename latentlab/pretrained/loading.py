@@ -63,7 +63,8 @@ def load_model(
 ) -> LatentReasoner:
     """Load a model in float32: "tiny" (the shipped checkpoint), a folder or a Hub id.
 
-    The run folder of a training run stands for its best/.
+    The run folder of a training run stands for its best/. The folder of an adapter that `save_model`
+    wrote gives the base that it names with the adapter; a base with other weights is refused.
     settings: `num_thoughts`, `max_new_tokens` and `feedback` of `LatentReasoner`. A folder written
     by `save_model` has them, a published Coconut checkpoint takes its recipe's, other checkpoints
     need the first two; what is passed overrides what is stored.

@@ -111,9 +111,12 @@ def save(model: LatentReasoner, folder: Path) -> None:
 
 
 def load(model: LatentReasoner, folder: Path) -> None:
-    """Put the adapter in `folder` into `model`, the base that it was trained on."""
-    _inject(model, peft.LoraConfig.from_pretrained(str(folder)))
-    model.lm.peft_config[NAME].inference_mode = False
+    """Put the adapter in `folder` into `model`, the base that it was trained on. Raises ValueError, one line."""
+    try:
+        _inject(model, peft.LoraConfig.from_pretrained(str(folder)))
+    except Exception as error:  # peft raises many kinds
+        got = f"could not use adapter_config.json ({type(error).__name__})"
+        raise ValueError(f"adapter {folder}: {got}, expected it as peft wrote it; restore it") from error
     read(model, folder)
 
 

@@ -3,8 +3,9 @@
     runs/NAME/config.json    the whole configuration
     runs/NAME/metrics.jsonl  one JSON object per line, as it happens; resuming leaves the same bytes
     runs/NAME/timing.jsonl   step and seconds, from 0 in every process that continues the run
-    runs/NAME/state.pt       everything that resuming needs: 12 bytes per weight in float32
-    runs/NAME/best/          the weights of the best validation accuracy, as transformers loads them
+    runs/NAME/state.pt       everything that resuming needs: 12 bytes per trained weight in float32
+    runs/NAME/best/          the weights of the best validation accuracy, as transformers loads them,
+                             or the LoRA adapter alone, as peft loads it
 
 state.pt is written at every validation, every `checkpoint_minutes` and when the run must stop.
 Randomness, learning rate and data order follow from (seed, step), and bfloat16 autocast needs no
