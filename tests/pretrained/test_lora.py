@@ -19,6 +19,7 @@ from tests.conftest import small_config
 from tests.pretrained.test_backbones import build
 
 LORA = {"r": 4, "alpha": 8}
+only_gpt2 = pytest.mark.parametrize("base", ["gpt2"], indirect=True)
 
 
 @pytest.fixture(params=["gpt2", "llama"])  # Conv1D and a tied head; Linear and an untied one
@@ -85,6 +86,7 @@ def test_families_with_scaled_or_tied_tables_biases_and_experts(family):
     torch.testing.assert_close(logits(merge_adapter(model)), before, rtol=0, atol=1e-5)
 
 
+@only_gpt2
 def test_masks_looked_up_before_the_adapter_act_on_it(base, problems):
     model, known = load_model(base), adapted(base)
     model.branches(("attention", "mlp"))
@@ -147,6 +149,7 @@ def test_the_rows_get_the_gradient_of_a_whole_table(base):
 # -- what does not fit ----------------------------------------------------------------------------------------------
 
 
+@only_gpt2
 def test_another_base_is_refused(base, tmp_path):
     save_model(adapted(base), tmp_path / "adapter")
     weights = load_file(base / "model.safetensors")
@@ -155,6 +158,7 @@ def test_another_base_is_refused(base, tmp_path):
     refused(ValueError, "^adapter .*: got a base .* with weights .*, expected .*; restore it", tmp_path / "adapter")
 
 
+@only_gpt2
 def test_a_missing_base_is_named_with_what_to_do_and_its_new_place_counts(base, tmp_path):
     save_model(adapted(base), tmp_path / "adapter")
     base.rename(tmp_path / "moved")
@@ -164,6 +168,7 @@ def test_a_missing_base_is_named_with_what_to_do_and_its_new_place_counts(base, 
     load_model(tmp_path / "adapter")
 
 
+@only_gpt2
 @pytest.mark.parametrize("kind", ["cut", "missing", "shape", "nan", "gone"])
 def test_a_damaged_adapter_is_one_line(base, tmp_path, kind):
     save_model(adapted(base), tmp_path / "adapter")
@@ -180,6 +185,16 @@ def test_a_damaged_adapter_is_one_line(base, tmp_path, kind):
     refused(ValueError, "^adapter .*: could not read adapter_model.safetensors", tmp_path / "adapter")
 
 
+@only_gpt2
+@pytest.mark.parametrize("damage", [{"r": "x"}, {"target_modules": ["nosuch"]}, {"peft_type": None}])
+def test_a_damaged_adapter_config_is_one_line(base, tmp_path, damage):
+    save_model(adapted(base), tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    refused(ValueError, "^adapter .*: could not use adapter_config.json .*; restore it", tmp_path / "adapter")
+
+
+@only_gpt2
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
@@ -212,6 +227,7 @@ def test_weights_in_no_file_have_no_adapter(gpt2):
         attach_adapter(gpt2, small_config(lora=LORA))
 
 
+@only_gpt2
 def test_without_peft_there_is_one_line(base, tmp_path, monkeypatch, capsys):
     save_model(adapted(base), tmp_path / "adapter")
     monkeypatch.setitem(sys.modules, "peft", None)
