@@ -12,6 +12,7 @@ Only safetensors are read, or tensors alone (`weights_only`): no pickle, no remo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from contextlib import suppress
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import cached_file
@@ -30,7 +32,6 @@ from latentlab.model import END, LATENT, START, LatentReasoner
 from latentlab.pretrained import adapters, coconut, weights
 from latentlab.pretrained.scratch import build_model
 from latentlab.pretrained.selfcheck import check_backbone
-from latentlab.pretrained.weights import weights_hash
 from latentlab.rollouts import first_token
 from latentlab.runtime.environment import TIMEOUT, hub_answers, repository_root
 from latentlab.runtime.files import read_json
@@ -39,6 +40,7 @@ PACKAGED = Path(__file__).parent.parent / "checkpoints"  # in an installed wheel
 CHECKPOINTS = PACKAGED if PACKAGED.is_dir() else repository_root() / "data" / "checkpoints"
 STATE_FILE = "latentlab.json"
 SETTINGS = {"num_thoughts": "int", "max_new_tokens": "int", "feedback": "str"}  # the contents of STATE_FILE
+WRITTEN = f"{', '.join(SETTINGS)} as `save_model` writes them"
 NATIVE_DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "summary_first_dropout")
 REMEDY = "connect to the Hub, or pass a folder that holds the model (python scripts/fetch_smollm2.py makes SmolLM2's)"
 
@@ -109,7 +111,7 @@ def load_model(
 def _base_sha256(name: str) -> str | None:
     """The hash of the base's weights that an adapter folder of `save_model` names; None for other checkpoints."""
     path = Path(name, STATE_FILE)
-    return read_json(path, "what `save_model` writes").get("base_sha256") if path.exists() else None
+    return read_json(path, WRITTEN).get("base_sha256") if path.exists() else None
 
 
 def _load_adapter(folder: Path, settings: dict) -> LatentReasoner:
@@ -174,11 +176,11 @@ def _stored_settings(name: str) -> dict:
         path = Path(cached_file(name, STATE_FILE, _raise_exceptions_for_missing_entries=False) or path)
     if not path.exists():
         return {}
-    stored = read_json(path, expected := f"{', '.join(SETTINGS)} as `save_model` writes them")
+    stored = read_json(path, WRITTEN)
     stored.pop("base_sha256", None)
     least = {"num_thoughts": 0, "max_new_tokens": 1}
     if any(type(v).__name__ != SETTINGS.get(k) or (k in least and v < least[k]) for k, v in stored.items()):
-        raise ValueError(f"{path}: got {str(stored)[:80]}, expected {expected}; restore the file")
+        raise ValueError(f"{path}: got {str(stored)[:80]}, expected {WRITTEN}; restore the file")
     return stored
 
 
@@ -269,3 +271,17 @@ def shipped_checkpoint(preset: str) -> Path:
         remedy = f"train one with `latentlab curriculum --preset {preset}` and pass its run folder"
         raise FileNotFoundError(f"checkpoint: got no {folder}, expected a model for preset {preset}; {remedy}")
     return folder
+
+
+def weights_hash(name: str | Path) -> dict[str, str]:
+    """{"sha256": …} of a file, or of the safetensors of a folder or cached Hub id; else {}."""
+    if not os.path.exists(name):
+        try:
+            name = snapshot_download(str(name), local_files_only=True)
+        except Exception:  # not in the cache, or not an id: huggingface_hub raises many kinds
+            return {}
+    files = [Path(name)] if Path(name).is_file() else sorted(Path(name).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return {"sha256": digest.hexdigest()} if files else {}

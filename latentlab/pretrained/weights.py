@@ -5,8 +5,6 @@ Every fault is one line that names the file or tensor. Nothing is repaired.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -141,17 +139,3 @@ def expect_equal(
             raise ValueError(f"checkpoint {name}: got NaN or inf in {key}, expected finite weights; use another")
         if key in held and not torch.equal(tensor, held[key]):
             raise ValueError(f"checkpoint {name}: got two values of {key}, expected one; remove the wrong file")
-
-
-def weights_hash(name: str | Path) -> dict[str, str]:
-    """{"sha256": …} of a file, or of the safetensors of a folder or cached Hub id; else {}."""
-    if not os.path.exists(name):
-        try:
-            name = snapshot_download(str(name), local_files_only=True)
-        except Exception:  # not in the cache, or not an id: huggingface_hub raises many kinds
-            return {}
-    files = [Path(name)] if Path(name).is_file() else sorted(Path(name).glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return {"sha256": digest.hexdigest()} if files else {}
