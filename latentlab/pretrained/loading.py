@@ -82,7 +82,7 @@ def load_model(
     if Path(name, "metrics.jsonl").exists() and Path(name, "best").exists():
         name = os.path.join(name, "best")
     if _base_sha256(name):
-        return _load_adapter(Path(name), settings)
+        return _load_adapter(Path(name), {"base": base, **settings})
     _silence_transformers()
     state_dict = coconut.state_dict_file(name)
     lm, tokenizer = coconut.load_state_dict(state_dict, base) if state_dict else _load_pair(name)

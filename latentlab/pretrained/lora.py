@@ -40,7 +40,9 @@ class LatentRows(TrainableTokensLayer):
         out = layer(x)
         if isinstance(layer, nn.Linear):
             logits = nn.functional.linear(x, rows, None if layer.bias is None else layer.bias[ids])
-            return out.index_copy(-1, torch.tensor(ids, device=out.device), logits)
+            for i, column in zip(ids, logits.unbind(-1), strict=True):
+                out[..., i] = column
+            return out
         scale = self._get_embed_scale()
         for i, row in zip(ids, rows if scale is None else rows * scale, strict=True):
             out = torch.where((x == i)[..., None], row, out)
