@@ -106,6 +106,12 @@ class BackboneConfig(Section, name="backbone"):
             raise ValueError(f"backbone.n_head: got {self.n_head}, expected a divisor of n_embd={self.n_embd}")
 
 
+class LoRAConfig(Section, name="lora"):
+    r: Count = 0  # rank of the adapter that is trained in place of the weights; 0 trains the weights
+    alpha: Positive = 16  # the adapter's output is multiplied by alpha / r
+    targets: tuple[Name, ...] = ()  # names of linear maps, such as q_proj v_proj; empty: all in the decoder blocks
+
+
 class CurriculumConfig(Section, name="curriculum"):
     control: Literal["coconut", "pause", "direct"] = "coconut"  # pause: no thought is fed back; direct: no latent step
     steps: Annotated[tuple[Positive, ...], Field(min_length=2)] = (10, 10)  # updates of stage 0 (explicit), 1, ...
@@ -189,6 +195,7 @@ class Config(Section):
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
+    lora: LoRAConfig = LoRAConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     grpo: GRPOConfig = GRPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

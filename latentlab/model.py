@@ -145,7 +145,7 @@ class LatentReasoner(nn.Module):
 
         bfloat16 logits are spaced by about 0.1: ties, log-probs that do not replay (arXiv 2506.13585).
         """
-        hidden = hidden.to(self.lm.get_output_embeddings().weight.dtype)
+        hidden = hidden.to(self.dtype)
         with torch.autocast(self.device.type, enabled=False):
             logits = own_logits(self.lm, hidden)
         return logits if logits.dtype == torch.float64 else logits.float()

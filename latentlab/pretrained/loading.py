@@ -3,6 +3,7 @@
     load_model("tiny")             the checkpoint that comes with the library
     load_model(name_or_path)       a folder or Hub id: of latentlab, or any supported LM
     load_model("…/checkpoint_25")  a published Coconut checkpoint, either layout (coconut.py)
+    load_model(adapter_folder)     the base that a LoRA adapter names, and the adapter (lora.py)
     model_from_config(config)      what a preset asks for
     save_model(model, folder)      safetensors + tokenizer + config + latentlab.json
 
@@ -28,7 +29,7 @@ from transformers.utils import logging as hf_logging
 from latentlab.config import Config
 from latentlab.data.word_problems import WORDS
 from latentlab.model import END, LATENT, START, LatentReasoner
-from latentlab.pretrained import coconut, weights
+from latentlab.pretrained import adapters, coconut, weights
 from latentlab.pretrained.scratch import build_model
 from latentlab.pretrained.selfcheck import check_backbone
 from latentlab.rollouts import first_tokens
@@ -39,6 +40,7 @@ PACKAGED = Path(__file__).parent.parent / "checkpoints"  # in an installed wheel
 CHECKPOINTS = PACKAGED if PACKAGED.is_dir() else repository_root() / "data" / "checkpoints"
 STATE_FILE = "latentlab.json"
 SETTINGS = {"num_thoughts": "int", "max_new_tokens": "int", "feedback": "str"}  # the contents of STATE_FILE
+WRITTEN = f"{', '.join(SETTINGS)} as `save_model` writes them"
 NATIVE_DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "summary_first_dropout")
 REMEDY = "connect to the Hub, or pass a folder that holds the model (python scripts/fetch_smollm2.py makes SmolLM2's)"
 
@@ -63,7 +65,8 @@ def load_model(
 ) -> LatentReasoner:
     """Load a model in float32: "tiny" (the shipped checkpoint), a folder or a Hub id.
 
-    The run folder of a training run stands for its best/.
+    The run folder of a training run stands for its best/. The folder of an adapter that `save_model`
+    wrote gives the base that it names with the adapter; a base with other weights is refused.
     settings: `num_thoughts`, `max_new_tokens` and `feedback` of `LatentReasoner`. A folder written
     by `save_model` has them, a published Coconut checkpoint takes its recipe's, other checkpoints
     need the first two; what is passed overrides what is stored.
@@ -78,11 +81,14 @@ def load_model(
     name = str(shipped_checkpoint("tiny") if name_or_path == "tiny" else name_or_path)
     if Path(name, "metrics.jsonl").exists() and Path(name, "best").exists():
         name = os.path.join(name, "best")
+    if _base_sha256(name):
+        return _load_adapter(Path(name), {"base": base, **settings})
     _silence_transformers()
     state_dict = coconut.state_dict_file(name)
     lm, tokenizer = coconut.load_state_dict(state_dict, base) if state_dict else _load_pair(name)
     published = coconut.name_latent_tokens(lm.config, tokenizer) or state_dict
     lm.config.return_dict = True  # the engine reads outputs by name
+    lm.name_or_path = os.path.abspath(name) if os.path.exists(name) else name
     settings = {**(coconut.RECIPE if published else defaults or {}), **_stored_settings(name), **settings}
     missing = [key for key in ("num_thoughts", "max_new_tokens") if key not in settings]
     if missing:
@@ -99,6 +105,30 @@ def load_model(
             kind = stated if isinstance(stated := read_json(made, "their source").get("kind"), str) else kind
     model.provenance = {"kind": kind, "name": Path(name).name, **weights_hash(state_dict or name)}
     check_backbone(model)
+    return model
+
+
+def _base_sha256(name: str) -> str | None:
+    """The hash of the base's weights that an adapter folder of `save_model` names; None for other checkpoints."""
+    path = Path(name, STATE_FILE)
+    return read_json(path, WRITTEN).get("base_sha256") if path.exists() else None
+
+
+def _load_adapter(folder: Path, settings: dict) -> LatentReasoner:
+    """The base that the adapter in `folder` names, with the adapter."""
+    lora = adapters.lora()
+    base = read_json(folder / weights.ADAPTER, "what peft writes", "base_model_name_or_path")["base_model_name_or_path"]
+    remedy = f"restore it, or write its new place into {weights.ADAPTER} as base_model_name_or_path"
+    try:
+        model = load_model(base, **{**_stored_settings(str(folder)), **settings})
+    except FileNotFoundError as error:
+        got = f"got no base model {base} ({error})"
+        raise FileNotFoundError(f"adapter {folder}: {got}, expected the one it was trained on; {remedy}") from error
+    found, expected = model.provenance.get("sha256"), _base_sha256(str(folder))
+    if found != expected:
+        raise ValueError(f"adapter {folder}: got a base {base} with weights {found}, expected {expected}; {remedy}")
+    lora.load(model, folder)
+    model.provenance = {"kind": "adapter", "name": folder.name, **weights_hash(folder), "base_sha256": expected}
     return model
 
 
@@ -146,10 +176,11 @@ def _stored_settings(name: str) -> dict:
         path = Path(cached_file(name, STATE_FILE, _raise_exceptions_for_missing_entries=False) or path)
     if not path.exists():
         return {}
-    stored = read_json(path, expected := f"{', '.join(SETTINGS)} as `save_model` writes them")
+    stored = read_json(path, WRITTEN)
+    stored.pop("base_sha256", None)
     least = {"num_thoughts": 0, "max_new_tokens": 1}
     if any(type(v).__name__ != SETTINGS.get(k) or (k in least and v < least[k]) for k, v in stored.items()):
-        raise ValueError(f"{path}: got {str(stored)[:80]}, expected {expected}; restore the file")
+        raise ValueError(f"{path}: got {str(stored)[:80]}, expected {WRITTEN}; restore the file")
     return stored
 
 
@@ -216,13 +247,20 @@ def no_native_dropout(lm) -> None:
 
 
 def save_model(model: LatentReasoner, folder: str | Path) -> None:
-    """Write `model` into `folder`: what plain transformers loads, plus latentlab.json."""
+    """Write `model` into `folder`: what plain transformers loads, plus latentlab.json.
+
+    Of a base with an adapter the adapter alone, as peft loads it, with the hash of the base's weights.
+    """
     _silence_transformers()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.lm.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
     settings = {name: getattr(model, name) for name in SETTINGS}
+    if adapters.adapted(model):
+        adapters.lora().save(model, folder)
+        settings["base_sha256"] = model.provenance["base_sha256"]
+    else:
+        model.lm.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
     (folder / STATE_FILE).write_text(json.dumps(settings, indent=1) + "\n")
 
 

@@ -32,6 +32,7 @@ from latentlab.data import datasets
 from latentlab.data.jsonl import read_jsonl, write_jsonl
 from latentlab.evaluation.accuracy import evaluate
 from latentlab.model import LatentReasoner
+from latentlab.pretrained.adapters import attach_adapter
 from latentlab.pretrained.loading import load_model, model_from_config, save_model
 from latentlab.runtime.distributed import select_device
 from latentlab.runtime.environment import commit, peak_memory_gib
@@ -104,19 +105,20 @@ def run_experiment(
 def _checked_weights(config: Config, data: dict, device: torch.device | str, init_from: str) -> dict:
     """Provenance of the model to start from; it must fit the problems, and the GPU must fit it."""
     model = model_from_config(config, init_from=init_from).place(device, config.precision)
+    attach_adapter(model, config)
     learned = [*data["train"], *data["validation"]]
     expect_together(model, [*learned, *data["test"]], config)
     if not init_from:
         expect_together(model, learned, config, curriculum=True)
-    _expect_memory(model)
+    _expect_memory(model, 4 if config.lora.r else 16)
     return model.provenance
 
 
-def _expect_memory(model: LatentReasoner) -> None:
-    """OSError if the GPU cannot hold weights, gradients, two moments and some activations."""
+def _expect_memory(model: LatentReasoner, per_weight: int) -> None:
+    """OSError if the GPU cannot hold weights, what trains them (16 bytes in all) and some activations."""
     if model.device.type != "cuda":
         return
-    need = 16 * sum(p.numel() for p in model.parameters()) + 2 * 2**30
+    need = per_weight * sum(p.numel() for p in model.parameters()) + 2 * 2**30
     free, _ = torch.cuda.mem_get_info(model.device)
     if free + torch.cuda.memory_allocated(model.device) < need:
         got, expected = f"{free / 2**30:.1f} GiB free", f"{need / 2**30:.1f} for weights, gradients, optimizer, batch"
@@ -195,6 +197,7 @@ class Experiment(TrainedModels):
         """The job of a baseline, its stages sized to the budget."""
         config, c = job.config, job.config.curriculum
         model = model_from_config(config).place(self.device, config.precision)
+        attach_adapter(model, config)
         plan = partial(plan_curriculum, model, self.data, config, self.budget)
         steps = tuple(self.budget.once("curriculum_steps", plan))
         warmup = min(c.warmup_steps, max(1, min(steps) // 4))  # short stages are not all warm-up

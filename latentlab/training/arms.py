@@ -26,7 +26,6 @@ with dynamic sampling (`max_candidates`, see sample_groups) takes more, so there
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,12 +38,21 @@ from latentlab.grpo import merge_stats, policy_gradient
 from latentlab.loss import loss_denominator
 from latentlab.masks import rollout_seeds
 from latentlab.model import LatentReasoner
+from latentlab.pretrained.adapters import attach_adapter
 from latentlab.reward import exact_answer
 from latentlab.rollouts import Rollouts, rollout
 from latentlab.runtime import distributed
 from latentlab.training.curriculum import curriculum_gradient
 from latentlab.training.run import Problems, Run
-from latentlab.training.steps import batch_indices, progress_bar, set_learning_rate, show, update
+from latentlab.training.steps import (
+    batch_indices,
+    frozen_copy,
+    progress_bar,
+    set_learning_rate,
+    show,
+    trained,
+    update,
+)
 
 
 def fit_grpo(
@@ -56,9 +64,10 @@ def fit_grpo(
     Raises what Run does, Stopped if asked to stop, and FloatingPointError for a NaN.
     """
     g = config.grpo
+    attach_adapter(model, config)
     run = Run(Path(out), config, model, train, validation, loop="grpo", **options)
-    reference = copy.deepcopy(model).requires_grad_(False) if g.beta else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=g.learning_rate, weight_decay=g.weight_decay)
+    reference = frozen_copy(model) if g.beta else None
+    optimizer = torch.optim.AdamW(trained(model), lr=g.learning_rate, weight_decay=g.weight_decay)
     run.restore(optimizer)
     progress, budget = run.progress, g.steps * g.num_problems * g.num_generations  # rollouts
     bar = progress_bar(total=budget, initial=progress.rollouts, desc=f"grpo {g.arm}", unit="rollout")

@@ -91,6 +91,22 @@ def made_with() -> dict:
     return {"commit": commit(), **versions, "processes": distributed.size()}
 
 
+def trained_state(model) -> dict[str, torch.Tensor]:
+    """The state of `model.lm` without frozen weights, which are in the file of a LoRA adapter's base."""
+    frozen = _frozen(model)
+    return {name: value for name, value in model.lm.state_dict().items() if name not in frozen}
+
+
+def load_trained(model, state: dict[str, torch.Tensor]) -> None:
+    """Load what `trained_state` returned; raises RuntimeError where a tensor is missing or does not fit."""
+    held = model.lm.state_dict()
+    model.lm.load_state_dict({name: held[name] for name in _frozen(model)} | state)
+
+
+def _frozen(model) -> set[str]:
+    return {name for name, p in model.lm.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
 def read_state(path: Path, asked: dict) -> dict:
     """state.pt of a run whose `identity` is `asked`, with its Progress. Raises ValueError, one line."""
     try:

@@ -26,11 +26,20 @@ from torch.nn.utils.rnn import pad_sequence
 from latentlab.config import CONTROLS, Config
 from latentlab.masks import draw_masks, rollout_seeds
 from latentlab.model import LatentReasoner
+from latentlab.pretrained.adapters import attach_adapter
 from latentlab.problems import Problem, step_result
 from latentlab.rollouts import encode_prompts, encode_texts, first_tokens
 from latentlab.runtime import distributed
 from latentlab.training.run import Problems, Run
-from latentlab.training.steps import batch_indices, progress_bar, set_learning_rate, show, update, warmup_cosine
+from latentlab.training.steps import (
+    batch_indices,
+    progress_bar,
+    set_learning_rate,
+    show,
+    trained,
+    update,
+    warmup_cosine,
+)
 
 IGNORE = -100  # a target without loss
 
@@ -134,6 +143,7 @@ def fit_curriculum(
     """
     c = config.curriculum
     model.feedback = CONTROLS[c.control]
+    attach_adapter(model, config)
     run = Run(Path(out), config, model, train, validation, loop="curriculum", **options)
     reached = bisect_right(list(accumulate(c.steps)), run.progress.step)
     end = config.latent_stages if last_stage is None else last_stage
@@ -150,7 +160,7 @@ def _fit_stage(run: Run, stage: int) -> None:
     model, train, config, c = run.model, run.train, run.config, run.config.curriculum
     last, stages = stage == config.latent_stages, run.progress.stages
     set_stage(model, config, stage, run.validation)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay)
+    optimizer = torch.optim.AdamW(trained(model), lr=c.learning_rate, betas=c.betas, weight_decay=c.weight_decay)
     total, offset = c.steps[stage], sum(c.steps[:stage])
     start = run.progress.step - offset
     run.restore(optimizer if start else None)

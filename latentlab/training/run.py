@@ -4,8 +4,9 @@
     runs/NAME/metrics.jsonl  one JSON object per line, as it happens; resuming leaves the same bytes
     runs/NAME/timing.jsonl   step and seconds, from 0 in every process that continues the run
     runs/NAME/tensorboard/   the numbers of metrics.jsonl as TensorBoard events, if asked for
-    runs/NAME/state.pt       everything that resuming needs: 12 bytes per weight in float32
-    runs/NAME/best/          the weights of the best validation accuracy, as transformers loads them
+    runs/NAME/state.pt       everything that resuming needs: 12 bytes per trained weight in float32
+    runs/NAME/best/          the weights of the best validation accuracy, as transformers loads them,
+                             or the LoRA adapter alone, as peft loads it
 
 state.pt is written at every validation, every `checkpoint_minutes` and when the run must stop.
 Randomness, learning rate and data order follow from (seed, step), and bfloat16 autocast needs no
@@ -28,18 +29,21 @@ from dataclasses import KW_ONLY, dataclass
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from latentlab.config import Config, to_dict
 from latentlab.evaluation.accuracy import evaluate
 from latentlab.model import LatentReasoner
+from latentlab.pretrained import adapters
 from latentlab.pretrained.loading import load_model, save_model
 from latentlab.problems import Problem
 from latentlab.runtime import distributed, files
 from latentlab.runtime.environment import on_signals
 from latentlab.training import checkpoint
-from latentlab.training.checkpoint import RESTORE, Progress, expect_finite, writing
+from latentlab.training.checkpoint import RESTORE, Progress, expect_finite, load_trained, trained_state, writing
+from latentlab.training.steps import trained
 from latentlab.training.tensorboard import Events
 
 SLACK = 16 * 2**20  # bytes of a run folder beside weights: tokenizer, metrics
@@ -137,7 +141,7 @@ class Run:
         if self.tensorboard:
             import_module("torch.utils.tensorboard")  # without the package an error before anything is written
         held = [self.folder / "state.pt", *self.folder.glob("best/*")]
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        weights = sum(p.numel() * p.element_size() for p in trained(self.model))
         # Weights, two moments and best/, each twice while it is written; the former best/.
         need = 9 * weights + SLACK - sum(path.stat().st_size for path in held if path.is_file())
         files.expect_writable(self.folder, need)
@@ -159,7 +163,7 @@ class Run:
         if self.state is None:
             return
         try:
-            self.model.lm.load_state_dict(self.state["model"])
+            load_trained(self.model, self.state["model"])
             if optimizer is not None:
                 optimizer.load_state_dict(self.state["optimizer"])
             torch.set_rng_state(self.state["rng"])
@@ -216,8 +220,8 @@ class Run:
 
     def save(self, optimizer: torch.optim.Optimizer) -> None:
         """Write state.pt: weights, optimizer, progress, and the identity to check on resume."""
-        state = {
-            "model": self.model.lm.state_dict(),
+        state: dict[str, Any] = {
+            "model": trained_state(self.model),
             "optimizer": optimizer.state_dict(),
             "progress": vars(self.progress),
             "metrics_offset": self.metrics.stat().st_size,
@@ -236,7 +240,7 @@ class Run:
     def save_best(self) -> None:
         """Write best/; the former one stays in best.old/ until state.pt names the new step."""
         step, accuracy = self.progress.best_step, self.progress.best
-        expect_finite({"weights": self.model.lm.state_dict()}, self.progress.step - 1)
+        expect_finite({"weights": trained_state(self.model)}, self.progress.step - 1)
 
         def write(path: Path) -> None:
             save_model(self.model, path)
@@ -247,7 +251,10 @@ class Run:
 
     def load_best(self) -> None:
         """Load best/ into the model."""
-        self.model.lm.load_state_dict(load_model(self.folder / "best").lm.state_dict())
+        best = self.folder / "best"
+        if adapters.adapted(self.model):
+            return adapters.lora().read(self.model, best)
+        self.model.lm.load_state_dict(load_model(best).lm.state_dict())
 
     def stop_on_signals(self) -> AbstractContextManager[None]:
         """Context: signals end the run after its step; a second SIGINT aborts at once."""

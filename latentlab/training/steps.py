@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import SupportsIndex
 
@@ -9,8 +10,20 @@ import torch
 from tqdm import tqdm
 
 from latentlab.masks import whole_number
+from latentlab.model import LatentReasoner
 from latentlab.runtime import distributed
 from latentlab.training.checkpoint import expect_finite
+
+
+def trained(model: LatentReasoner) -> list[torch.nn.Parameter]:
+    """The parameters that an optimizer step moves: all, or those of a LoRA adapter."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def frozen_copy(model: LatentReasoner) -> LatentReasoner:
+    """A copy that keeps the present policy: of what is trained; frozen weights, a LoRA base, are shared."""
+    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False)
 
 
 def update(model, optimizer: torch.optim.Optimizer, stats: dict, *, step: int, max_grad_norm: float) -> dict:
@@ -18,8 +31,8 @@ def update(model, optimizer: torch.optim.Optimizer, stats: dict, *, step: int, m
 
     Raises FloatingPointError before any weight moves if the norm or a number of `stats` is not finite.
     """
-    distributed.sum_gradients(model.parameters())
-    stats = {**stats, "grad_norm": torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()}
+    distributed.sum_gradients(trained(model))
+    stats = {**stats, "grad_norm": torch.nn.utils.clip_grad_norm_(trained(model), max_grad_norm).item()}
     expect_finite(stats, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
