@@ -216,9 +216,15 @@ def no_native_dropout(lm) -> None:
 
 
 def save_model(model: LatentReasoner, folder: str | Path) -> None:
-    """Write `model` into `folder`: what plain transformers loads, plus latentlab.json."""
+    """Write `model` into `folder`: what plain transformers loads, plus latentlab.json.
+
+    Raises FileExistsError if a model is there already, or a file.
+    """
     _silence_transformers()
     folder = Path(folder)
+    held = [folder] if folder.is_file() else [*folder.glob("config.json"), *folder.glob("*.safetensors")]
+    if held:
+        raise FileExistsError(f"save_model: got {folder}, where {held[0].name} is, expected a new folder; use another")
     folder.mkdir(parents=True, exist_ok=True)
     model.lm.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
