@@ -141,9 +141,7 @@ class GRPOConfig(Section, name="grpo"):
     mask: MaskSpec = MaskSpec()  # rate, sites and scope of the masked arms
     baseline: Literal["mean", "leave_one_out", "none"] = "mean"
     scale_rewards: Literal["none", "group", "batch"] = "none"  # whose standard deviation divides the advantages
-    loss_type: Literal["dr_grpo", "grpo", "dapo", "cispo"] = (
-        "dr_grpo"  # the divisor of the sum over tokens, see loss.py
-    )
+    loss_type: Literal["dr_grpo", "grpo", "dapo", "cispo"] = "dr_grpo"  # divisor of the sum over tokens, see loss.py
     importance_sampling_level: Literal["token", "sequence"] = "token"  # one ratio per token, or per answer
     epsilon: Above0 = 0.2  # ratios are clipped below 1 - epsilon
     epsilon_high: Above0 | None = None  # and above 1 + this (default: epsilon); cispo: the largest ratio, such as 5.0
