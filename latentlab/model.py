@@ -263,7 +263,7 @@ class LatentReasoner(nn.Module):
         if need > limit:
             raise ValueError(
                 f"length: got {need} positions ({prompt} prompt + {self.num_thoughts} thoughts + {answer} answer), "
-                f"expected at most {limit}; drop long problems, or lower max_new_tokens"
+                f"expected at most {limit}; drop long problems, or use a backbone with more positions"
             )
 
     # -- scoring ----------------------------------------------------------------------------------

@@ -250,9 +250,13 @@ def save_model(model: LatentReasoner, folder: str | Path) -> None:
     """Write `model` into `folder`: what plain transformers loads, plus latentlab.json.
 
     Of a base with an adapter the adapter alone, as peft loads it, with the hash of the base's weights.
+    Raises FileExistsError if a model is there already, or a file.
     """
     _silence_transformers()
     folder = Path(folder)
+    held = [folder] if folder.is_file() else [*folder.glob("config.json"), *folder.glob("*.safetensors")]
+    if held:
+        raise FileExistsError(f"save_model: got {folder}, where {held[0].name} is, expected a new folder; use another")
     folder.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(model, name) for name in SETTINGS}
     if adapters.adapted(model):

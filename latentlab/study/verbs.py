@@ -124,7 +124,8 @@ class Evaluate(Shared):
         problems = problems[: self.limit or None]
         model = load_model(checkpoint).place(self.selected_device(), config.precision)
         preflight.expect_together(model, problems, config)
-        return accuracy.summary(model, problems, config, mask=config.grpo.mask, temperature=config.grpo.temperature)
+        found = accuracy.summary(model, problems, config, mask=config.grpo.mask, temperature=config.grpo.temperature)
+        return {"checkpoint": str(checkpoint), "preset": config.preset, "problems": problems[0].source, **found}
 
     def report(self, result: dict) -> None:
         text = json.dumps(result, indent=1) + "\n"

@@ -110,7 +110,9 @@ class Run:
                 raise FileExistsError(f"run folder: got {got}; use another --out")
             return
         if not self.resume:
-            raise FileExistsError(f"run folder: got {out}, which holds a run already; pass --resume, or another --out")
+            held = (stored if stored.exists() else state).name
+            remedy = "pass --resume if that is this run, or another --out"
+            raise FileExistsError(f"run folder: got {out}, which holds {held} already, expected a new folder; {remedy}")
         try:
             config = files.read_json(stored, "the configuration of this run")
         except FileNotFoundError:

@@ -217,7 +217,9 @@ def test_a_problem_id_is_text(bad, unchecked):
 
 @pytest.mark.parametrize("bad", [0, -1])
 def test_a_group_has_at_least_one_rollout(bad):
-    with pytest.raises(ValueError, match=f"^num_generations: got {bad}, expected a whole number of at least 1"):
+    with pytest.raises(
+        ValueError, match=f"^num_generations: got {bad}, expected a whole number of at least 1; correct it"
+    ):
         rollout_seeds(0, 0, ["a"], bad)
 
 

@@ -446,6 +446,8 @@ def test_the_controls_replay_too(gpt2, problems, feedback, scheme):
     ("change", "message"),
     [
         ({"problems": []}, "^problems: got an empty list"),
+        ({"problems": ["2 + 3"]}, "^problems: got '2 [+] 3', expected Problem objects"),
+        ({"masks": 0.1}, "^masks: got 0.1, expected None, Masks or MaskSpec"),
         ({"num_generations": 0}, "^num_generations: got 0"),
         ({"num_generations": -1}, "^num_generations: got -1"),
         ({"num_generations": True}, "^num_generations: got True"),
