@@ -215,12 +215,15 @@ def no_native_dropout(lm) -> None:
             module.attention_dropout = 0.0
 
 
-def save_model(model: LatentReasoner, folder: str | Path) -> None:
-    """Write `model` into `folder`: what plain transformers loads, plus latentlab.json."""
+def save_model(model: LatentReasoner, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write `model` into `folder`: what plain transformers loads, plus latentlab.json.
+
+    weights: its state dict, where the model holds only shards of it.
+    """
     _silence_transformers()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model.lm.save_pretrained(folder)
+    model.lm.save_pretrained(folder, state_dict=weights)
     model.tokenizer.save_pretrained(folder)
     settings = {name: getattr(model, name) for name in SETTINGS}
     (folder / STATE_FILE).write_text(json.dumps(settings, indent=1) + "\n")

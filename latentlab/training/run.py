@@ -4,9 +4,10 @@
     runs/NAME/metrics.jsonl  one JSON object per line, as it happens; resuming leaves the same bytes
     runs/NAME/timing.jsonl   step and seconds, from 0 in every process that continues the run
     runs/NAME/state.pt       everything that resuming needs: 12 bytes per weight in float32
+    runs/NAME/state/         the same from a sharded model: shards as safetensors, and state.json
     runs/NAME/best/          the weights of the best validation accuracy, as transformers loads them
 
-state.pt is written at every validation, every `checkpoint_minutes` and when the run must stop.
+The state is written at every validation, every `checkpoint_minutes` and when the run must stop.
 Randomness, learning rate and data order follow from (seed, step), and bfloat16 autocast needs no
 loss scaler, so the step is all of their state.
 """
@@ -36,11 +37,11 @@ from latentlab.pretrained.loading import load_model, save_model
 from latentlab.problems import Problem
 from latentlab.runtime import distributed, files
 from latentlab.runtime.environment import on_signals
-from latentlab.training import checkpoint
+from latentlab.training import checkpoint, sharding
 from latentlab.training.checkpoint import RESTORE, Progress, expect_finite, writing
 
 SLACK = 16 * 2**20  # bytes of a run folder beside weights: tokenizer, metrics
-FILES = ("metrics.jsonl", "timing.jsonl", "best", "best.old", "best.*.partial", "state.pt.*.partial")
+FILES = ("metrics.jsonl", "timing.jsonl", "best", "best.old", "best.*.partial", "state.*")
 Problems = Sequence[Problem]
 
 
@@ -65,7 +66,8 @@ class Run:
     validation: Problems
     _: KW_ONLY
     loop: str  # curriculum | grpo
-    resume: bool = False  # continue from state.pt; else a used folder is refused
+    resume: bool = False  # continue from the saved state; else a used folder is refused
+    shard: bool = False  # FSDP2: every process holds its share of weights, gradient and optimizer state
     max_minutes: float = 0.0  # stop after so many; 0 is no limit
     checkpoint_minutes: float = 10.0  # a kill loses at most so many
 
@@ -93,7 +95,7 @@ class Run:
 
     def _read(self) -> None:
         """Read what an earlier process left in the folder; check that all of it belongs to this run."""
-        out, stored, state = self.folder, self.folder / "config.json", self.folder / "state.pt"
+        out, stored, state = self.folder, self.folder / "config.json", checkpoint.state_path(self.folder, self.shard)
         if not stored.exists() and not state.exists():
             left = (path.name for pattern in FILES for path in out.glob(pattern))
             if foreign := next(left, None):
@@ -129,14 +131,15 @@ class Run:
 
     def _open(self) -> None:
         """Make the folder, or repair it: drop lines after the checkpoint and partial files."""
-        held = [self.folder / "state.pt", *self.folder.glob("best/*")]
+        held = [self.folder / "state.pt", *self.folder.glob("state/*"), *self.folder.glob("best/*")]
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         # Weights, two moments and best/, each twice while it is written; the former best/.
         need = 9 * weights + SLACK - sum(path.stat().st_size for path in held if path.is_file())
         files.expect_writable(self.folder, need)
-        for name in ("config.json", "state.pt", "best"):
-            for partial in self.folder.glob(f"{name}.*.partial"):
+        for name in ("config.json", "state", "best"):
+            for partial in self.folder.glob(f"{name}.*partial"):
                 files.remove(partial)
+        checkpoint.settle_state(self.folder)
         self._write(self.folder / "config.json", (json.dumps(self.settings, indent=1) + "\n").encode())
         checkpoint.settle_best(self.folder, self.own_best)  # before the lines that show whose best/ is are cut
         self.metrics.touch()
@@ -145,22 +148,32 @@ class Run:
         os.truncate(self.timing, self.timing.read_bytes().rfind(b"\n") + 1)
         self._append(self.timing, {"step": self.progress.step - 1, "seconds": 0.0})
 
+    def shard_models(self, *models: LatentReasoner) -> None:
+        """Shard models over the processes, if the run is to be sharded."""
+        for model in models if self.shard else ():
+            sharding.shard(model, [self.config.curriculum.mask.sites, self.config.grpo.mask.sites])
+
     def restore(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Load state.pt into the model and `optimizer`, once; a new run's stay as they are."""
+        """Load the state into the model and `optimizer`, once; a new run's stay as they are."""
         if self.state is None:
             return
         try:
-            self.model.lm.load_state_dict(self.state["model"])
-            if optimizer is not None:
-                optimizer.load_state_dict(self.state["optimizer"])
-            torch.set_rng_state(self.state["rng"])
+            if self.shard:
+                checkpoint.load_shards(self.folder / "state", self.model.lm, optimizer)
+            else:
+                self.model.lm.load_state_dict(self.state["model"])
+                if optimizer is not None:
+                    optimizer.load_state_dict(self.state["optimizer"])
+                torch.set_rng_state(self.state["rng"])
         except Exception as error:  # not the tensors that this model has
-            raise ValueError(checkpoint.unusable(self.folder / "state.pt", error)) from error
+            path = checkpoint.state_path(self.folder, self.shard)
+            raise ValueError(checkpoint.unusable(path, error)) from error
         self.state = None
 
     def accuracy(self) -> float:
         """Greedy pass@1 of the clean model on the validation problems."""
-        return evaluate(self.model, self.validation, batch_size=self.config.evaluate.batch_size).accuracy
+        with sharding.gathered(self.model):
+            return evaluate(self.model, self.validation, batch_size=self.config.evaluate.batch_size).accuracy
 
     def end_step(self, optimizer, record: dict, *, last: bool = False, keep_best: bool = True) -> None:
         """Log `record` of a finished step, save what is due. Raises Stopped if asked to stop."""
@@ -172,16 +185,22 @@ class Run:
         # After the last step only a signal counts: it also stops what a study would run next.
         late = not last and self.max_minutes and time.monotonic() - self.started >= 60 * self.max_minutes
         reason = self.asked or (f"--max-minutes {self.max_minutes:g}" if late else "")
-        stop = max(distributed.gather(lambda: reason))  # one asked: all stop
+        due = accuracy >= 0 or time.monotonic() - self.saved >= 60 * self.checkpoint_minutes
+        reasons, clocks = zip(*distributed.gather(lambda: (reason, due)), strict=True)
+        stop = max(reasons)  # one asked: all stop
+        save = bool(stop) or clocks[0]
+        weights = sharding.whole_weights(self.model.lm) if best and self.shard else None
 
         def write() -> None:
             self.log(record)
             if best:
-                self.save_best()
-            if accuracy >= 0 or stop or time.monotonic() - self.saved >= 60 * self.checkpoint_minutes:
+                self.save_best(weights)
+            if save and not self.shard:
                 self.save(optimizer)
 
         distributed.on_main(write)
+        if save and self.shard:
+            self.save_shards(optimizer)
         if stop:
             where = f"after step {record['step']}" if record["step"] >= 0 else "before the first step"
             remedy = "run the same command with --resume to continue"
@@ -205,9 +224,23 @@ class Run:
 
     def save(self, optimizer: torch.optim.Optimizer) -> None:
         """Write state.pt: weights, optimizer, progress, and the identity to check on resume."""
-        state = {
-            "model": self.model.lm.state_dict(),
-            "optimizer": optimizer.state_dict(),
+        state = {"model": self.model.lm.state_dict(), "optimizer": optimizer.state_dict(), **self._facts()}
+        expect_finite({"weights": state["model"], "optimizer": state["optimizer"]["state"]}, self.progress.step - 1)
+        self._write(self.folder / "state.pt", lambda path: torch.save(state, path))
+        self._saved()
+
+    def save_shards(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write state/ from all processes: their shards, and what else `save` writes."""
+        weights, moments = checkpoint.shards(self.model.lm, optimizer)
+        step = self.progress.step - 1
+        distributed.gather(lambda: expect_finite({"weights": weights, "optimizer": moments}, step))
+        checkpoint.write_shards(self.folder / "state", weights | moments, self._facts)
+        distributed.on_main(self._saved)
+
+    def _facts(self) -> dict:
+        """What resuming needs to know, apart from weights and optimizer."""
+        files.flush(self.metrics)  # before the state that counts its bytes
+        return {
             "progress": vars(self.progress),
             "metrics_offset": self.metrics.stat().st_size,
             "metrics_sha256": self.metrics_hash.hexdigest(),
@@ -216,19 +249,21 @@ class Run:
             "identity": self.identity,
             "made_with": self.made_with,
         }
-        expect_finite({"weights": state["model"], "optimizer": state["optimizer"]["state"]}, self.progress.step - 1)
-        files.flush(self.metrics)  # before the state that counts its bytes
-        self._write(self.folder / "state.pt", lambda path: torch.save(state, path))
+
+    def _saved(self) -> None:
         shutil.rmtree(self.folder / "best.old", ignore_errors=True)
         self.saved = time.monotonic()
 
-    def save_best(self) -> None:
-        """Write best/; the former one stays in best.old/ until state.pt names the new step."""
+    def save_best(self, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Write best/; the former one stays in best.old/ until the state names the new step.
+
+        weights: those of a sharded model, whole.
+        """
         step, accuracy = self.progress.best_step, self.progress.best
-        expect_finite({"weights": self.model.lm.state_dict()}, self.progress.step - 1)
+        expect_finite({"weights": weights or self.model.lm.state_dict()}, self.progress.step - 1)
 
         def write(path: Path) -> None:
-            save_model(self.model, path)
+            save_model(self.model, path, weights)
             (path / "validation.json").write_text(json.dumps({"step": step, "validation_accuracy": accuracy}) + "\n")
             self.best_sha256 = files.digests(path)
 
@@ -236,7 +271,8 @@ class Run:
 
     def load_best(self) -> None:
         """Load best/ into the model."""
-        self.model.lm.load_state_dict(load_model(self.folder / "best").lm.state_dict())
+        best = load_model(self.folder / "best").lm
+        sharding.load_whole(self.model.lm, best) if self.shard else self.model.lm.load_state_dict(best.state_dict())
 
     def stop_on_signals(self) -> AbstractContextManager[None]:
         """Context: signals end the run after its step; a second SIGINT aborts at once."""
