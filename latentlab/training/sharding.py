@@ -11,6 +11,7 @@ or empty; in an update `in_step` makes up for different numbers of micro-batches
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +55,8 @@ def shard(model: LatentReasoner, sites: Iterable[tuple[str, ...]]) -> None:
         model.branches(names)  # found by passes of the whole model, and kept
     lm: Any = model.lm
     mesh = init_device_mesh(model.device.type, (distributed.size(),))
+    mesh._pg_registry.clear()  # caches of DTensor keep the mesh, which must not keep the process group
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # no caller changes it in place
     half = MixedPrecisionPolicy(model.autocast_dtype, torch.float32, cast_forward_inputs=False)
     embedding, head, layers = lm.get_input_embeddings(), lm.get_output_embeddings(), [*decoder_layers(lm)]
     tied = head.weight is embedding.weight
@@ -73,7 +76,9 @@ def shard(model: LatentReasoner, sites: Iterable[tuple[str, ...]]) -> None:
     if tied:
         del embedding.head
         _gather_for(head, embedding)
-    with torch.no_grad():
+    else:
+        embedding.set_unshard_in_backward(False)  # its gradient needs no weights
+    with torch.no_grad(), model.autocast():
         lm.base_model(torch.tensor([[model.start_id]], device=model.device))  # the root runs first
 
 
@@ -124,9 +129,10 @@ def is_sharded(model: nn.Module) -> bool:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Inside, every process holds the whole model, and passes without gradient need no other."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
+    with _not_shared():
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
     try:
         yield
     finally:
@@ -139,8 +145,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 def in_step(model: LatentReasoner, idle: Callable[[], Tensor]) -> Iterator[None]:
     """Inside, processes score and back-propagate in step; those without work left do so with `idle`.
 
-    idle: a loss of 0 that runs the same modules in the same order. An error leaves the others
-    waiting in the middle of a pass, so it cannot be shared: LostProcess.
+    idle: a loss of 0 that runs the same modules in the same order.
     """
     if not is_sharded(model):
         yield
@@ -155,18 +160,25 @@ def in_step(model: LatentReasoner, idle: Callable[[], Tensor]) -> Iterator[None]
         any_left(True)
         return LatentReasoner.teacher_forced(model, *args, **settings)
 
-    model.teacher_forced = announced  # type: ignore[method-assign]
-    try:
-        yield
-        del model.teacher_forced
+    with _not_shared():
+        model.teacher_forced = announced  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del model.teacher_forced
         while any_left(False):
             idle().backward()
-    except RuntimeError as error:
-        text = str(error).splitlines()[0][:200]
+
+
+@contextmanager
+def _not_shared() -> Iterator[None]:
+    """Raise LostProcess for an error in the middle of a pass: the others wait for it, and cannot be told."""
+    try:
+        yield
+    except Exception as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0][:200]
         remedy = "read the first message of any process, then run the same command with --resume"
         raise LostProcess(f"process {distributed.rank()} of {distributed.size()}: {text}; {remedy}") from error
-    finally:
-        vars(model).pop("teacher_forced", None)
 
 
 def whole_weights(lm: nn.Module) -> dict[str, Tensor]:

@@ -102,7 +102,7 @@ def contents(folder):
 def test_a_killed_run_goes_on_bit_for_bit_and_with_any_number_of_processes(tmp_path, capfd):
     whole, run, other = (tmp_path / name for name in ("whole", "run", "other"))
     summary = together(2, fit, tmp_path / "2", out=whole)
-    errors = together(2, fit, tmp_path / "killed", out=run, on_rank_1=die, at=40)
+    errors = together(2, fit, tmp_path / "killed", out=run, on_rank_1=die, at=20)
     assert errors[1] is None and str(errors[0]).startswith("process 0 of 2: lost another process")
     stopped = together(2, fit, tmp_path / "stopped", out=run, resume=True, on_rank_1=terminate, at=10)
     assert [type(error) for error in stopped] == [Stopped] * 2
