@@ -8,6 +8,7 @@ reads the peak of their resident memory, beyond that before the model, while sam
 """
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -128,40 +129,46 @@ def reset() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def work(folder: Path) -> None:
-    """Two steps in one of the processes; rank 0 writes what each of them needed."""
-    torch.set_num_threads(1)
+def steps(s: Shape) -> dict[str, int]:
+    """Two GRPO steps of a random model on all processes: peak bytes of this one, by phase."""
     config = load_preset("tiny")
-    config = replace(
-        config, grpo=replace(config.grpo, num_problems=6, num_generations=2, max_candidates=0, micro_batch=1)
-    )
+    config = replace(config, grpo=replace(config.grpo, num_problems=6, num_generations=2, max_candidates=0))
     problems = word_problems("train", 12, seed=0, steps=2)
+    tokenizer = word_tokenizer((*WORDS, *(f"w{i}" for i in range(s.vocabulary - len(WORDS) - 5))))
+    heads = {"num_attention_heads": s.width // 64, "num_key_value_heads": s.keys // 64}
+    sizes = {"hidden_size": s.width, "intermediate_size": s.inner, "num_hidden_layers": s.layers, **heads}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=s.vocabulary, **sizes, **ids, tie_word_embeddings=s.tied))
+    assert sum(p.numel() for p in lm.parameters()) == s.parameters
+    model = LatentReasoner(lm, tokenizer, num_thoughts=3, max_new_tokens=4)
+    if distributed.size() > 1:
+        sharding.shard(model, [config.grpo.mask.sites])
+    optimizer, needed = torch.optim.AdamW(model.parameters(), lr=1e-5), {}
+    for step in range(2):
+        reset()
+        with sharding.gathered(model):
+            batch = sample_groups(model, problems, config, step, lambda text, problem: float(len(text) % 2))
+        needed["sampling"] = resident("VmHWM")
+        reset()
+        advantages = group_advantages(batch.rewards, baseline="mean", scale="none")
+        for out, places in batch.parts:
+            policy_gradient(model, out, advantages[places].flatten().float(), config)
+        update(model, optimizer, {}, step=step, max_grad_norm=1.0)
+        needed["update"] = resident("VmHWM")
+    return needed
+
+
+def work(folder: Path) -> None:
+    """The steps in one of the processes, first with a tiny model; rank 0 writes what the largest needed."""
+    torch.set_num_threads(1)
     with distributed.joined("cpu"):
-        before, s = resident("VmRSS"), MEASURED
-        tokenizer = word_tokenizer((*WORDS, *(f"w{i}" for i in range(s.vocabulary - len(WORDS) - 5))))
-        heads = {"num_attention_heads": s.width // 64, "num_key_value_heads": s.keys // 64}
-        sizes = {"hidden_size": s.width, "intermediate_size": s.inner, "num_hidden_layers": s.layers, **heads}
-        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-        lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, **ids, tie_word_embeddings=s.tied))
-        model = LatentReasoner(lm, tokenizer, num_thoughts=3, max_new_tokens=4)
-        assert sum(p.numel() for p in lm.parameters()) == s.parameters
-        if distributed.size() > 1:
-            sharding.shard(model, [config.grpo.mask.sites])
-        optimizer, needed = torch.optim.AdamW(model.parameters(), lr=1e-5), {}
-        for step in range(2):
-            reset()
-            with sharding.gathered(model):
-                batch = sample_groups(model, problems, config, step, lambda text, problem: float(len(text) % 2))
-            needed["sampling"] = resident("VmHWM") - before
-            reset()
-            advantages = group_advantages(batch.rewards, baseline="mean", scale="none")
-            for out, places in batch.parts:
-                policy_gradient(model, out, advantages[places].flatten().float(), config)
-            update(model, optimizer, {}, step=step, max_grad_norm=1.0)
-            needed["update"] = resident("VmHWM") - before
-        everyone = distributed.gather(lambda: needed)
-        largest = {phase: max(each[phase] for each in everyone) for phase in needed}
-        distributed.on_main(lambda: folder.joinpath("needed.json").write_text(json.dumps(largest)) and None)
+        steps(replace(MEASURED, layers=1, width=64, keys=64, inner=64))
+        gc.collect()
+        before = resident("VmRSS")
+        everyone = distributed.gather(lambda: steps(MEASURED))
+        largest = {phase: max(each[phase] for each in everyone) - before for phase in everyone[0]}
+        if distributed.rank() == 0:
+            folder.joinpath("needed.json").write_text(json.dumps(largest))
 
 
 def start(n: int) -> dict[str, int]:

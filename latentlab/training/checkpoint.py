@@ -212,8 +212,10 @@ def write_shards(path: Path, tensors: dict[str, torch.Tensor], facts: Callable[[
 
     def write() -> None:
         with writing(path), _plain_errors():
-            writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-            dcp.save({**tensors, "rng": torch.get_rng_state()}, storage_writer=writer)
+            held = {**tensors, "rng": torch.get_rng_state()}
+            places = {name: 1 + i // 32 for i, name in enumerate(sorted(held))}  # a file is put together in memory
+            writer = dcp.HuggingFaceStorageWriter(str(partial), places, save_distributed=True)
+            dcp.save(held, storage_writer=writer)
 
     def rename() -> None:
         with writing(path):

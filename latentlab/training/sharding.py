@@ -186,7 +186,8 @@ def whole_weights(lm: nn.Module) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for name, tensor in lm.state_dict().items():
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        whole |= {name: tensor.cpu()} if distributed.rank() == 0 else {}
+        if distributed.rank() == 0:
+            whole[name] = tensor.cpu()
     return whole
 
 

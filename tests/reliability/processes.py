@@ -214,11 +214,11 @@ def measure_gradients(folder):
     return figures
 
 
-def measure_training(folder, make=one_layer, shard=False, sizes=SIZES):
+def measure_training(folder, make=one_layer, shard=False, sizes=SIZES, config=CONFIG):
     """Largest difference of a weight after 20 float64 steps, to one process and between processes, and of a metric."""
     figures = {}
     for loop in ("grpo", "curriculum"):
-        settings = {"loop": loop, "make": make}
+        settings = {"loop": loop, "make": make, "config": config}
         places = {n: {"folder": folder / f"{loop}-{n}", "out": folder / f"{loop}-run-{n}"} for n in sizes}
         runs = [together(n, train, **places[n], shard=shard and n > 1, **settings) for n in sizes]
         one, lines = runs[0][0]

@@ -31,13 +31,14 @@ from tests.reliability.processes import (
 from tests.training.test_distributed import SMALL, assert_alike, complain, die, terminate
 
 SHARDED = {"make": tiny_llama, "shard": True, "sizes": (1, 3)}
+FEW = replace(CONFIG, grpo=replace(CONFIG.grpo, num_problems=4, max_candidates=5))
 
 
 def test_rollouts_and_weights_after_20_float64_steps_are_those_of_one_process(tmp_path):
     for name, run in measure_rollouts(tmp_path / "rollouts", **SHARDED).items():
         assert run["accepted"] == 32 and run["differing"] == 0 and run["same_choice"], name
-    for name, run in measure_training(tmp_path / "training", **SHARDED).items():
-        assert run["steps"] == 20 and run["weights"] < 1e-9 and run["metrics"] < 1e-9, name
+    for name, run in measure_training(tmp_path / "training", config=FEW, **SHARDED).items():
+        assert run["steps"] >= 20 and run["weights"] < 1e-9 and run["metrics"] < 1e-9, name
         assert run["between_processes"] == 0, name
 
 
@@ -123,7 +124,7 @@ def test_a_killed_run_goes_on_bit_for_bit_and_with_any_number_of_processes(tmp_p
 def damaged(out):
     """A finished run that is resumed: with a shard that was cut, with one that is missing, and unsharded."""
     fit(out)
-    shard = out / "state" / "shard-00001-model-00001-of-00001.safetensors"
+    shard = min((out / "state").glob("*.safetensors"))
     errors = []
     for spoil in (lambda: os.truncate(shard, 1000), lambda: shard.unlink()):
         distributed.on_main(spoil)
