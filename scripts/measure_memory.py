@@ -190,12 +190,14 @@ def measure(folder: Path | None = None) -> Path:
         | {f"fsdp{n}": peak(s, n) for n in (2, 4, 8)}
         for name, s in MODELS.items()
     }
-    falls = " -> ".join(f"{max(row['sampling'], row['update']) / 2**20:.0f}" for row in measured.values())
+    most = {n: max(row["sampling"], row["update"]) for n, row in measured.items()}
+    share = {n: each / most["1"] for n, each in most.items()}
+    falls = " -> ".join(f"{each / 2**20:.0f}" for each in most.values())
     return results.write_result(
         "memory",
         preset="memory",
         parameters={"parameters": MEASURED.parameters, "dtype": "float32", "lora_r": 16},
-        metrics={"measured": measured, "largest_gap": gap, "models": models},
+        metrics={"measured": measured, "largest_gap": gap, "share": share, "models": models},
         started=started,
         seconds=time.time() - started,
         directory=folder,

@@ -173,16 +173,17 @@ def expect_finite(values: dict, step: int) -> None:
 
 
 def state_path(folder: Path, shard: bool) -> Path:
-    """Where the state of a run is, or will be: state.pt, state/ or, after a kill, state.old/.
+    """Where the state of a run is, or will be: state.pt, or state/ with shards (after a kill, state.old/)."""
+    path, old = folder / "state", folder / "state.old"
+    return folder / "state.pt" if not shard else old if old.exists() and not path.exists() else path
 
-    Raises ValueError if it was written with, or without, shards, unlike it is asked for now.
-    """
-    single, path = folder / "state.pt", folder / "state"
-    for other, said in ((single, "drop --shard"), (path, "pass --shard")):
-        if other.exists() and (other is single) == shard:
-            raise ValueError(f"resume: got {other}, expected {path if shard else single}; {said}, or use another --out")
-    old = folder / "state.old"
-    return single if not shard else old if old.exists() and not path.exists() else path
+
+def expect_state(folder: Path, shard: bool) -> None:
+    """Raise ValueError if the state of a run was written with shards and is asked for without, or vice versa."""
+    got, asked = (state_path(folder, kind) for kind in (not shard, shard))
+    if got.exists():
+        remedy = f"{'drop' if shard else 'pass'} --shard, or use another --out"
+        raise ValueError(f"resume: got {got}, expected {asked}; {remedy}")
 
 
 def settle_state(folder: Path) -> None:

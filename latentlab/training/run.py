@@ -41,7 +41,7 @@ from latentlab.training import checkpoint, sharding
 from latentlab.training.checkpoint import RESTORE, Progress, expect_finite, writing
 
 SLACK = 16 * 2**20  # bytes of a run folder beside weights: tokenizer, metrics
-FILES = ("metrics.jsonl", "timing.jsonl", "best", "best.old", "best.*.partial", "state.*")
+FILES = ("metrics.jsonl", "timing.jsonl", "best", "best.old", "best.*.partial", "state", "state.*")
 Problems = Sequence[Problem]
 
 
@@ -104,6 +104,7 @@ class Run:
             return
         if not self.resume:
             raise FileExistsError(f"run folder: got {out}, which holds a run already; pass --resume, or another --out")
+        checkpoint.expect_state(out, self.shard)
         try:
             config = files.read_json(stored, "the configuration of this run")
         except FileNotFoundError:
@@ -166,8 +167,7 @@ class Run:
                     optimizer.load_state_dict(self.state["optimizer"])
                 torch.set_rng_state(self.state["rng"])
         except Exception as error:  # not the tensors that this model has
-            path = checkpoint.state_path(self.folder, self.shard)
-            raise ValueError(checkpoint.unusable(path, error)) from error
+            raise ValueError(checkpoint.unusable(checkpoint.state_path(self.folder, self.shard), error)) from error
         self.state = None
 
     def accuracy(self) -> float:
