@@ -126,7 +126,7 @@ class EarlyEnd(LatentReasoner):
 class HeadEverywhere(LatentReasoner):
     """Logits at all positions, not only where they are needed."""
 
-    whole_prefix = True
+    same_passes = True
 
     def forward_pass(self, *args) -> torch.Tensor:
         hidden = super().forward_pass(*args)

@@ -388,7 +388,7 @@ def test_the_last_layer_runs_a_question_for_its_keys_and_values_only(model, prob
     with handle:
         gap(model, short, short.masks)
     assert max(sizes) == 1 + short.tokens.shape[1]  # <end> and answer tokens, after the last thought
-    model.whole_prefix = True
+    model.same_passes = True
     whole = rollout(model, problems, masks=masks, **SETTINGS)
     assert torch.equal(short.logp, whole.logp) and torch.equal(short.thoughts, whole.thoughts)
 
