@@ -123,7 +123,13 @@ class EarlyEnd(LatentReasoner):
         return logits
 
 
-class HeadEverywhere(LatentReasoner):
+class WholePrefix(LatentReasoner):
+    """Question positions run through all of the last layer, not only for their keys and values."""
+
+    whole_prefix = True
+
+
+class HeadEverywhere(WholePrefix):
     """Logits at all positions, not only where they are needed."""
 
     same_passes = True
@@ -134,5 +140,5 @@ class HeadEverywhere(LatentReasoner):
         return hidden
 
 
-VARIANTS = {"prefix_repeated": PrefixRepeated, "cache_grown": CacheGrown}
+VARIANTS = {"prefix_repeated": PrefixRepeated, "cache_grown": CacheGrown, "whole_prefix": WholePrefix}
 VARIANTS |= {"end_apart": EndApart, "head_everywhere": HeadEverywhere}
