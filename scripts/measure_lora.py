@@ -2,7 +2,7 @@
 
     python scripts/measure_lora.py [FOLDER]      default: the user's own result folder
 
-Five GRPO iterations of each kind on one CPU thread, in a process of its own; needs the model of
+Four GRPO iterations of each kind on one CPU thread, in a process of its own; needs the model of
 scripts/fetch_smollm2.py and GSM8K (data/README.md). Writes `lora/lora.json` into FOLDER.
 """
 
@@ -28,8 +28,8 @@ from latentlab.training.run import read_metrics
 from latentlab.training.steps import trained
 
 MODEL = repository_root() / "data" / "downloads" / "smollm2"
-RANKS, BETAS, STEPS = (0, 8, 16), (0.0, 0.02), 5
-GRPO = GRPOConfig(steps=STEPS, num_problems=4, num_generations=8, micro_batch=1, learning_rate=1e-4, eval_every=STEPS)
+RANKS, BETAS, STEPS = (0, 16), (0.0, 0.02), 4
+GRPO = GRPOConfig(steps=STEPS, num_problems=2, num_generations=8, micro_batch=1, learning_rate=1e-4, eval_every=STEPS)
 
 
 def measure_one(r: int, beta: float) -> dict:
@@ -74,7 +74,7 @@ def measure(folder: Path | None = None) -> Path:
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # peak memory is a process's
                 found = pool.submit(measure_one, r, beta).result()
             metrics[(f"LoRA r {r}" if r else "full") + (f", KL {beta:g}" if beta else "")] = found
-            print(r, beta, found)
+            print(r, beta, found, flush=True)
     full, lora = metrics["full"], metrics[f"LoRA r {RANKS[-1]}"]
     headline = (
         f"SmolLM2-135M, LoRA of rank {RANKS[-1]} on all linear maps: {lora['trained'] / full['trained']:.1%} of the "
