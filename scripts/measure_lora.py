@@ -2,7 +2,7 @@
 
     python scripts/measure_lora.py [FOLDER]      default: the user's own result folder
 
-Four GRPO iterations of each kind on one CPU thread, in a process of its own; needs the model of
+Six GRPO iterations of each kind on one CPU thread, in a process of its own; needs the model of
 scripts/fetch_smollm2.py and GSM8K (data/README.md). Writes `lora/lora.json` into FOLDER.
 """
 
@@ -28,7 +28,7 @@ from latentlab.training.run import read_metrics
 from latentlab.training.steps import trained
 
 MODEL = repository_root() / "data" / "downloads" / "smollm2"
-RANKS, BETAS, STEPS = (0, 16), (0.0, 0.02), 4
+RANKS, BETAS, STEPS = (0, 16), (0.0, 0.02), 6
 GRPO = GRPOConfig(steps=STEPS, num_problems=2, num_generations=8, micro_batch=1, learning_rate=1e-4, eval_every=STEPS)
 
 
@@ -78,16 +78,17 @@ def measure(folder: Path | None = None) -> Path:
     full, lora = metrics["full"], metrics[f"LoRA r {RANKS[-1]}"]
     headline = (
         f"SmolLM2-135M, LoRA of rank {RANKS[-1]} on all linear maps: {lora['trained'] / full['trained']:.1%} of the "
-        f"weights are trained, best/ takes {lora['best_bytes'] / 1e6:.0f} MB, not {full['best_bytes'] / 1e6:.0f}, an "
-        f"iteration {lora['cpu_seconds'] / full['cpu_seconds']:.2f} times the CPU seconds of full training"
+        f"weights are trained, best/ takes {lora['best_bytes'] / 1e6:.0f} MB, not {full['best_bytes'] / 1e6:.0f}, the "
+        f"process {lora['peak_memory_gib']:.2f} GiB at its peak, not {full['peak_memory_gib']:.2f}"
     )
-    parameters = {"steps": STEPS, "num_problems": GRPO.num_problems, "num_generations": GRPO.num_generations}
+    parameters = {name: getattr(GRPO, name) for name in ("steps", "num_problems", "num_generations", "micro_batch")}
+    source = load_model(MODEL, num_thoughts=1, max_new_tokens=1).provenance
     return results.write_result(
         "lora",
         preset="lora",
         question="What does LoRA save on SmolLM2-135M?",
         headline=headline,
-        parameters={**parameters, "micro_batch": GRPO.micro_batch},
+        parameters=parameters | {"weights": source["kind"], "sha256": source["sha256"]},
         metrics=metrics,
         started=started,
         seconds=time.time() - started,
