@@ -294,7 +294,7 @@ def test_a_run_keeps_and_returns_the_weights_that_were_best_on_validation(config
     accuracies = iter([0.2, 0.6, 0.4])  # before the first step, after steps 2 and 4
     saved = []
     best = arms.Run.save_best
-    monkeypatch.setattr(arms.Run, "save_best", lambda run: (saved.append(weights(run.model)), best(run)))
+    monkeypatch.setattr(arms.Run, "save_best", lambda run, *a: (saved.append(weights(run.model)), best(run, *a)))
     monkeypatch.setattr(run, "evaluate", lambda *a, **kw: type("E", (), {"accuracy": next(accuracies)}))
     c = config()
     model = model_from_config(c)

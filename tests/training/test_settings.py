@@ -191,9 +191,9 @@ def test_an_update_divides_by_the_kept_groups_alone(config, word_sets, monkeypat
     monkeypatch.setattr(arms, "sample_groups", lambda *a, **kw: (batches.append(sampled(*a, **kw)), batches[-1])[1])
     original = arms.policy_gradient
 
-    def watched(model, out, advantages, config, *, reference, denominator):
+    def watched(model, out, advantages, config, *, denominator, **settings):
         seen.append((advantages, denominator))
-        return original(model, out, advantages, config, reference=reference, denominator=denominator)
+        return original(model, out, advantages, config, denominator=denominator, **settings)
 
     monkeypatch.setattr(arms, "policy_gradient", watched)
     grpo = {"num_problems": 2, "num_generations": 4, "max_candidates": 6, "loss_type": loss_type}
@@ -381,7 +381,7 @@ def test_a_signal_to_any_process_stops_this_one(config, word_sets, tmp_path, mon
     c = config()
     model = model_from_config(c)
     folder = run.Run(tmp_path / "run", c, model, *word_sets, loop="grpo")
-    monkeypatch.setattr(run.distributed, "gather", lambda job: [job(), "SIGTERM", ""])
+    monkeypatch.setattr(run.distributed, "gather", lambda job: [job(), ("SIGTERM", False), ("", False)])
     with pytest.raises(run.Stopped, match="^stopped by SIGTERM after step 0"):
         folder.end_step(torch.optim.SGD(model.parameters(), lr=0.1), {"step": 0})
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["progress"]["step"] == 1
