@@ -217,7 +217,7 @@ def measure(folder: Path | None = None) -> Path:
         models[name] = {"parameters": s.parameters, **peaks}
     most = {n: max(row["sampling"], row["update"]) for n, row in measured.items()}
     share = {n: each / most["1"] for n, each in most.items()}
-    falls = " -> ".join(f"{each / 2**20:.0f}" for each in most.values())
+    falls = ", ".join(f"{each / 2**20:.0f}" for each in most.values())
     return results.write_result(
         "memory",
         preset="memory",
@@ -227,7 +227,7 @@ def measure(folder: Path | None = None) -> Path:
         seconds=time.time() - started,
         directory=folder,
         question="How much memory does a process need, with weights, gradient and optimizer state in shards?",
-        headline=f"A Llama of {MEASURED.parameters / 1e6:.0f}M weights on 1 -> 2 -> 3 processes: {falls} MiB a process",
+        headline=f"A Llama of {MEASURED.parameters / 1e6:.0f}M weights on 1, 2 and 3 processes: {falls} MiB a process",
     )
 
 
