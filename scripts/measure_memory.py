@@ -35,7 +35,8 @@ from latentlab.training.steps import update
 
 SIZES = (1, 2, 3)
 FLOAT = 4  # bytes
-PROBLEMS, ROLLOUTS, QUESTION, THOUGHTS, ANSWER = 4, 32, 64, 6, 64  # of the table, on one GPU
+PROBLEMS, ROLLOUTS, QUESTION, THOUGHTS, ANSWER = 6, 2, 24, 3, 4  # measured, on all processes
+LORA = 16
 
 
 @dataclass(frozen=True)
@@ -82,39 +83,58 @@ MODELS = {
 # -- computed -------------------------------------------------------------------------------------
 
 
-def state(shape: Shape, n: int) -> dict[str, int]:
-    """Bytes of weights, gradient, moments and gathered units on each of n processes, in float32.
+@dataclass(frozen=True)
+class Batch:
+    """What one process samples; its update takes `at_once` of the problems in one backward pass."""
 
-    Sampling: n > 1 hold the whole weights beside their shard. Update: at most one embedding with two
-    gradients (answer, question) and their sum is gathered, or a block, the next one and a gradient
-    twice, beside an embedding's gradient.
+    problems: int
+    at_once: int
+    rollouts: int
+    question: int  # tokens
+    thoughts: int
+    answer: int  # tokens
+
+
+def state(s: Shape, n: int, half: bool) -> dict[str, int]:
+    """Bytes of weights, gradient, two moments and gathered units on each of n processes.
+
+    half: bfloat16 autocast. One process keeps its casts of the blocks; several gather them in it,
+    and sum gradients in float32. At most gathered in an update: an embedding's gradients of answer
+    and question and their sum; or a block, the next one, a gradient and its sum, beside an
+    embedding's gradient.
     """
-    p, table = shape.parameters * FLOAT, shape.table * FLOAT
+    p, blocks, width = s.parameters * FLOAT, s.layers * s.block, 2 if half else FLOAT
     if n == 1:
-        return {"sampling": 3 * p, "update": 4 * p}
-    units = max(3 * table, 4 * shape.block * FLOAT + table) + shape.tied * table
-    return {"sampling": p + 3 * p // n, "update": 4 * p // n + units}
+        casts = 2 * blocks if half else 0
+        return {"sampling": 3 * p + casts, "update": 4 * p + casts}
+    table = s.table * FLOAT
+    units = max(3 * table, (3 * width + FLOAT) * s.block + table) + s.tied * table
+    whole = width * blocks + p - FLOAT * blocks
+    return {"sampling": 3 * p // n + whole, "update": 4 * p // n + units}
 
 
-def activations(shape: Shape) -> dict[str, int]:
-    """Bytes beside the state, at the sizes of the table; the update takes one group at a time.
+def activations(s: Shape, b: Batch, half: bool) -> dict[str, int]:
+    """Bytes beside the state: keys and values one precision wider; what autograd saves.
 
-    Keys and values in float32; 34 bytes x width x layers a position (arXiv 2205.05198), logits thrice.
+    34 bytes x width x layers a position in half precision (arXiv 2205.05198), twice that in float32;
+    logits three times in float32.
     """
-    rows, positions = PROBLEMS * ROLLOUTS, THOUGHTS + 1 + ANSWER
-    cache = rows * positions * 2 * shape.keys * shape.layers * FLOAT
-    saved = (QUESTION + ROLLOUTS * positions) * 34 * shape.width * shape.layers
-    return {"sampling": cache, "update": saved + 3 * FLOAT * ROLLOUTS * ANSWER * shape.vocabulary}
+    positions = b.thoughts + 1 + b.answer
+    cache = b.problems * (b.question + b.rollouts * positions) * 2 * s.keys * s.layers * (4 if half else 8)
+    saved = b.at_once * (b.question + b.rollouts * positions) * (34 if half else 68) * s.width * s.layers
+    return {"sampling": cache, "update": saved + 3 * FLOAT * b.at_once * b.rollouts * b.answer * s.vocabulary}
 
 
-def peak(shape: Shape, n: int, lora: int = 0) -> float:
-    """GB a GPU: the larger of sampling and update."""
-    held = state(shape, n)
+def computed(s: Shape, b: Batch, n: int, *, half: bool, lora: int = 0) -> dict[str, int]:
+    """Bytes on each of n processes, by phase; with LoRA only the adapter has a gradient and moments."""
+    held, more = state(s, n, half), activations(s, b, half)
     if lora:
-        adapter = 4 * FLOAT * shape.adapter(lora)
-        held = dict.fromkeys(held, shape.parameters * FLOAT + adapter)
-    return max(held[phase] + activations(shape)[phase] for phase in held) / 1e9
+        casts = 2 * s.layers * s.block if half else 0
+        held = dict.fromkeys(held, s.parameters * FLOAT + casts + 4 * FLOAT * s.adapter(lora))
+    return {phase: held[phase] + more[phase] for phase in held}
 
+
+TABLE = Batch(problems=4, at_once=1, rollouts=32, question=64, thoughts=6, answer=64)
 
 # -- measured -------------------------------------------------------------------------------------
 
@@ -132,7 +152,9 @@ def reset() -> None:
 def steps(s: Shape) -> dict[str, int]:
     """Two GRPO steps of a random model on all processes: peak bytes of this one, by phase."""
     config = load_preset("tiny")
-    config = replace(config, grpo=replace(config.grpo, num_problems=6, num_generations=2, max_candidates=0))
+    config = replace(
+        config, grpo=replace(config.grpo, num_problems=PROBLEMS, num_generations=ROLLOUTS, max_candidates=0)
+    )
     problems = word_problems("train", 12, seed=0, steps=2)
     tokenizer = word_tokenizer((*WORDS, *(f"w{i}" for i in range(s.vocabulary - len(WORDS) - 5))))
     heads = {"num_attention_heads": s.width // 64, "num_key_value_heads": s.keys // 64}
@@ -140,7 +162,7 @@ def steps(s: Shape) -> dict[str, int]:
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     lm = LlamaForCausalLM(LlamaConfig(vocab_size=s.vocabulary, **sizes, **ids, tie_word_embeddings=s.tied))
     assert sum(p.numel() for p in lm.parameters()) == s.parameters
-    model = LatentReasoner(lm, tokenizer, num_thoughts=3, max_new_tokens=4)
+    model = LatentReasoner(lm, tokenizer, num_thoughts=THOUGHTS, max_new_tokens=ANSWER)
     if distributed.size() > 1:
         sharding.shard(model, [config.grpo.mask.sites])
     optimizer, needed = torch.optim.AdamW(model.parameters(), lr=1e-5), {}
@@ -183,26 +205,29 @@ def start(n: int) -> dict[str, int]:
 def measure(folder: Path | None = None) -> Path:
     """Measure and compute; returns the path of the result."""
     started = time.time()
-    measured = {str(n): {**start(n), "computed": state(MEASURED, n)} for n in SIZES}
+    measured = {}
+    for n in SIZES:
+        batch = Batch(PROBLEMS // n, PROBLEMS // n, ROLLOUTS, QUESTION, THOUGHTS, ANSWER)
+        measured[str(n)] = {**start(n), "computed": computed(MEASURED, batch, n, half=False)}
     gap = max(abs(row[phase] / row["computed"][phase] - 1) for row in measured.values() for phase in row["computed"])
-    models = {
-        name: {"parameters": s.parameters, "full": peak(s, 1), "lora": peak(s, 1, lora=16)}
-        | {f"fsdp{n}": peak(s, n) for n in (2, 4, 8)}
-        for name, s in MODELS.items()
-    }
+    models = {}
+    for name, s in MODELS.items():
+        kinds = {"full": {"n": 1}, "lora": {"n": 1, "lora": LORA}} | {f"fsdp{n}": {"n": n} for n in (2, 4, 8)}
+        peaks = {kind: max(computed(s, TABLE, half=True, **asked).values()) / 1e9 for kind, asked in kinds.items()}
+        models[name] = {"parameters": s.parameters, **peaks}
     most = {n: max(row["sampling"], row["update"]) for n, row in measured.items()}
     share = {n: each / most["1"] for n, each in most.items()}
-    falls = " -> ".join(f"{each / 2**20:.0f}" for each in most.values())
+    falls = ", ".join(f"{each / 2**20:.0f}" for each in most.values())
     return results.write_result(
         "memory",
         preset="memory",
-        parameters={"parameters": MEASURED.parameters, "dtype": "float32", "lora_r": 16},
+        parameters={"parameters": MEASURED.parameters, "dtype": "float32", "lora_r": LORA},
         metrics={"measured": measured, "largest_gap": gap, "share": share, "models": models},
         started=started,
         seconds=time.time() - started,
         directory=folder,
         question="How much memory does a process need, with weights, gradient and optimizer state in shards?",
-        headline=f"A Llama of {MEASURED.parameters / 1e6:.0f}M weights on 1 -> 2 -> 3 processes: {falls} MiB a process",
+        headline=f"A Llama of {MEASURED.parameters / 1e6:.0f}M weights on 1, 2 and 3 processes: {falls} MiB a process",
     )
 
 
