@@ -146,12 +146,11 @@ class GRPOConfig(Section, name="grpo"):
     temperature: Above0 = 1.0  # of sampled answers; the greedy arms use 0
     mask: MaskSpec = MaskSpec()  # rate, sites and scope of the masked arms
     baseline: Literal["mean", "leave_one_out", "none"] = "mean"
-    # standard deviation by which advantages are divided: of the group, or of all candidates of the iteration
-    scale_rewards: Literal["none", "group", "batch"] = "none"
-    loss_type: Literal["dr_grpo", "grpo", "dapo", "cispo"] = "dr_grpo"
-    importance_sampling_level: Literal["token", "sequence"] = "token"
-    epsilon: Above0 = 0.2
-    epsilon_high: Above0 | None = None  # default: epsilon; under cispo the largest ratio itself, such as 5.0
+    scale_rewards: Literal["none", "group", "batch"] = "none"  # whose standard deviation divides the advantages
+    loss_type: Literal["dr_grpo", "grpo", "dapo", "cispo"] = "dr_grpo"  # divisor of the sum over tokens, see loss.py
+    importance_sampling_level: Literal["token", "sequence"] = "token"  # one ratio per token, or per answer
+    epsilon: Above0 = 0.2  # ratios are clipped below 1 - epsilon
+    epsilon_high: Above0 | None = None  # and above 1 + this (default: epsilon); cispo: the largest ratio, such as 5.0
     beta: Weight = 0.0  # weight of the k3 KL to the initial model; 0 needs no reference model
     eval_every: Positive = 50  # iterations between validations
 

@@ -111,7 +111,8 @@ class Splitter:
         self.left = sorted(groups, key=lambda b: -lengths[b])
         self.most = micro_batch or len(groups)
         self.size, self.budget = 1 if memory_gib else self.most, memory_gib * 2**30
-        self.weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+        whole = (weight for weight in model.parameters() if type(weight.data) is Tensor)  # no shards (FSDP2)
+        self.weights = {weight.untyped_storage().data_ptr() for weight in whole}
         # bytes of the gradients of logits and log-softmax, on top of the saved tensors
         self.logits = 2 * 4 * out.num_generations * out.tokens.shape[1] * model.lm.config.vocab_size
 
@@ -126,15 +127,16 @@ class Splitter:
         if not self.budget:
             yield
             return
-        saved: dict[int, int] = {}
+        saved: dict[int, torch.UntypedStorage] = {}
 
         def count(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self.weights:
-                saved[storage.data_ptr()] = storage.nbytes()
+                saved[storage.data_ptr()] = storage
             return tensor.detach()  # the tensor itself would keep its own graph alive
 
         with saved_tensors_hooks(count, lambda tensor: tensor):
             yield
-        self.size = max(1, min(self.most, int(self.budget / (sum(saved.values()) + self.logits))))
+        used = sum(storage.nbytes() for storage in saved.values())  # gathered weights are empty again
+        self.size = max(1, min(self.most, int(self.budget / (used + self.logits))))
         self.budget = 0.0

@@ -100,7 +100,8 @@ def whole_number(name: str, value: SupportsIndex, least: int | None = None) -> i
     is_bool = getattr(value, "dtype", type(value)) in (bool, torch.bool)
     if number is None or is_bool or (least is not None and number < least):
         expected = "a whole number" if least is None else f"a whole number of at least {least}"
-        raise ValueError(f"{name}: got {value!r}, expected {expected}; convert it with int()")
+        remedy = "correct it" if number is not None and not is_bool else "convert it with int()"
+        raise ValueError(f"{name}: got {value!r}, expected {expected}; {remedy}")
     return number
 
 

@@ -67,7 +67,7 @@ class LatentReasoner(nn.Module):
         thought) or "none" (no latent steps: direct answers).
     """
 
-    whole_prefix = False  # True: run question positions through all of the last layer, though nothing reads it
+    same_passes = False  # True: the same whole passes for every batch, as FSDP2 needs; nothing is left out
 
     def __init__(self, lm, tokenizer, *, num_thoughts: int, max_new_tokens: int, feedback: str = "thought"):
         super().__init__()
@@ -209,7 +209,7 @@ class LatentReasoner(nn.Module):
             prompt_ids, prompt_valid = (x.repeat_interleave(rows, 0) for x in (prompt_ids, prompt_valid))
             rows = 1
         embedded, question = self.embed(prompt_ids), prompt_valid[:, :-1]
-        last_layer = None if self.whole_prefix else self.lm.config.num_hidden_layers - 1
+        last_layer = None if self.same_passes else self.lm.config.num_hidden_layers - 1
         cache = RolloutCache(question, 1 + self.num_thoughts + self.max_new_tokens, last_layer)
         start = question.sum(1) - question.shape[1]  # [B] minus the padding: real tokens start at 0
         state = State(cache=cache, position=start, pending=embedded[:, -1:], masks=masks)
@@ -263,7 +263,7 @@ class LatentReasoner(nn.Module):
         if need > limit:
             raise ValueError(
                 f"length: got {need} positions ({prompt} prompt + {self.num_thoughts} thoughts + {answer} answer), "
-                f"expected at most {limit}; drop long problems, or lower max_new_tokens"
+                f"expected at most {limit}; drop long problems, or use a backbone with more positions"
             )
 
     # -- scoring ----------------------------------------------------------------------------------
@@ -281,11 +281,9 @@ class LatentReasoner(nn.Module):
         """The hidden states that predict the answer `tokens`, and the thoughts, with gradient.
 
         The answers belong to the prompts in order, `num_generations` each, or, without masks, to
-        `prompts` (ascending). Without masks thoughts are run once per prompt.
+        `prompts` (ascending); then thoughts are run once per prompt.
         """
         self.check_length(prompt_ids.shape[1], tokens.shape[1])
-        if prompts is None and masks is None and num_generations > 1:
-            prompts = torch.arange(len(prompt_ids), device=tokens.device).repeat_interleave(num_generations)
         with self.cast_once():
             rows = num_generations if prompts is None else 1
             state = self.prefix(prompt_ids, prompt_valid, num_generations=rows, masks=masks)
@@ -302,7 +300,7 @@ class LatentReasoner(nn.Module):
         r, k = rollouts, rollouts.num_generations
         rows, prompts = torch.arange(len(r.tokens), device=r.tokens.device), None
         first = copies = rows  # [R'] one rollout of each distinct row, [R] the distinct row of each rollout
-        if masks is None:
+        if masks is None and not self.same_passes:
             distinct, copies = torch.cat([rows[:, None] // k, r.tokens], 1).unique(dim=0, return_inverse=True)
             prompts = distinct[:, 0]
             first = torch.empty_like(prompts).index_copy(0, copies, rows)

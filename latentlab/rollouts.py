@@ -163,6 +163,10 @@ def rollout(
         raise ValueError(
             f"temperature: got {temperature!r}, expected a finite number >= 0; 0 takes the likeliest token"
         )
+    if not (masks is None or isinstance(masks, Masks | MaskSpec)):
+        raise ValueError(f"masks: got {masks!r:.80}, expected None, Masks or MaskSpec; such as MaskSpec(rate=0.1)")
+    if strange := [problem for problem in problems if not isinstance(problem, Problem)]:
+        raise ValueError(f"problems: got {strange[0]!r:.80}, expected Problem objects; see latentlab.Problem")
     rows = len(problems) * num_generations
     if seeds is None:
         seeds = rollout_seeds(run_seed, step, [p.id for p in problems], num_generations)

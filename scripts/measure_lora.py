@@ -1,8 +1,8 @@
-"""LoRA against full training on SmolLM2-135M: what is trained, stored, held in memory, and the seconds.
+"""LoRA against full training on SmolLM2-135M: what is trained, stored, held in memory, and CPU seconds.
 
     python scripts/measure_lora.py [FOLDER]      default: the user's own result folder
 
-Five GRPO iterations of each kind on one CPU thread, in a process of its own; needs the model of
+Six GRPO iterations of each kind on one CPU thread, in a process of its own; needs the model of
 scripts/fetch_smollm2.py and GSM8K (data/README.md). Writes `lora/lora.json` into FOLDER.
 """
 
@@ -28,25 +28,25 @@ from latentlab.training.run import read_metrics
 from latentlab.training.steps import trained
 
 MODEL = repository_root() / "data" / "downloads" / "smollm2"
-RANKS, BETAS, STEPS = (0, 8, 16), (0.0, 0.02), 5
-GRPO = GRPOConfig(steps=STEPS, num_problems=4, num_generations=8, micro_batch=1, learning_rate=1e-4, eval_every=STEPS)
-
-
-def even_length(text: str, problem) -> float:
-    """A reward that an untrained model's answers earn by chance: groups differ, all weights move."""
-    return float(len(text) % 2)
+RANKS, BETAS, STEPS = (0, 16), (0.0, 0.02), 6
+GRPO = GRPOConfig(steps=STEPS, num_problems=2, num_generations=8, micro_batch=1, learning_rate=1e-4, eval_every=STEPS)
 
 
 def measure_one(r: int, beta: float) -> dict:
-    """A run of rank `r` (0: all weights): bytes, seconds an iteration, peak memory of the process in GiB."""
+    """A run of rank `r` (0: all weights): bytes, CPU seconds an iteration, the process's peak memory in GiB."""
     torch.set_num_threads(1)
     config = replace(load_preset("smol"), precision="float32", lora=LoRAConfig(r=r), grpo=replace(GRPO, beta=beta))
     model = load_model(MODEL, num_thoughts=config.num_thoughts, max_new_tokens=config.max_new_tokens)
     train, validation = datasets.gsm8k("train")[:64], datasets.gsm8k("validation")[:2]
+    clock: list[float] = []
+
+    def reward(text: str, problem) -> float:  # an untrained model's answers earn it by chance: all weights move
+        clock.append(time.process_time())
+        return float(len(text) % 2)
+
     with tempfile.TemporaryDirectory() as folder:
-        fit_grpo(model, train, validation, config, out=folder, reward=even_length)
+        fit_grpo(model, train, validation, config, out=folder, reward=reward)
         lines = read_metrics(folder)[1:]
-        clock = [line["seconds"] for line in read_metrics(folder, "timing.jsonl")][1:-1]  # the last step validates
         state = torch.load(Path(folder, "state.pt"), weights_only=True)["optimizer"]["state"]
         weights = sum(path.stat().st_size for path in Path(folder, "best").glob("*.safetensors"))
     moments = [value for slot in state.values() for value in slot.values()]
@@ -56,7 +56,9 @@ def measure_one(r: int, beta: float) -> dict:
         "gradient_bytes": sum(p.numel() * p.element_size() for p in trained(model)),
         "optimizer_bytes": sum(value.numel() * value.element_size() for value in moments),
         "best_bytes": weights,
-        "seconds": statistics.median(after - before for before, after in pairwise(clock)),
+        "cpu_seconds": statistics.median(
+            b - a for a, b in pairwise(clock[:: GRPO.num_problems * GRPO.num_generations])
+        ),
         "peak_memory_gib": peak_memory_gib(),
         "replay_gap": max(line["replay_gap"] for line in lines),
         "grad_norm": lines[0]["grad_norm"],
@@ -72,20 +74,21 @@ def measure(folder: Path | None = None) -> Path:
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # peak memory is a process's
                 found = pool.submit(measure_one, r, beta).result()
             metrics[(f"LoRA r {r}" if r else "full") + (f", KL {beta:g}" if beta else "")] = found
-            print(r, beta, found)
+            print(r, beta, found, flush=True)
     full, lora = metrics["full"], metrics[f"LoRA r {RANKS[-1]}"]
     headline = (
         f"SmolLM2-135M, LoRA of rank {RANKS[-1]} on all linear maps: {lora['trained'] / full['trained']:.1%} of the "
-        f"weights are trained, best/ takes {lora['best_bytes'] / 1e6:.0f} MB, not {full['best_bytes'] / 1e6:.0f}, an "
-        f"iteration {lora['seconds'] / full['seconds']:.2f} times the seconds of full training"
+        f"weights are trained, best/ takes {lora['best_bytes'] / 1e6:.0f} MB, not {full['best_bytes'] / 1e6:.0f}, the "
+        f"process {lora['peak_memory_gib']:.2f} GiB at its peak, not {full['peak_memory_gib']:.2f}"
     )
-    parameters = {"steps": STEPS, "num_problems": GRPO.num_problems, "num_generations": GRPO.num_generations}
+    parameters = {name: getattr(GRPO, name) for name in ("steps", "num_problems", "num_generations", "micro_batch")}
+    source = load_model(MODEL, num_thoughts=1, max_new_tokens=1).provenance
     return results.write_result(
         "lora",
         preset="lora",
         question="What does LoRA save on SmolLM2-135M?",
         headline=headline,
-        parameters={**parameters, "micro_batch": GRPO.micro_batch},
+        parameters=parameters | {"weights": source["kind"], "sha256": source["sha256"]},
         metrics=metrics,
         started=started,
         seconds=time.time() - started,

@@ -126,13 +126,11 @@ class EarlyEnd(LatentReasoner):
 class WholePrefix(LatentReasoner):
     """Question positions run through all of the last layer, not only for their keys and values."""
 
-    whole_prefix = True
+    same_passes = True
 
 
 class HeadEverywhere(WholePrefix):
     """Logits at all positions, not only where they are needed."""
-
-    whole_prefix = True
 
     def forward_pass(self, *args) -> torch.Tensor:
         hidden = super().forward_pass(*args)

@@ -246,20 +246,25 @@ def no_native_dropout(lm) -> None:
             module.attention_dropout = 0.0
 
 
-def save_model(model: LatentReasoner, folder: str | Path) -> None:
+def save_model(model: LatentReasoner, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
     """Write `model` into `folder`: what plain transformers loads, plus latentlab.json.
 
     Of a base with an adapter the adapter alone, as peft loads it, with the hash of the base's weights.
+    state_dict: the whole weights, where the model holds only shards of them.
+    Raises FileExistsError if a model is there already, or a file.
     """
     _silence_transformers()
     folder = Path(folder)
+    held = [folder] if folder.is_file() else [*folder.glob("config.json"), *folder.glob("*.safetensors")]
+    if held:
+        raise FileExistsError(f"save_model: got {folder}, where {held[0].name} is, expected a new folder; use another")
     folder.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(model, name) for name in SETTINGS}
     if adapters.adapted(model):
         adapters.lora().save(model, folder)
         settings["base_sha256"] = model.provenance["base_sha256"]
     else:
-        model.lm.save_pretrained(folder)
+        model.lm.save_pretrained(folder, state_dict=state_dict)
     model.tokenizer.save_pretrained(folder)
     (folder / STATE_FILE).write_text(json.dumps(settings, indent=1) + "\n")
 

@@ -14,6 +14,7 @@ Processes fail together: an error inside `gather` is raised on all of them with 
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,6 +61,7 @@ def joined(device: str = "auto") -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+            gc.collect()  # a sharded model holds the group, and itself in cycles
 
 
 def _start(device: str) -> None:

@@ -18,7 +18,9 @@ from latentlab.study.figures import draw_arms, estimate
 from latentlab.study.results import leaves, load_result, published_folder, reports_folder
 
 PRESET_ORDER = ("tiny", "smol-cpu", "smol-cuda", "paper-cuda")
-BLOCKS = re.compile(r"(<!-- (notebooks|results|cost|bench|intervals|lora):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
+BLOCKS = re.compile(
+    r"(<!-- (notebooks|results|cost|bench|intervals|lora|memory):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL
+)
 
 
 def build_report(folder: Path | None = None) -> Path:

@@ -61,6 +61,7 @@ class Training(Shared):
     out: str = ""  # run folder; default runs/<preset>/curriculum-<control>-s<seed> or grpo-<arm>-s<seed>
     init_from: str = ""  # run folder, checkpoint or Hub id to start from; default the preset's
     resume: bool = False  # continue an interrupted run from its last checkpoint
+    shard: bool = False  # with torchrun: split weights, gradient and optimizer state over the processes (FSDP2)
     max_minutes: Minutes = 0.0  # stop after this many minutes, saved and ready for --resume; 0 is no limit
     checkpoint_minutes: Minutes = 10.0  # minutes between checkpoints: the most work that a kill can lose
     tensorboard: bool = False  # write the metrics for TensorBoard as well, into the run folder
@@ -71,14 +72,17 @@ class Training(Shared):
         from latentlab.training import preflight
 
         config, out = self.config, self.out or f"runs/{self.config.preset}/{name}-s{self.config.seed}"
+        if self.shard and distributed.size() == 1:
+            remedy = "start them with torchrun --nproc_per_node N, or drop --shard"
+            raise ValueError(f"--shard: got one process, expected several to split the model over; {remedy}")
         files.expect_writable(Path(out))
-        if self.resume and not any(Path(out, name).exists() for name in ("config.json", "state.pt")):
+        if self.resume and not any(Path(out, name).exists() for name in ("config.json", "state.pt", "state")):
             raise ValueError(f"resume: got {out}, expected the folder of a run; correct --out, or drop --resume")
         model = model_from_config(config, init_from=init_from, curriculum=curriculum)
         model.place(self.selected_device(), config.precision)
         train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))
         preflight.expect_together(model, [*train, *validation], config, curriculum=curriculum)
-        names = ("resume", "max_minutes", "checkpoint_minutes", "tensorboard")
+        names = ("resume", "shard", "max_minutes", "checkpoint_minutes", "tensorboard")
         options = {name: getattr(self, name) for name in names}
         summary = fit(model, train, validation, config, out=out, **options)
         return {"out": out, **summary, "peak_memory_gib": environment.peak_memory_gib()}
@@ -124,7 +128,8 @@ class Evaluate(Shared):
         problems = problems[: self.limit or None]
         model = load_model(checkpoint).place(self.selected_device(), config.precision)
         preflight.expect_together(model, problems, config)
-        return accuracy.summary(model, problems, config, mask=config.grpo.mask, temperature=config.grpo.temperature)
+        found = accuracy.summary(model, problems, config, mask=config.grpo.mask, temperature=config.grpo.temperature)
+        return {"checkpoint": str(checkpoint), "preset": config.preset, "problems": problems[0].source, **found}
 
     def report(self, result: dict) -> None:
         text = json.dumps(result, indent=1) + "\n"

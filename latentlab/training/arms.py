@@ -42,6 +42,7 @@ from latentlab.pretrained.adapters import attach_adapter
 from latentlab.reward import exact_answer
 from latentlab.rollouts import Rollouts, rollout
 from latentlab.runtime import distributed
+from latentlab.training import sharding
 from latentlab.training.curriculum import curriculum_gradient
 from latentlab.training.run import Problems, Run
 from latentlab.training.steps import (
@@ -67,6 +68,7 @@ def fit_grpo(
     attach_adapter(model, config)
     run = Run(Path(out), config, model, train, validation, loop="grpo", **options)
     reference = frozen_copy(model) if g.beta else None
+    run.shard_models(*filter(None, (model, reference)))
     optimizer = torch.optim.AdamW(trained(model), lr=g.learning_rate, weight_decay=g.weight_decay)
     run.restore(optimizer)
     progress, budget = run.progress, g.steps * g.num_problems * g.num_generations  # rollouts
@@ -144,7 +146,8 @@ def _iteration(model, reference, optimizer, train, config: Config, step: int, re
     g = config.grpo
     if g.arm == "supervised":
         return _supervised_step(model, optimizer, train, config, step)
-    batch = sample_groups(model, train, config, step, reward, limit=limit)
+    with sharding.gathered(model):
+        batch = sample_groups(model, train, config, step, reward, limit=limit)
     advantages = group_advantages(batch.rewards, baseline=g.baseline, scale=g.scale_rewards)
     lengths = batch.lengths[batch.kept].flatten()  # [R]
     record = {"candidates": len(batch.rewards), "groups": len(batch.kept), **group_diagnostics(batch.rewards)}
@@ -158,12 +161,12 @@ def _iteration(model, reference, optimizer, train, config: Config, step: int, re
 
     def backward() -> list[tuple[int, int, dict[str, float]]]:
         shares = []
-        for out, places in batch.parts:
-            part = advantages[places].flatten().to(out.logp)
-            stats = policy_gradient(
-                model, out, part, config, reference=reference, denominator=denominator, whole=validated
-            )
-            shares.append((int(out.token_mask.sum()), len(out.tokens), stats))
+        with sharding.in_step(model, lambda: _idle_loss(model, reference)):
+            for out, places in batch.parts:
+                part = advantages[places].flatten().to(out.logp)
+                settings = {"reference": reference, "denominator": denominator, "whole": validated}
+                stats = policy_gradient(model, out, part, config, **settings)
+                shares.append((int(out.token_mask.sum()), len(out.tokens), stats))
         return shares
 
     for iteration in range(g.num_iterations):
@@ -172,6 +175,17 @@ def _iteration(model, reference, optimizer, train, config: Config, step: int, re
         stats = update(model, optimizer, stats, step=step, max_grad_norm=g.max_grad_norm)
         record |= {} if iteration else stats  # of the first update
     return record
+
+
+def _idle_loss(*models: LatentReasoner | None) -> torch.Tensor:
+    """0, by the passes that scoring one micro-batch makes."""
+    losses: list[torch.Tensor] = []
+    for model in filter(None, models):
+        with torch.set_grad_enabled(not losses):  # the first is trained, a second is the reference
+            prompt = torch.full((1, 2), model.start_id, device=model.device)
+            hidden, _ = model.teacher_forced(prompt, prompt > -1, prompt[:, 1:])
+            losses.append(0 * model.head(hidden).sum())
+    return losses[0]
 
 
 def _supervised_step(model, optimizer, train, config: Config, step: int) -> dict[str, float]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 from latentlab.runtime import distributed, files
 from latentlab.runtime.environment import commit, environment
@@ -26,6 +30,7 @@ REMEDIES = {
 
 
 RESTORE = "restore it, or use another --out"
+FACTS = "state.json"  # in state/, beside the shards
 
 
 @dataclass
@@ -108,13 +113,9 @@ def _frozen(model) -> set[str]:
 
 
 def read_state(path: Path, asked: dict) -> dict:
-    """state.pt of a run whose `identity` is `asked`, with its Progress. Raises ValueError, one line."""
+    """The state of a run whose `identity` is `asked`, with its Progress. Raises ValueError, one line."""
     try:
-        if damaged := zipfile.ZipFile(path).testzip():  # torch does not verify its own checksums
-            raise ValueError(f"{damaged} is damaged")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign files, which are refused in one line
-            state = dict(torch.load(path, weights_only=True, map_location="cpu"))
+        state = _read_facts(path) if path.is_dir() else _read_file(path)
         state |= {"progress": Progress(**state["progress"]), "metrics_offset": int(state["metrics_offset"])}
         state |= {
             "metrics_sha256": str(state["metrics_sha256"]),
@@ -127,6 +128,21 @@ def read_state(path: Path, asked: dict) -> dict:
     expect_same(stored, asked, "the checkpoint")
     if changed and distributed.rank() == 0:
         print(f"resume: the checkpoint was made with {', '.join(changed)}; last digits may differ", file=sys.stderr)
+    return state
+
+
+def _read_file(path: Path) -> dict:
+    if damaged := zipfile.ZipFile(path).testzip():  # torch does not verify its own checksums
+        raise ValueError(f"{damaged} is damaged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about foreign files, which are refused in one line
+        return dict(torch.load(path, weights_only=True, map_location="cpu"))
+
+
+def _read_facts(path: Path) -> dict:
+    state = files.read_json(path / FACTS, "the state of a run")
+    if state["sizes"] != _sizes(path):
+        raise ValueError(f"got files of {_sizes(path)} bytes, expected {state['sizes']}")
     return state
 
 
@@ -156,6 +172,8 @@ def unusable(path: Path, error: Exception) -> str:
 def expect_finite(values: dict, step: int) -> None:
     """Raise FloatingPointError, with its place, if a float or tensor in nested dicts is not finite."""
     for name, value in values.items():
+        if isinstance(value, DTensor):
+            value = value.to_local()
         if isinstance(value, dict):
             expect_finite({f"{name}.{key}": inner for key, inner in value.items()}, step)
         elif isinstance(value, torch.Tensor):
@@ -165,3 +183,90 @@ def expect_finite(values: dict, step: int) -> None:
             raise FloatingPointError(
                 f"{name}: got {value} at step {step}, expected a finite number; nothing of this step is saved; {remedy}"
             )
+
+
+# -- the state of a sharded model -----------------------------------------------------------------
+
+
+def state_path(folder: Path, shard: bool) -> Path:
+    """Where the state of a run is, or will be: state.pt, or state/ with shards (after a kill, state.old/)."""
+    path, old = folder / "state", folder / "state.old"
+    return folder / "state.pt" if not shard else old if old.exists() and not path.exists() else path
+
+
+def expect_state(folder: Path, shard: bool) -> None:
+    """Raise ValueError if the state of a run was written with shards and is asked for without, or vice versa."""
+    got, asked = (state_path(folder, kind) for kind in (not shard, shard))
+    if got.exists():
+        remedy = f"{'drop' if shard else 'pass'} --shard, or use another --out"
+        raise ValueError(f"resume: got {got}, expected {asked}; {remedy}")
+
+
+def settle_state(folder: Path) -> None:
+    """Leave the state that `state_path` names as state/."""
+    path, old = folder / "state", folder / "state.old"
+    if old.exists() and not path.exists():
+        old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def shards(lm: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict, dict]:
+    """The weights, and the optimizer's tensors, of a sharded model by the names that state/ uses."""
+    named = dict(lm.named_parameters())
+    state = optimizer.state if optimizer is not None else {}
+    moments = {f"{slot}/{name}": x for name, p in named.items() for slot, x in state.get(p, {}).items()}
+    return {f"weight/{name}": p.detach() for name, p in named.items()}, moments
+
+
+def write_shards(path: Path, tensors: dict[str, torch.Tensor], facts: Callable[[], dict]) -> None:
+    """Write state/ on all processes: their shards as safetensors, `facts` of rank 0 as state.json."""
+    partial = path.with_name(f"{path.name}.shards.partial")
+
+    def finish(target: Path) -> None:
+        partial.rename(target)
+        found = {**facts(), "sizes": _sizes(target)}
+        (target / FACTS).write_text(json.dumps({key: x for key, x in found.items() if key != "rng"}))
+
+    def write() -> None:
+        with writing(path), _plain_errors():
+            held = {**tensors, "rng": torch.get_rng_state()}
+            places = {name: 1 + i // 32 for i, name in enumerate(sorted(held))}  # a file is put together in memory
+            writer = dcp.HuggingFaceStorageWriter(str(partial), places, save_distributed=True)
+            dcp.save(held, storage_writer=writer)
+
+    def rename() -> None:
+        with writing(path):
+            files.write_atomically(path, finish)
+        shutil.rmtree(path.with_name(f"{path.name}.old"), ignore_errors=True)
+
+    distributed.on_main(lambda: files.remove(partial))
+    distributed.gather(write)
+    distributed.on_main(rename)
+
+
+def load_shards(path: Path, lm: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Load state/ into a sharded model and its optimizer, written by any number of processes."""
+    reader, named = dcp.HuggingFaceStorageReader(str(path)), dict(lm.named_parameters())
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    for key in stored:
+        slot, _, name = key.partition("/")
+        if optimizer is not None and slot not in ("weight", "rng"):  # a count of steps, and moments like the weight
+            optimizer.state[named[name]][slot] = torch.zeros_like(named[name]) if stored[key].size else torch.zeros(())
+    weights, moments = shards(lm, optimizer)
+    tensors = {**weights, **moments, "rng": torch.get_rng_state()}
+    with _plain_errors():
+        dcp.load(tensors, storage_reader=reader)
+    torch.set_rng_state(tensors["rng"])
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise the error itself for torch's CheckpointException, which is no Exception."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}

@@ -30,6 +30,7 @@ from latentlab.pretrained.adapters import attach_adapter
 from latentlab.problems import Problem, step_result
 from latentlab.rollouts import encode_prompts, encode_texts, first_tokens
 from latentlab.runtime import distributed
+from latentlab.training import sharding
 from latentlab.training.run import Problems, Run
 from latentlab.training.steps import (
     batch_indices,
@@ -91,17 +92,21 @@ def curriculum_gradient(
     if c.micro_batch:
         order.sort(key=lambda row: len(problems[row].question) + len(texts[row]))
 
+    def part_losses(rows: list[int]) -> dict[str, torch.Tensor]:
+        part, mask_seeds = [problems[row] for row in rows], seeds[rows] if stage else None
+        sums = _summed_losses(model, part, tokens[rows], token_mask[rows], targets[rows], mask_seeds, config)
+        losses = {name: sums[name] / count for name, count in counts.items()}
+        return {"loss": losses["loss/answer"] + c.decode_weight * losses.get("loss/decode", 0.0), **losses}
+
     def backward() -> dict[str, float]:
         total, mine = dict.fromkeys(("loss", *counts), 0.0), distributed.shard(order)
         size = c.micro_batch or len(order)
-        for rows in (list(mine[at : at + size]) for at in range(0, len(mine), size)):
-            part, mask_seeds = [problems[row] for row in rows], seeds[rows] if stage else None
-            sums = _summed_losses(model, part, tokens[rows], token_mask[rows], targets[rows], mask_seeds, config)
-            losses = {name: sums[name] / count for name, count in counts.items()}
-            loss = losses["loss/answer"] + c.decode_weight * losses.get("loss/decode", 0.0)
-            loss.backward()
-            for name, value in {"loss": loss, **losses}.items():
-                total[name] += value.item()
+        with sharding.in_step(model, lambda: 0 * part_losses(order[:1])["loss"]):
+            for rows in (list(mine[at : at + size]) for at in range(0, len(mine), size)):
+                losses = part_losses(rows)
+                losses["loss"].backward()
+                for name, value in losses.items():
+                    total[name] += value.item()
         return total
 
     shares = distributed.gather(backward)
@@ -145,6 +150,7 @@ def fit_curriculum(
     model.feedback = CONTROLS[c.control]
     attach_adapter(model, config)
     run = Run(Path(out), config, model, train, validation, loop="curriculum", **options)
+    run.shard_models(model)
     reached = bisect_right(list(accumulate(c.steps)), run.progress.step)
     end = config.latent_stages if last_stage is None else last_stage
     with run.stop_on_signals():

@@ -5,10 +5,11 @@
     runs/NAME/timing.jsonl   step and seconds, from 0 in every process that continues the run
     runs/NAME/tensorboard/   the numbers of metrics.jsonl as TensorBoard events, if asked for
     runs/NAME/state.pt       everything that resuming needs: 12 bytes per trained weight in float32
+    runs/NAME/state/         the same from a sharded model: shards as safetensors, and state.json
     runs/NAME/best/          the weights of the best validation accuracy, as transformers loads them,
                              or the LoRA adapter alone, as peft loads it
 
-state.pt is written at every validation, every `checkpoint_minutes` and when the run must stop.
+The state is written at every validation, every `checkpoint_minutes` and when the run must stop.
 Randomness, learning rate and data order follow from (seed, step), and bfloat16 autocast needs no
 loss scaler, so the step is all of their state.
 """
@@ -41,13 +42,13 @@ from latentlab.pretrained.loading import load_model, save_model
 from latentlab.problems import Problem
 from latentlab.runtime import distributed, files
 from latentlab.runtime.environment import on_signals
-from latentlab.training import checkpoint
+from latentlab.training import checkpoint, sharding
 from latentlab.training.checkpoint import RESTORE, Progress, expect_finite, load_trained, trained_state, writing
 from latentlab.training.steps import trained
 from latentlab.training.tensorboard import Events
 
 SLACK = 16 * 2**20  # bytes of a run folder beside weights: tokenizer, metrics
-FILES = ("metrics.jsonl", "timing.jsonl", "best", "best.old", "best.*.partial", "state.pt.*.partial")
+FILES = ("metrics.jsonl", "timing.jsonl", "best", "best.old", "best.*.partial", "state", "state.*")
 Problems = Sequence[Problem]
 
 
@@ -72,12 +73,16 @@ class Run:
     validation: Problems
     _: KW_ONLY
     loop: str  # curriculum | grpo
-    resume: bool = False  # continue from state.pt; else a used folder is refused
+    resume: bool = False  # continue from the saved state; else a used folder is refused
+    shard: bool = False  # FSDP2: every process holds its share of weights, gradient and optimizer state
     max_minutes: float = 0.0  # stop after so many; 0 is no limit
     checkpoint_minutes: float = 10.0  # a kill loses at most so many
     tensorboard: bool = False  # write events for TensorBoard as well
 
     def __post_init__(self):
+        if self.shard and adapters.adapted(self.model):
+            got = "got --shard with a LoRA adapter, whose base every process holds whole"
+            raise ValueError(f"shard: {got}, expected one of the two; drop --shard, or set lora.r to 0")
         if not self.train or not self.validation:
             n, m = len(self.train), len(self.validation)
             raise ValueError(f"data: got {n} training and {m} validation problems, expected both")
@@ -102,7 +107,7 @@ class Run:
 
     def _read(self) -> None:
         """Read what an earlier process left in the folder; check that all of it belongs to this run."""
-        out, stored, state = self.folder, self.folder / "config.json", self.folder / "state.pt"
+        out, stored, state = self.folder, self.folder / "config.json", checkpoint.state_path(self.folder, self.shard)
         if not stored.exists() and not state.exists():
             left = (path.name for pattern in FILES for path in out.glob(pattern))
             if foreign := next(left, None):
@@ -110,7 +115,10 @@ class Run:
                 raise FileExistsError(f"run folder: got {got}; use another --out")
             return
         if not self.resume:
-            raise FileExistsError(f"run folder: got {out}, which holds a run already; pass --resume, or another --out")
+            held = (stored if stored.exists() else state).name
+            remedy = "pass --resume if that is this run, or another --out"
+            raise FileExistsError(f"run folder: got {out}, which holds {held} already, expected a new folder; {remedy}")
+        checkpoint.expect_state(out, self.shard)
         try:
             config = files.read_json(stored, "the configuration of this run")
         except FileNotFoundError:
@@ -140,14 +148,15 @@ class Run:
         """Make the folder, or repair it: drop lines after the checkpoint and partial files."""
         if self.tensorboard:
             import_module("torch.utils.tensorboard")  # without the package an error before anything is written
-        held = [self.folder / "state.pt", *self.folder.glob("best/*")]
+        held = [self.folder / "state.pt", *self.folder.glob("state/*"), *self.folder.glob("best/*")]
         weights = sum(p.numel() * p.element_size() for p in trained(self.model))
         # Weights, two moments and best/, each twice while it is written; the former best/.
         need = 9 * weights + SLACK - sum(path.stat().st_size for path in held if path.is_file())
         files.expect_writable(self.folder, need)
-        for name in ("config.json", "state.pt", "best"):
-            for partial in self.folder.glob(f"{name}.*.partial"):
+        for name in ("config.json", "state", "best"):
+            for partial in self.folder.glob(f"{name}.*partial"):
                 files.remove(partial)
+        checkpoint.settle_state(self.folder)
         self._write(self.folder / "config.json", (json.dumps(self.settings, indent=1) + "\n").encode())
         checkpoint.settle_best(self.folder, self.own_best)  # before the lines that show whose best/ is are cut
         self.metrics.touch()
@@ -158,22 +167,31 @@ class Run:
         if self.tensorboard:
             self.events = Events(self.folder, first=self.progress.step if self.state else -1)
 
+    def shard_models(self, *models: LatentReasoner) -> None:
+        """Shard models over the processes, if the run is to be sharded."""
+        for model in models if self.shard else ():
+            sharding.shard(model, [self.config.curriculum.mask.sites, self.config.grpo.mask.sites])
+
     def restore(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Load state.pt into the model and `optimizer`, once; a new run's stay as they are."""
+        """Load the state into the model and `optimizer`, once; a new run's stay as they are."""
         if self.state is None:
             return
         try:
-            load_trained(self.model, self.state["model"])
-            if optimizer is not None:
-                optimizer.load_state_dict(self.state["optimizer"])
-            torch.set_rng_state(self.state["rng"])
+            if self.shard:
+                checkpoint.load_shards(self.folder / "state", self.model.lm, optimizer)
+            else:
+                load_trained(self.model, self.state["model"])
+                if optimizer is not None:
+                    optimizer.load_state_dict(self.state["optimizer"])
+                torch.set_rng_state(self.state["rng"])
         except Exception as error:  # not the tensors that this model has
-            raise ValueError(checkpoint.unusable(self.folder / "state.pt", error)) from error
+            raise ValueError(checkpoint.unusable(checkpoint.state_path(self.folder, self.shard), error)) from error
         self.state = None
 
     def accuracy(self) -> float:
         """Greedy pass@1 of the clean model on the validation problems."""
-        return evaluate(self.model, self.validation, batch_size=self.config.evaluate.batch_size).accuracy
+        with sharding.gathered(self.model):
+            return evaluate(self.model, self.validation, batch_size=self.config.evaluate.batch_size).accuracy
 
     def end_step(self, optimizer, record: dict, *, last: bool = False, keep_best: bool = True) -> None:
         """Log `record` of a finished step, save what is due. Raises Stopped if asked to stop."""
@@ -185,16 +203,22 @@ class Run:
         # After the last step only a signal counts: it also stops what a study would run next.
         late = not last and self.max_minutes and time.monotonic() - self.started >= 60 * self.max_minutes
         reason = self.asked or (f"--max-minutes {self.max_minutes:g}" if late else "")
-        stop = max(distributed.gather(lambda: reason))  # one asked: all stop
+        due = accuracy >= 0 or time.monotonic() - self.saved >= 60 * self.checkpoint_minutes
+        reasons, clocks = zip(*distributed.gather(lambda: (reason, due)), strict=True)
+        stop = max(reasons)  # one asked: all stop
+        save = bool(stop) or clocks[0]
+        weights = sharding.whole_weights(self.model.lm) if best and self.shard else None
 
         def write() -> None:
             self.log(record)
             if best:
-                self.save_best()
-            if accuracy >= 0 or stop or time.monotonic() - self.saved >= 60 * self.checkpoint_minutes:
+                self.save_best(weights)
+            if save and not self.shard:
                 self.save(optimizer)
 
         distributed.on_main(write)
+        if save and self.shard:
+            self.save_shards(optimizer)
         if stop:
             where = f"after step {record['step']}" if record["step"] >= 0 else "before the first step"
             remedy = "run the same command with --resume to continue"
@@ -220,9 +244,24 @@ class Run:
 
     def save(self, optimizer: torch.optim.Optimizer) -> None:
         """Write state.pt: weights, optimizer, progress, and the identity to check on resume."""
-        state: dict[str, Any] = {
-            "model": trained_state(self.model),
-            "optimizer": optimizer.state_dict(),
+        state: dict[str, Any] = {"model": trained_state(self.model), "optimizer": optimizer.state_dict()}
+        expect_finite({"weights": state["model"], "optimizer": state["optimizer"]["state"]}, self.progress.step - 1)
+        state |= self._facts()
+        self._write(self.folder / "state.pt", lambda path: torch.save(state, path))
+        self._saved()
+
+    def save_shards(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write state/ from all processes: their shards, and what else `save` writes."""
+        weights, moments = checkpoint.shards(self.model.lm, optimizer)
+        step = self.progress.step - 1
+        distributed.gather(lambda: expect_finite({"weights": weights, "optimizer": moments}, step))
+        checkpoint.write_shards(self.folder / "state", weights | moments, self._facts)
+        distributed.on_main(self._saved)
+
+    def _facts(self) -> dict:
+        """What resuming needs to know, apart from weights and optimizer."""
+        files.flush(self.metrics)  # before the state that counts its bytes
+        return {
             "progress": vars(self.progress),
             "metrics_offset": self.metrics.stat().st_size,
             "metrics_sha256": self.metrics_hash.hexdigest(),
@@ -231,19 +270,21 @@ class Run:
             "identity": self.identity,
             "made_with": self.made_with,
         }
-        expect_finite({"weights": state["model"], "optimizer": state["optimizer"]["state"]}, self.progress.step - 1)
-        files.flush(self.metrics)  # before the state that counts its bytes
-        self._write(self.folder / "state.pt", lambda path: torch.save(state, path))
+
+    def _saved(self) -> None:
         shutil.rmtree(self.folder / "best.old", ignore_errors=True)
         self.saved = time.monotonic()
 
-    def save_best(self) -> None:
-        """Write best/; the former one stays in best.old/ until state.pt names the new step."""
+    def save_best(self, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Write best/; the former one stays in best.old/ until the state names the new step.
+
+        weights: those of a sharded model, whole.
+        """
         step, accuracy = self.progress.best_step, self.progress.best
-        expect_finite({"weights": trained_state(self.model)}, self.progress.step - 1)
+        expect_finite({"weights": weights or trained_state(self.model)}, self.progress.step - 1)
 
         def write(path: Path) -> None:
-            save_model(self.model, path)
+            save_model(self.model, path, weights)
             (path / "validation.json").write_text(json.dumps({"step": step, "validation_accuracy": accuracy}) + "\n")
             self.best_sha256 = files.digests(path)
 
@@ -253,8 +294,11 @@ class Run:
         """Load best/ into the model."""
         best = self.folder / "best"
         if adapters.adapted(self.model):
-            return adapters.lora().read(self.model, best)
-        self.model.lm.load_state_dict(load_model(best).lm.state_dict())
+            adapters.lora().read(self.model, best)
+        elif self.shard:
+            sharding.load_whole(self.model.lm, load_model(best).lm)
+        else:
+            self.model.lm.load_state_dict(load_model(best).lm.state_dict())
 
     def stop_on_signals(self) -> AbstractContextManager[None]:
         """Context: signals end the run after its step; a second SIGINT aborts at once."""

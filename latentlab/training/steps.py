@@ -7,11 +7,13 @@ import math
 from typing import SupportsIndex
 
 import torch
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from latentlab.masks import whole_number
 from latentlab.model import LatentReasoner
 from latentlab.runtime import distributed
+from latentlab.training import sharding
 from latentlab.training.checkpoint import expect_finite
 
 
@@ -31,8 +33,10 @@ def update(model, optimizer: torch.optim.Optimizer, stats: dict, *, step: int, m
 
     Raises FloatingPointError before any weight moves if the norm or a number of `stats` is not finite.
     """
-    distributed.sum_gradients(trained(model))
-    stats = {**stats, "grad_norm": torch.nn.utils.clip_grad_norm_(trained(model), max_grad_norm).item()}
+    if not sharding.is_sharded(model):  # FSDP2 has summed them
+        distributed.sum_gradients(trained(model))
+    norm = torch.nn.utils.clip_grad_norm_(trained(model), max_grad_norm)
+    stats = {**stats, "grad_norm": (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()}
     expect_finite(stats, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -135,8 +135,9 @@ def test_a_used_run_folder_is_refused_and_left_alone(refused, tmp_path):
     save_model(sharpen(tiny_gpt2()), tmp_path / "model")
     start = ["--init-from", tmp_path / "model"]
     for verb, words in (("curriculum", []), ("grpo", start)):
-        assert "holds a run already; pass --resume, or another --out" in refused(
-            verb, *TOY_WORDS, *words, "--out", tmp_path
+        assert (
+            "holds config.json already, expected a new folder; pass --resume if that is this run, or another --out"
+            in refused(verb, *TOY_WORDS, *words, "--out", tmp_path)
         )
     assert (tmp_path / "config.json").read_text() == "{}"
 

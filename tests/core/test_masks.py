@@ -108,7 +108,7 @@ def test_rate_zero_is_the_identity_bit_for_bit(model, problems, scope):
     sites = ("attention", "mlp", "embedding")
     ones = draw_masks(MaskSpec(rate=0.0, sites=sites, scope=scope), model, rollout_seeds(0, 0, ["a"], 2))
     assert torch.equal(ones.values, torch.ones_like(ones.values))
-    settings = {"num_generations": 2, "temperature": 1.0, "run_seed": 0, "step": 0}
+    settings = {"num_generations": 1, "temperature": 1.0, "run_seed": 0, "step": 0}
     clean = rollout(model, problems[:1], masks=None, **settings)
     masked = rollout(model, problems[:1], masks=MaskSpec(rate=0.0, sites=sites, scope=scope), **settings)
     assert torch.equal(clean.tokens, masked.tokens)
@@ -217,7 +217,9 @@ def test_a_problem_id_is_text(bad, unchecked):
 
 @pytest.mark.parametrize("bad", [0, -1])
 def test_a_group_has_at_least_one_rollout(bad):
-    with pytest.raises(ValueError, match=f"^num_generations: got {bad}, expected a whole number of at least 1"):
+    with pytest.raises(
+        ValueError, match=f"^num_generations: got {bad}, expected a whole number of at least 1; correct it"
+    ):
         rollout_seeds(0, 0, ["a"], bad)
 
 

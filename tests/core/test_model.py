@@ -128,7 +128,7 @@ def test_a_scope_masks_exactly_its_positions(model, problems, scope, scheme):
             setattr(branch, name, Recorder(getattr(branch, name)))
             recorders.append(getattr(branch, name))
     prompt, valid = prompts(model, problems[:1])
-    questions, model.whole_prefix = prompt.shape[1] - 1, True
+    questions, model.same_passes = prompt.shape[1] - 1, True
     with torch.no_grad():
         model.teacher_forced(prompt, valid, answers(model, 1), masks=masks)
     slots = [0] * questions + [0, 1, 2] + [3, 4, 5, 6]  # <end> is the first answer position: it predicts token 0

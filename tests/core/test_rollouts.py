@@ -388,7 +388,7 @@ def test_the_last_layer_runs_a_question_for_its_keys_and_values_only(model, prob
     with handle:
         gap(model, short, short.masks)
     assert max(sizes) == 1 + short.tokens.shape[1]  # <end> and answer tokens, after the last thought
-    model.whole_prefix = True
+    model.same_passes = True
     whole = rollout(model, problems, masks=masks, **SETTINGS)
     assert torch.equal(short.logp, whole.logp) and torch.equal(short.thoughts, whole.thoughts)
 
@@ -446,6 +446,8 @@ def test_the_controls_replay_too(gpt2, problems, feedback, scheme):
     ("change", "message"),
     [
         ({"problems": []}, "^problems: got an empty list"),
+        ({"problems": ["2 + 3"]}, "^problems: got '2 [+] 3', expected Problem objects"),
+        ({"masks": 0.1}, "^masks: got 0.1, expected None, Masks or MaskSpec"),
         ({"num_generations": 0}, "^num_generations: got 0"),
         ({"num_generations": -1}, "^num_generations: got -1"),
         ({"num_generations": True}, "^num_generations: got True"),

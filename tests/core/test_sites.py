@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from latentlab import backbone
 from latentlab.backbone import _gaps, _layer_calls, branch_gaps, branch_outputs, decoder_layers, window_sizes
 from latentlab.masks import SITES, scaled
+from latentlab.model import LatentReasoner
 from tests.conftest import tiny_gpt2
 
 
@@ -106,7 +108,10 @@ def test_windows_and_chunks_are_whole_positive_numbers_under_such_a_name():
 
 
 def test_gelu_new_is_computed_by_one_kernel_and_is_the_same_function():
-    lm, x = tiny_gpt2().double().lm, torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    shape = {"vocab_size": 96, "n_layer": 2, "n_embd": 8, "n_head": 1, "n_positions": 16}
+    lm = GPT2LMHeadModel(GPT2Config(**shape, activation_function="gelu_new"))
+    LatentReasoner(lm, tiny_gpt2().tokenizer, num_thoughts=1, max_new_tokens=1)
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
     assert not any(isinstance(module, NewGELUActivation) for module in lm.modules())
     assert lm.config.activation_function == "gelu_new"  # as it is saved
     for block in lm.transformer.h:

@@ -271,7 +271,7 @@ def test_sampling_allocates_its_positions_once(problems):
 def test_a_question_without_padding_is_run_as_the_model_runs_it(model, problems):
     """To the last bit, when transformers' own attention function is the same."""
     ids, valid = encode_prompts(model.tokenizer, problems[2:3], "cpu")
-    seen, model.whole_prefix = [], True
+    seen, model.same_passes = [], True
     handle = model.lm.base_model.register_forward_hook(lambda _, __, out: seen.append(out.last_hidden_state))
     model.prefix(ids, valid, num_generations=1, masks=None)
     model.lm.set_attn_implementation("sdpa")

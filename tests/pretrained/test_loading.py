@@ -149,11 +149,22 @@ def test_storing_and_loading_write_nothing_to_the_screen(tmp_path):
         "import sys, latentlab.pretrained.loading as b\n"
         "shape = dict(n_layer=1, n_embd=8, n_head=1, n_positions=16, seed=0, num_thoughts=1, max_new_tokens=2)\n"
         "b.save_model(b.build_model(('1',), **shape), sys.argv[1])\n"
-        "b.save_model(b.load_model(sys.argv[1]), sys.argv[1])"
+        "b.save_model(b.load_model(sys.argv[1]), sys.argv[1] + 'again')"
     )
     root = Path(loading.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], capture_output=True, text=True, cwd=root)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("held", ["config.json", "model.safetensors", ""])
+def test_a_model_is_never_saved_over_another(tmp_path, held):
+    folder = tmp_path / "m"
+    if held:
+        folder.mkdir()
+    (folder / held).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"^save_model: got .*, where {held or 'm'} is, expected a new folder"):
+        save_model(tiny_gpt2(), folder)
+    assert (folder / held).read_text() == "mine" and len(list(tmp_path.rglob("*.*"))) == bool(held)
 
 
 def test_the_hash_is_of_the_weights(saved):

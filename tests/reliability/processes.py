@@ -4,6 +4,7 @@ reports/reliability.json.
     rollouts     32 problems: tokens, seeds and accepted groups, with and without dynamic sampling
     gradients    one step in float32: of both loops, relative to one process and to the unsplit batch
     training     20 steps in float64: weights and metrics of both loops
+    sharding     rollouts and training again, of a Llama whose weights are shared out (FSDP2)
 
 test_distributed.py runs the same functions and holds the figures to their bounds.
 """
@@ -23,10 +24,15 @@ os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from latentlab.data.word_problems import word_problems
+from latentlab.data.word_problems import WORDS, word_problems
+from latentlab.model import LatentReasoner
+from latentlab.pretrained.scratch import word_tokenizer
 from latentlab.runtime import distributed
 from latentlab.study import results
+from latentlab.training import sharding
 from latentlab.training.arms import _iteration, fit_grpo, sample_groups
 from latentlab.training.curriculum import curriculum_gradient, fit_curriculum, set_stage
 from latentlab.training.run import Run, read_metrics
@@ -77,10 +83,26 @@ def _member(rank, size, function, folder, settings):
 
 
 # ---------------------------------------------------------------- what is compared
-def rollouts(max_candidates):
+def tiny_llama(tied=False, **shape):
+    """A Llama of two layers with grouped-query attention and two thoughts."""
+    tokenizer = word_tokenizer(WORDS)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4} | shape
+    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": tied}
+    shape |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))
+    return LatentReasoner(lm, tokenizer, num_thoughts=2, max_new_tokens=5)
+
+
+def rollouts(max_candidates, make=tiny_gpt2, shard=False):
     """Tokens and seeds of every accepted group by its place in the data, with the rewards of all candidates."""
     config = replace(CONFIG, grpo=replace(CONFIG.grpo, max_candidates=max_candidates))
-    batch = sample_groups(sharpen(tiny_gpt2()).double(), TRAIN, config, 3, first_digit)
+    model = sharpen(make()).double()
+    if shard:
+        sharding.shard(model, [config.grpo.mask.sites])
+    with sharding.gathered(model):
+        batch = sample_groups(model, TRAIN, config, 3, first_digit)
 
     def mine():
         k = config.grpo.num_generations
@@ -109,7 +131,7 @@ class Recorder:
         self.model = model
 
     def step(self):
-        self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
+        self.gradient = flat(p.grad for p in self.model.parameters())
 
     def zero_grad(self, set_to_none):
         self.model.zero_grad(set_to_none=set_to_none)
@@ -136,26 +158,37 @@ def gradient(loop, dtype, micro_batch=0, max_candidates=0, num_problems=32, **gr
         record = curriculum_gradient(model, TRAIN[:num_problems], 1, config, step=3)
         distributed.sum_gradients(model.parameters())
         recorder.step()
-    return recorder.gradient.numpy(), record
+    return recorder.gradient, record
 
 
-def train(loop, out):
+def one_layer():
+    return tiny_gpt2(n_layer=1)
+
+
+def train(loop, out, make=one_layer, config=CONFIG, **options):
     """20 steps in float64: the weights that the last one left on this process, and the metrics."""
-    model = sharpen(tiny_gpt2(n_layer=1)).double()
+    model = sharpen(make()).double()
     with patch.object(Run, "load_best"):  # leaves the last weights in place
         if loop == "grpo":
-            fit_grpo(model, TRAIN, VALIDATION, CONFIG, out=out, reward=first_digit)
+            fit_grpo(model, TRAIN, VALIDATION, config, out=out, reward=first_digit, **options)
         else:
-            fit_curriculum(model, TRAIN, VALIDATION, CONFIG, out=out)
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).numpy(), read_metrics(out)
+            fit_curriculum(model, TRAIN, VALIDATION, config, out=out, **options)
+    return flat(model.parameters()), read_metrics(out)
+
+
+def flat(tensors):
+    """All tensors in one vector, with those of sharded ones whole."""
+    whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in tensors]
+    return torch.cat([x.detach().flatten() for x in whole]).numpy()
 
 
 # ---------------------------------------------------------------- the figures
-def measure_rollouts(folder):
+def measure_rollouts(folder, make=tiny_gpt2, shard=False, sizes=SIZES):
     """How many of 32 problems' groups differ in tokens, seeds, text or acceptance from those of one process."""
     figures = {}
     for name, candidates in (("any group", 0), ("mixed groups", 64)):
-        runs = [together(n, rollouts, folder / f"{candidates}-{n}", max_candidates=candidates) for n in SIZES]
+        settings = {"max_candidates": candidates, "make": make}
+        runs = [together(n, rollouts, folder / f"{candidates}-{n}", shard=shard and n > 1, **settings) for n in sizes]
         one = runs[0][0]
         others = [run for ranks in runs[1:] for run in ranks]
         figures[name] = {
@@ -181,11 +214,13 @@ def measure_gradients(folder):
     return figures
 
 
-def measure_training(folder):
+def measure_training(folder, make=one_layer, shard=False, sizes=SIZES, config=CONFIG):
     """Largest difference of a weight after 20 float64 steps, to one process and between processes, and of a metric."""
     figures = {}
     for loop in ("grpo", "curriculum"):
-        runs = [together(n, train, folder / f"{loop}-{n}", loop=loop, out=folder / f"{loop}-run-{n}") for n in SIZES]
+        settings = {"loop": loop, "make": make, "config": config}
+        places = {n: {"folder": folder / f"{loop}-{n}", "out": folder / f"{loop}-run-{n}"} for n in sizes}
+        runs = [together(n, train, **places[n], shard=shard and n > 1, **settings) for n in sizes]
         one, lines = runs[0][0]
         others = [ranks for run in runs[1:] for ranks in run]
         figures[loop] = {
@@ -204,7 +239,17 @@ def measure_training(folder):
     return figures
 
 
+def measure_sharding(folder):
+    """Rollouts and training of shards on two and three processes against the whole model on one."""
+    settings = {"make": tiny_llama, "shard": True}
+    return {
+        "rollouts": measure_rollouts(folder / "rollouts", **settings),
+        "training": measure_training(folder / "training", **settings),
+    }
+
+
 MEASURES = {"rollouts": measure_rollouts, "gradients": measure_gradients, "training": measure_training}
+MEASURES |= {"sharding": measure_sharding}
 
 
 def main():

@@ -816,7 +816,7 @@ def test_a_run_that_is_resumed_with_other_files(misuse, finished, tmp_path, what
     assert "resume: " in misuse("F resumed run", *words, "--out", "run", "--resume")
     if what != "no config.json":
         return
-    assert "holds a run already" in misuse("F resumed run", *words, "--out", "run")
+    assert "already, expected a new folder; pass --resume" in misuse("F resumed run", *words, "--out", "run")
 
 
 @pytest.mark.parametrize("name", ["table.md", "train.jsonl", "answers", "coconut-s0/best"])

@@ -244,7 +244,7 @@ def test_launched_processes_make_the_run_of_one_and_end_their_threads(tmp_path, 
     (tmp_path / "ending.py").write_text(ENDING)
     words = ["grpo", "--preset", "smoke", "--grpo.steps", "2", "--grpo.max-candidates", "8", "--device", "cpu"]
     launch = [sys.executable, "-m", module, *options, str(tmp_path / "ending.py"), *words]
-    launch += ["--out", str(tmp_path / "two")]
+    launch += ["--out", str(tmp_path / "two"), *(["--shard"] if launcher == "accelerate" else [])]
     done = subprocess.run(launch, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert cli.main([*words, "--out", str(tmp_path / "one")]) == 0

@@ -112,7 +112,9 @@ def test_seconds_of_all_processes_are_added(tmp_path, start):
 def test_a_used_folder_is_refused_and_left_alone(tmp_path, start):
     end(start(), 0)
     before = content(tmp_path)
-    with pytest.raises(FileExistsError, match="^run folder: got .* holds a run already; pass --resume"):
+    with pytest.raises(
+        FileExistsError, match="^run folder: got .* holds config.json already, expected a new folder; pass --resume"
+    ):
         start()
     assert content(tmp_path) == before
 
@@ -225,7 +227,7 @@ def test_a_checkpoint_without_its_config_is_never_started_over(tmp_path, start):
     end(start(options={"checkpoint_minutes": 0}), 0)
     (tmp_path / "run" / "config.json").unlink()
     before = content(tmp_path)
-    with pytest.raises(FileExistsError, match="holds a run already"):
+    with pytest.raises(FileExistsError, match="holds state.pt already"):
         start()
     said = "^resume: got .*state.pt without config.json, expected both, .*; restore it, or use another"
     with pytest.raises(ValueError, match=said):
@@ -282,6 +284,7 @@ def same_size(folder):
 
 
 def of_another_run(folder):
+    shutil.rmtree(folder / "best", ignore_errors=True)
     save_model(tiny_gpt2(seed=1), folder / "best")
 
 
