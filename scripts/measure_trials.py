@@ -93,6 +93,8 @@ def choosing(rows: int = 64, vocabulary: int = 50257) -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # else masks of an earlier call: NaN after 37 steps
+    torch._dynamo.config.recompile_limit = 64
     started, metrics = time.time(), {}
     tiny, words = load_model("tiny"), load(rows.TINY.data, "train")[:32]
     metrics["suffix_float32"] = {
