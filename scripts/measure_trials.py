@@ -10,6 +10,7 @@ choice of one token in 64 rows at GPT-2's vocabulary.
 import os
 import time
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ def suffix_float32(model: LatentReasoner, problems, k: int) -> dict[str, float]:
     return {name: s[f"{name}_float64"] / s[f"{name}_float32"] for name in ("rollout", "update")} | gaps
 
 
-def compiled(parts) -> dict[str, float]:
+def compiled(parts) -> dict[str, Any]:
     """An iteration of arm shared with `parts(model)` compiled, and what an arm saves in all."""
     train, plain = load(rows.TINY.data, "train"), rows._model_and_optimizer
 
@@ -74,7 +75,10 @@ def compiled(parts) -> dict[str, float]:
     seconds = []
     for _ in range(30):  # later ones recompile nothing
         start = cpu_seconds()
-        run()
+        try:
+            run()
+        except FloatingPointError as error:
+            return {"skipped": f"compiled, it computes something else: {error}"}
         seconds.append(cpu_seconds() - start)
     steady, _ = measure({"eager": eager, "compiled": run}, 2 * REPEATS, "cpu")
     compiling, saved = sum(s - steady["compiled"] for s in seconds), steady["eager"] - steady["compiled"]
@@ -93,7 +97,7 @@ def choosing(rows: int = 64, vocabulary: int = 50257) -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    torch._dynamo.config.skip_nnmodule_hook_guards = False  # else masks of an earlier call: NaN after 37 steps
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # else a module keeps the masks it was compiled with
     torch._dynamo.config.recompile_limit = 64
     started, metrics = time.time(), {}
     tiny, words = load_model("tiny"), load(rows.TINY.data, "train")[:32]
@@ -106,12 +110,10 @@ def main() -> None:
         "mlp": compiled(lambda model: [block.mlp for block in model.lm.base_model.h]),
     }
     metrics["choose"] = choosing()
-    suffix, arm = metrics["suffix_float32"]["tiny"], metrics["compile"]
-    saved = {name: found["saved_in_an_arm_seconds"] for name, found in arm.items()}
+    suffix, saved = metrics["suffix_float32"]["tiny"], metrics["compile"]["mlp"]["saved_in_an_arm_seconds"]
     headline = (
         f"float32 suffix attention makes an update of preset tiny {suffix['update']:.2f} times as fast, replay gap "
-        f"{suffix['replay_gap_float32']:.1g} nats; torch.compile saves {saved['backbone']:.0f} s (the backbone) or "
-        f"{saved['mlp']:.0f} s (its MLPs) in an arm of {ARM_ITERATIONS} iterations"
+        f"{suffix['replay_gap_float32']:.1g} nats; compiled MLPs save {saved:.0f} s in {ARM_ITERATIONS} iterations"
     )
     result = {"preset": "trials", "parameters": {"threads": 1, "repeats": REPEATS}, "metrics": metrics}
     question = "What does not pay?"
