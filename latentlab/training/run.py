@@ -203,10 +203,9 @@ class Run:
         # After the last step only a signal counts: it also stops what a study would run next.
         late = not last and self.max_minutes and time.monotonic() - self.started >= 60 * self.max_minutes
         reason = self.asked or (f"--max-minutes {self.max_minutes:g}" if late else "")
-        due = accuracy >= 0 or time.monotonic() - self.saved >= 60 * self.checkpoint_minutes
-        reasons, clocks = zip(*distributed.gather(lambda: (reason, due)), strict=True)
-        stop = max(reasons)  # one asked: all stop
-        save = bool(stop) or clocks[0]
+        stop = max(distributed.gather(lambda: reason))  # one asked: all stop
+        due = accuracy >= 0 or bool(stop) or time.monotonic() - self.saved >= 60 * self.checkpoint_minutes
+        save = distributed.gather(lambda: due)[0]  # by the clock of rank 0
         weights = sharding.whole_weights(self.model.lm) if best and self.shard else None
 
         def write() -> None:
