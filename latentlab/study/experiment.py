@@ -42,7 +42,7 @@ from latentlab.study.budget import Budget, plan_curriculum, plan_grpo
 from latentlab.study.launch import IN_PROCESS, Job, Launcher, read_done, run_jobs, run_processes, write_done
 from latentlab.training.arms import fit_grpo
 from latentlab.training.curriculum import fit_curriculum, set_stage
-from latentlab.training.preflight import expect_together
+from latentlab.training.preflight import expect_together, say_precision
 from latentlab.training.run import seconds_spent
 
 CHECKPOINT_MINUTES = 3.0  # work that a kill may cost: the whole budget may be half an hour
@@ -111,6 +111,7 @@ def _checked_weights(config: Config, data: dict, device: torch.device | str, ini
     if not init_from:
         expect_together(model, learned, config, curriculum=True)
     _expect_memory(model, 4 if config.lora.r else 16)
+    say_precision(model, config)
     return model.provenance
 
 

@@ -30,16 +30,6 @@ class Computing(Verb):
     device: str = "auto"  # auto (CUDA if there is one) | cpu | cuda | cuda:1
     threads: Threads = 0  # torch threads; 0 leaves torch's default
 
-    def selected_device(self) -> torch.device:
-        """The device; prints what precision "auto" is on it."""
-        from latentlab.backbone import multiplies_bfloat16
-
-        device = distributed.select_device(self.device)
-        if self.config.precision == "auto" and distributed.rank() == 0:
-            chosen = "bfloat16" if multiplies_bfloat16(device) else "float32"
-            print(f"precision auto: {chosen} products on this {device.type}", file=sys.stderr)
-        return device
-
 
 class Shared(Computing):
     """A verb whose work several processes may share: `torchrun ... -m latentlab VERB`."""
@@ -79,9 +69,10 @@ class Training(Shared):
         if self.resume and not any(Path(out, name).exists() for name in ("config.json", "state.pt", "state")):
             raise ValueError(f"resume: got {out}, expected the folder of a run; correct --out, or drop --resume")
         model = model_from_config(config, init_from=init_from, curriculum=curriculum)
-        model.place(self.selected_device(), config.precision)
+        model.place(distributed.select_device(self.device), config.precision)
         train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))
         preflight.expect_together(model, [*train, *validation], config, curriculum=curriculum)
+        preflight.say_precision(model, config)
         names = ("resume", "shard", "max_minutes", "checkpoint_minutes", "tensorboard")
         options = {name: getattr(self, name) for name in names}
         summary = fit(model, train, validation, config, out=out, **options)
@@ -126,8 +117,9 @@ class Evaluate(Shared):
         checkpoint = self.checkpoint or shipped_checkpoint(config.preset)
         problems = datasets.benchmark(self.benchmark) if self.benchmark else datasets.load(config.data, "test")
         problems = problems[: self.limit or None]
-        model = load_model(checkpoint).place(self.selected_device(), config.precision)
+        model = load_model(checkpoint).place(distributed.select_device(self.device), config.precision)
         preflight.expect_together(model, problems, config)
+        preflight.say_precision(model, config)
         found = accuracy.summary(model, problems, config, mask=config.grpo.mask, temperature=config.grpo.temperature)
         return {"checkpoint": str(checkpoint), "preset": config.preset, "problems": problems[0].source, **found}
 
@@ -178,7 +170,6 @@ class Reproduce(Computing):
     def __call__(self) -> None:
         from latentlab.study.experiment import run_experiment
 
-        self.selected_device()
         asked = {name: getattr(self, name) for name in ("budget_minutes", "backbone", "init_from", "device")}
         print("wrote", run_experiment(self.config, out=_study_folder(self, "reproduce"), **asked))
 

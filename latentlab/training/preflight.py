@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+
 from latentlab.config import CONTROLS, Config
 from latentlab.model import LatentReasoner
 from latentlab.problems import step_result
 from latentlab.rollouts import control_tokens, encode_texts, prompt_rows
+from latentlab.runtime import distributed
 from latentlab.training.curriculum import stage_text
 from latentlab.training.run import Problems
 
 LONGEST = 1000  # the problems with the longest text are tokenized: all of 60,000 take seconds
+
+
+def say_precision(model: LatentReasoner, config: Config) -> None:
+    """Print, on stderr, what precision "auto" is on the device of `model`."""
+    if config.precision == "auto" and distributed.rank() == 0:
+        chosen = "bfloat16" if model.autocast_dtype else "float32"
+        print(f"precision auto: {chosen} products on this {model.device.type}", file=sys.stderr)
 
 
 def expect_together(model: LatentReasoner, problems: Problems, config: Config, *, curriculum: bool = False) -> None:

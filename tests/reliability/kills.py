@@ -144,8 +144,8 @@ class Write(Moment):
                 self.die()
             save(state, path)
 
-        def cut_weights(model, folder):
-            save_model(model, folder)
+        def cut_weights(model, folder, *weights):
+            save_model(model, folder, *weights)
             if self.now():
                 file = Path(folder) / "model.safetensors"
                 os.truncate(file, int(self.share * file.stat().st_size))

@@ -198,10 +198,10 @@ def test_a_gpu_without_enough_memory_is_one_line(monkeypatch):
     for free, enough in ((4 * 2**30, True), (3 * 2**30, False)):  # 16 bytes a weight and 2 GiB: 3.5 GiB
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**34))
         if enough:
-            experiment._expect_memory(model)
+            experiment._expect_memory(model, 16)
         else:
             with pytest.raises(OSError, match=r"^GPU: got 3.0 GiB free, expected 3.5 .*; free some") as error:
-                experiment._expect_memory(model)
+                experiment._expect_memory(model, 16)
             assert "\n" not in str(error.value)
 
 
