@@ -5,11 +5,9 @@ The comment behind a field is its help text. What only one verb needs is importe
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 from pydantic import Field
 
