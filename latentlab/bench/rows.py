@@ -67,7 +67,9 @@ def _rollout(arm: Arm, train) -> Run:
 def _iteration(arm: Arm, train) -> Run:
     (model, optimizer), steps = _model_and_optimizer(), itertools.count()
     config = replace(TINY, grpo=replace(TINY.grpo, arm=arm))
-    limit = config.grpo.num_problems
+    limit = (
+        config.grpo.steps * config.grpo.num_problems
+    )  # problems left: not the last iteration, which scores all groups
     return lambda: arms._iteration(model, None, optimizer, train, config, next(steps), exact_answer, limit)
 
 
