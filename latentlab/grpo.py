@@ -3,7 +3,7 @@
 A group whose advantages are all 0 adds nothing to the gradient without a KL term, so it is not
 scored; denominators and means count it.
 
-A memory budget is kept by measurement. The first micro-batch is the group with the longest question
+A memory budget is kept by measurement. The first micro-batch is the group with the most positions
 alone, and every tensor that autograd saves in it is counted (autocast's copies of weights included,
 an overestimate). No other group needs more, so the budget in bytes gives the number of groups per
 micro-batch. The split depends on the rollouts only and is the same in every run.
@@ -43,8 +43,8 @@ def policy_gradient(
     """Add the gradient of the GRPO loss to `.grad`, in micro-batches of groups; returns stats.
 
     reference: the model of the KL term (config.grpo.beta > 0). denominator: that of the whole batch
-    (`loss_denominator`) if `out` is a part of it. whole: score groups of zero advantages too, as
-    with a KL term or if all are; else replay_gap and ratio_max_deviation are of the other groups.
+    (`loss_denominator`) if `out` is a part of it. whole: score groups of zero advantages too, as with
+    a KL term; else they leave no gradient, and replay_gap and ratio_max_deviation are of the others.
     """
     g, k = config.grpo, out.num_generations
     names = ("epsilon", "epsilon_high", "beta", "loss_type", "importance_sampling_level")
@@ -53,7 +53,7 @@ def policy_gradient(
         denominator = loss_denominator(out.token_mask, g.loss_type, model.max_new_tokens)
     advantages, shares = advantages.view(-1, k), []
     signal = (advantages != 0).any(1)  # [B]
-    scored = torch.ones_like(signal) if whole or g.beta or not signal.any() else signal
+    scored = torch.ones_like(signal) if whole or g.beta else signal
     groups = scored.nonzero()[:, 0].tolist()
     splitter = Splitter(model, out, groups, micro_batch=g.micro_batch, memory_gib=g.memory_gib)
     for places in splitter:
@@ -71,7 +71,7 @@ def policy_gradient(
         shares.append((tokens, len(logp), {"loss": loss.item(), "replay_gap": replay_gap(logp, part), **stats}))
     if len(groups) < len(scored):
         rest = out.take((~scored).nonzero()[:, 0].tolist())
-        tokens, stats = int(rest.token_mask.sum()), dict.fromkeys(shares[0][2], 0.0)
+        tokens, stats = int(rest.token_mask.sum()), {"loss": 0.0, "replay_gap": 0.0}
         if rest.entropy is not None:
             stats["entropy"] = rest.entropy.sum().item() / tokens
         shares.append((tokens, len(rest.tokens), stats))
@@ -81,12 +81,13 @@ def policy_gradient(
 def merge_stats(shares: Sequence[tuple[int, int, dict[str, float]]], level: str) -> dict[str, float]:
     """Stats of a batch from (answer tokens, rows, stats) of its parts: sum, maximum or mean.
 
-    Means are over tokens; those of clipped ratios over rows, if `level` is "sequence".
+    Means are over tokens; those of clipped ratios over rows, if `level` is "sequence". A part without
+    a stat, whose groups had no signal, counts as 0.
     """
     merged = {}
-    for name in shares[0][2]:
+    for name in dict.fromkeys(name for *_, stats in shares for name in stats):
         by_row = level == "sequence" and "clip_ratio" in name
-        values = [(rows if by_row else tokens, stats[name]) for tokens, rows, stats in shares]
+        values = [(rows if by_row else tokens, stats.get(name, 0.0)) for tokens, rows, stats in shares]
         if name == "loss":
             merged[name] = sum(value for _, value in values)
         elif name in ("replay_gap", "ratio_max_deviation"):
@@ -98,7 +99,7 @@ def merge_stats(shares: Sequence[tuple[int, int, dict[str, float]]], level: str)
 
 
 class Splitter:
-    """Micro-batches of some `groups` in `out`, as lists of problem indices, longest question first.
+    """Micro-batches of some `groups` in `out`, as lists of problem indices, most positions first.
 
     micro_batch: groups per micro-batch at most, 0 for no limit. memory_gib: memory of a backward pass
     on top of weights, gradients and optimizer, 0 for no limit. A group is never split.
@@ -107,8 +108,14 @@ class Splitter:
     def __init__(
         self, model: LatentReasoner, out: Rollouts, groups: Sequence[int], *, micro_batch: int, memory_gib: float
     ):
-        lengths = out.prompt_valid.sum(1).tolist()
-        self.left = sorted(groups, key=lambda b: -lengths[b])
+        lengths, answers = out.prompt_valid.sum(1).tolist(), out.tokens.unflatten(0, (-1, out.num_generations))
+        shared = out.masks is None and not model.same_passes  # equal answers are run once
+
+        def positions(b: int) -> int:
+            rows = len(answers[b].unique(dim=0)) if shared else out.num_generations
+            return lengths[b] + rows * answers.shape[2]
+
+        self.left = sorted(groups, key=lambda b: -positions(b))
         self.most = micro_batch or len(groups)
         self.size, self.budget = 1 if memory_gib else self.most, memory_gib * 2**30
         whole = (weight for weight in model.parameters() if type(weight.data) is Tensor)  # no shards (FSDP2)

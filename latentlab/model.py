@@ -60,7 +60,8 @@ class State:
 class LatentReasoner(nn.Module):
     """A causal LM with `num_thoughts` latent steps between question and answer.
 
-    lm: a `transformers` causal LM of a supported family (docs/backbones.md).
+    lm: a `transformers` causal LM of a supported family (docs/backbones.md), which gets a faster
+        kernel of GPT-2's activation (`fuse_gelu`).
     tokenizer: has START, LATENT and END as single tokens.
     max_new_tokens: longest answer in tokens, eos included.
     feedback: "thought" (Coconut), or a control: "pause" (the embedding of <|latent|> replaces the
@@ -301,7 +302,9 @@ class LatentReasoner(nn.Module):
         rows, prompts = torch.arange(len(r.tokens), device=r.tokens.device), None
         first = copies = rows  # [R'] one rollout of each distinct row, [R] the distinct row of each rollout
         if masks is None and not self.same_passes:
-            distinct, copies = torch.cat([rows[:, None] // k, r.tokens], 1).unique(dim=0, return_inverse=True)
+            distinct, copies = torch.cat([rows[:, None] // k, r.tokens, r.token_mask], 1).unique(
+                dim=0, return_inverse=True
+            )
             prompts = distinct[:, 0]
             first = torch.empty_like(prompts).index_copy(0, copies, rows)
         tokens, token_mask = r.tokens[first], r.token_mask[first]

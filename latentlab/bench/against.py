@@ -80,7 +80,7 @@ def compare(here: list[dict], there: list[dict]) -> dict[str, Any]:
         ours, theirs = first["outcomes"][name], other["outcomes"][name]
         if "gradient" in ours:
             row["gradient_difference"] = abs(ours["gradient"] / theirs["gradient"] - 1)
-        if ours["hash"] != theirs["hash"]:
+        if ours["hash"] != theirs["hash"] or row.get("gradient_difference", 0.0) > 1e-4:
             metrics["different"].append(name)
         metrics["rows"][name] = row
     return metrics

@@ -59,7 +59,7 @@ def measure_groups(
         advantages = group_advantages(values, baseline=config.grpo.baseline, scale="none" if by_batch else scale)
         if start < counted:
             weighted = advantages.flatten().to(out.logp) * (len(batch) / counted)
-            gap = max(gap, policy_gradient(model, out, weighted, config)["replay_gap"])
+            gap = max(gap, policy_gradient(model, out, weighted, config, whole=True)["replay_gap"])
         rewards.append(values)
         k = out.num_generations
         grouped = out.thoughts.unflatten(0, (-1, k))  # [B, K, L, D]; L = 0 in the control "direct"

@@ -36,5 +36,10 @@ def attach_adapter(model: LatentReasoner, config: Config) -> None:
 
 
 def merge_adapter(model: LatentReasoner) -> LatentReasoner:
-    """Add a LoRA adapter to the weights of its base, in place: a plain model, which is returned."""
+    """Add a LoRA adapter to the weights of its base, in place: a plain model, which is returned.
+
+    Raises ValueError for a model without an adapter.
+    """
+    if not adapted(model):
+        raise ValueError("merge_adapter: got a model without a LoRA adapter, expected one; save it as it is")
     return lora().merge(model)

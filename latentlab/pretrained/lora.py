@@ -62,7 +62,7 @@ def attach(model: LatentReasoner, lora: LoRAConfig, *, seed: int) -> None:
     }
     if unknown := sorted(set(lora.targets).difference(maps)):
         raise ValueError(f"lora.targets: got {unknown[0]}, expected some of {', '.join(sorted(maps))}; correct it")
-    asked: dict[str, Any] = {"r": lora.r, "alpha": lora.alpha, "targets": sorted(lora.targets or maps)}
+    asked: dict[str, Any] = {"r": lora.r, "alpha": lora.alpha, "targets": sorted(set(lora.targets or maps))}
     if held := getattr(model.lm, "peft_config", None):
         stored = {"r": held[NAME].r, "alpha": held[NAME].lora_alpha, "targets": held[NAME].target_modules}
         for name, value in asked.items():

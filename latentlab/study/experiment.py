@@ -83,6 +83,7 @@ def run_experiment(
     kept, place = folder / "train.jsonl", select_device(device)
     data["train"] = [] if not in_process else read_jsonl(kept) if kept.exists() else datasets.load(config.data, "train")
     weights = _checked_weights(config, data, place if in_process else "cpu", init_from)
+    say_precision(config, place)
     made_for = _made_for(config, weights, budget_minutes, place.type)
     budget = Budget(folder, made_for, budget_minutes, place.type, start)
     if data["train"] and not kept.exists():  # read back by the next process: filtering it is slow
@@ -111,7 +112,6 @@ def _checked_weights(config: Config, data: dict, device: torch.device | str, ini
     if not init_from:
         expect_together(model, learned, config, curriculum=True)
     _expect_memory(model, 4 if config.lora.r else 16)
-    say_precision(model, config)
     return model.provenance
 
 

@@ -60,9 +60,6 @@ class Training(Shared):
         from latentlab.training import preflight
 
         config, out = self.config, self.out or f"runs/{self.config.preset}/{name}-s{self.config.seed}"
-        if self.shard and distributed.size() == 1:
-            remedy = "start them with torchrun --nproc_per_node N, or drop --shard"
-            raise ValueError(f"--shard: got one process, expected several to split the model over; {remedy}")
         files.expect_writable(Path(out))
         if self.resume and not any(Path(out, name).exists() for name in ("config.json", "state.pt", "state")):
             raise ValueError(f"resume: got {out}, expected the folder of a run; correct --out, or drop --resume")
@@ -70,7 +67,7 @@ class Training(Shared):
         model.place(distributed.select_device(self.device), config.precision)
         train, validation = (datasets.load(config.data, split) for split in ("train", "validation"))
         preflight.expect_together(model, [*train, *validation], config, curriculum=curriculum)
-        preflight.say_precision(model, config)
+        preflight.say_precision(config, model.device)
         names = ("resume", "shard", "max_minutes", "checkpoint_minutes", "tensorboard")
         options = {name: getattr(self, name) for name in names}
         summary = fit(model, train, validation, config, out=out, **options)
@@ -117,7 +114,7 @@ class Evaluate(Shared):
         problems = problems[: self.limit or None]
         model = load_model(checkpoint).place(distributed.select_device(self.device), config.precision)
         preflight.expect_together(model, problems, config)
-        preflight.say_precision(model, config)
+        preflight.say_precision(config, model.device)
         found = accuracy.summary(model, problems, config, mask=config.grpo.mask, temperature=config.grpo.temperature)
         return {"checkpoint": str(checkpoint), "preset": config.preset, "problems": problems[0].source, **found}
 

@@ -61,7 +61,8 @@ def fit_grpo(
 ) -> dict:
     """Train one arm, in place; the model ends with its best weights on the validation set.
 
-    out: the run folder (str or Path). options: resume, max_minutes, checkpoint_minutes and tensorboard of Run.
+    out: the run folder (str or Path). options: resume, shard, max_minutes,
+    checkpoint_minutes and tensorboard of Run. A sharded model works inside `sharding.gathered` afterwards.
     Raises what Run does, Stopped if asked to stop, and FloatingPointError for a NaN.
     """
     g = config.grpo
@@ -86,8 +87,8 @@ def fit_grpo(
             if last or (step + 1) % g.eval_every == 0:
                 record["validation_accuracy"] = run.accuracy()
             run.end_step(optimizer, record, last=last)
-            bar.update(progress.rollouts - bar.n)
             show(bar, reward=stats.get("reward"), collapsed=stats.get("frac_reward_zero_std"))
+            bar.update(progress.rollouts - bar.n)
     run.load_best()
     return {"validation_accuracy": progress.best, "rollouts": progress.rollouts}
 
@@ -158,13 +159,14 @@ def _iteration(model, reference, optimizer, train, config: Config, step: int, re
     denominator = loss_denominator(token_mask, g.loss_type, model.max_new_tokens)
 
     validated = len(batch.rewards) == limit or (step + 1) % g.eval_every == 0  # a validation follows
+    whole = validated or not advantages[batch.kept].any()  # the optimizer steps on gradients of 0, as on any
 
     def backward() -> list[tuple[int, int, dict[str, float]]]:
         shares = []
         with sharding.in_step(model, lambda: _idle_loss(model, reference)):
             for out, places in batch.parts:
                 part = advantages[places].flatten().to(out.logp)
-                settings = {"reference": reference, "denominator": denominator, "whole": validated}
+                settings = {"reference": reference, "denominator": denominator, "whole": whole}
                 stats = policy_gradient(model, out, part, config, **settings)
                 shares.append((int(out.token_mask.sum()), len(out.tokens), stats))
         return shares

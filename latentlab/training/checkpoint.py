@@ -19,11 +19,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
+from latentlab.pretrained.adapters import adapted
 from latentlab.runtime import distributed, files
 from latentlab.runtime.environment import commit, environment
 
 REMEDIES = {
     "threads": "pass --threads {} (another number of threads sums in another order), or ",
+    "products": "resume on a machine whose --precision auto is the same, or ",
     "init_from": "name the checkpoint that the run began with, or ",
     "problems": "restore the data that the run began with, or ",
 }
@@ -86,8 +88,8 @@ def identity(loop: str, config: dict, model, problems: Iterable) -> dict:
     """What must be the same when a run resumes, by the names that error messages use."""
     digest = hashlib.sha256("".join(map(repr, problems)).encode()).hexdigest()[:16]
     weights = {key: value for key, value in model.provenance.items() if key != "name"}
-    threads = torch.get_num_threads()
-    return {**config, "loop": loop, "threads": threads, "init_from": weights, "problems": digest}
+    own = {"threads": torch.get_num_threads(), "products": str(model.autocast_dtype or model.dtype)}
+    return {**config, "loop": loop, **own, "init_from": weights, "problems": digest}
 
 
 def made_with() -> dict:
@@ -109,6 +111,8 @@ def load_trained(model, state: dict[str, torch.Tensor]) -> None:
 
 
 def _frozen(model) -> set[str]:
+    if not adapted(model):
+        return set()
     return {name for name, p in model.lm.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
@@ -198,7 +202,7 @@ def expect_state(folder: Path, shard: bool) -> None:
     """Raise ValueError if the state of a run was written with shards and is asked for without, or vice versa."""
     got, asked = (state_path(folder, kind) for kind in (not shard, shard))
     if got.exists():
-        remedy = f"{'drop' if shard else 'pass'} --shard, or use another --out"
+        remedy = f"{'drop --shard' if shard else 'pass --shard, under torchrun'}, or use another --out"
         raise ValueError(f"resume: got {got}, expected {asked}; {remedy}")
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 
+import torch
+
+from latentlab.backbone import multiplies_bfloat16
 from latentlab.config import CONTROLS, Config
 from latentlab.model import LatentReasoner
 from latentlab.problems import step_result
@@ -15,11 +18,11 @@ from latentlab.training.run import Problems
 LONGEST = 1000  # the problems with the longest text are tokenized: all of 60,000 take seconds
 
 
-def say_precision(model: LatentReasoner, config: Config) -> None:
-    """Print, on stderr, what precision "auto" is on the device of `model`."""
+def say_precision(config: Config, device: torch.device) -> None:
+    """Print, on stderr, what precision "auto" is on `device`."""
     if config.precision == "auto" and distributed.rank() == 0:
-        chosen = "bfloat16" if model.autocast_dtype else "float32"
-        print(f"precision auto: {chosen} products on this {model.device.type}", file=sys.stderr)
+        chosen = "bfloat16" if multiplies_bfloat16(device) else "float32"
+        print(f"precision auto: {chosen} products on this {device.type}", file=sys.stderr)
 
 
 def expect_together(model: LatentReasoner, problems: Problems, config: Config, *, curriculum: bool = False) -> None:

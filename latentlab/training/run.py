@@ -80,6 +80,9 @@ class Run:
     tensorboard: bool = False  # write events for TensorBoard as well
 
     def __post_init__(self):
+        if self.shard and distributed.size() == 1:
+            remedy = "start them with torchrun --nproc_per_node N, or drop --shard"
+            raise ValueError(f"--shard: got one process, expected several to split the model over; {remedy}")
         if self.shard and adapters.adapted(self.model):
             got = "got --shard with a LoRA adapter, whose base every process holds whole"
             raise ValueError(f"shard: {got}, expected one of the two; drop --shard, or set lora.r to 0")
@@ -169,8 +172,9 @@ class Run:
 
     def shard_models(self, *models: LatentReasoner) -> None:
         """Shard models over the processes, if the run is to be sharded."""
-        for model in models if self.shard else ():
-            sharding.shard(model, [self.config.curriculum.mask.sites, self.config.grpo.mask.sites])
+        for model in models:
+            if self.shard and not sharding.is_sharded(model):
+                sharding.shard(model, [self.config.curriculum.mask.sites, self.config.grpo.mask.sites])
 
     def restore(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Load the state into the model and `optimizer`, once; a new run's stay as they are."""

@@ -185,7 +185,10 @@ def _not_shared() -> Iterator[None]:
 def whole_weights(lm: nn.Module) -> dict[str, Tensor]:
     """The state dict of a sharded model, whole and on the CPU of rank 0; elsewhere it is empty."""
     whole: dict[str, Tensor] = {}
+    tied = dict(lm.named_parameters(remove_duplicate=False)).keys() - dict(lm.named_parameters()).keys()
     for name, tensor in lm.state_dict().items():
+        if name in tied:
+            continue
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if distributed.rank() == 0:
             whole[name] = tensor.cpu()

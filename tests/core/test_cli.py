@@ -10,12 +10,12 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from latentlab import model
 from latentlab.cli import VERBS, main, parse
 from latentlab.config import PRESETS, load_preset, to_dict
 from latentlab.evaluation import accuracy
 from latentlab.pretrained.loading import save_model
 from latentlab.study import experiment, notebooks, verbs
+from latentlab.training import preflight
 from latentlab.training.run import read_metrics
 from latentlab.verify import table
 from tests.conftest import sharpen, tiny_gpt2
@@ -255,7 +255,7 @@ def test_a_long_evaluation_shows_its_progress_on_stderr(tmp_path, capfd, monkeyp
 
 @pytest.mark.parametrize("found, name", [(True, "bfloat16"), (False, "float32")])
 def test_an_automatic_precision_is_said(tmp_path, capsys, monkeypatch, found, name):
-    monkeypatch.setattr(model, "multiplies_bfloat16", lambda device: found)
+    monkeypatch.setattr(preflight, "multiplies_bfloat16", lambda device: found)
     save_model(sharpen(tiny_gpt2()), tmp_path / "model")
     assert main(["evaluate", str(tmp_path / "model"), *TOY_WORDS, "--precision", "auto"]) == 0
     assert capsys.readouterr().err == f"precision auto: {name} products on this cpu\n"

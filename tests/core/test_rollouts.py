@@ -373,6 +373,15 @@ def test_a_row_is_run_once_for_all_rollouts_that_are_equal_so_far(gpt2, problems
     assert sizes[1:] == [*steps, (b, 2), (distinct, out.tokens.shape[1] - 1)] and distinct < len(out.tokens)
 
 
+def test_equal_answers_with_other_masks_of_their_tokens_stay_apart(gpt2, problems):
+    """As where a caller leaves overlong answers out."""
+    out = rollout(gpt2, problems, masks=None, **{**SETTINGS, "temperature": 0.0})
+    edited = replace(out, token_mask=out.token_mask.clone())
+    edited.token_mask[1::3] = False
+    want = gpt2.score(out, masks=None) * edited.token_mask
+    torch.testing.assert_close(gpt2.score(edited, masks=None), want, rtol=0, atol=1e-5)
+
+
 def test_an_edit_sees_every_rollout(gpt2, problems):
     shapes = []
     edit = lambda i, z: (shapes.append(len(z)), z)[1]  # noqa: E731

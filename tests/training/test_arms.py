@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from latentlab.advantage import group_advantages
 from latentlab.config import ARMS, arm_settings
 from latentlab.grpo import Splitter, policy_gradient
 from latentlab.loss import LOSS_TYPES, grpo_loss
-from latentlab.masks import MaskSpec
+from latentlab.masks import MaskSpec, draw_masks
 from latentlab.model import LatentReasoner
 from latentlab.pretrained.loading import load_model, model_from_config
 from latentlab.reward import exact_answer
@@ -95,7 +96,7 @@ def test_without_noise_advantage_and_every_gradient_are_exactly_zero(make_model,
     for reward in (exact_answer, graded, lambda text, problem: 0.1 * len(text)):
         advantages = group_advantages(out.rewards(reward))
         assert torch.count_nonzero(advantages) == 0
-        policy_gradient(model, out, advantages.flatten().to(out.logp), config())
+        policy_gradient(model, out, advantages.flatten().to(out.logp), config(), whole=True)
         assert all(torch.count_nonzero(grad) == 0 for grad in gradients(model).values())
     noisy = rollout(model, problems, num_generations=8, masks=MaskSpec(rate=0.3), temperature=1.0, run_seed=0, step=0)
     policy_gradient(model, noisy, group_advantages(noisy.rewards(graded)).flatten().to(noisy.logp), config())
@@ -249,13 +250,37 @@ def test_groups_without_a_signal_leave_the_update_and_nothing_else_changes(probl
     for name, grad in full_grads.items():
         torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-12)
     scored.clear()
-    policy_gradient(model, out, torch.zeros_like(advantages).flatten(), c)
-    assert len(scored) == len(problems)  # the optimizer still steps, on gradients of 0
-    assert all(torch.count_nonzero(grad) == 0 for grad in gradients(model).values())
-    scored.clear()
+    stats = policy_gradient(model, out, torch.zeros_like(advantages).flatten(), c)
+    assert not scored and all(p.grad is None for p in model.parameters())
+    assert stats == {"loss": 0.0, "replay_gap": 0.0, "entropy": pytest.approx(full["entropy"])}
     beta = config(grpo={"loss_type": loss_type, "epsilon_high": 1.2, "beta": 0.1})
     policy_gradient(model, out, advantages.flatten(), beta, reference=tiny_gpt2(seed=1).double())
     assert len(scored) == len(problems)  # the KL term has a gradient everywhere
+
+
+def test_a_batch_without_any_signal_is_scored_whole_so_that_the_optimizer_steps(
+    config, word_sets, tmp_path, monkeypatch
+):
+    real, whole = arms.policy_gradient, []
+    monkeypatch.setattr(arms, "policy_gradient", lambda *a, **k: (whole.append(k["whole"]), real(*a, **k))[1])
+    c = config(grpo={"steps": 3, "eval_every": 9})
+    fit_grpo(model_from_config(c), *word_sets, c, out=tmp_path / "run", reward=lambda text, problem: 1.0)
+    assert whole == [True] * 3
+
+
+def test_the_group_with_the_most_positions_is_measured_first(problems):
+    """Without masks equal answers are run once: the longest question need not be the largest group."""
+    model = tiny_gpt2()
+    out = rollout(model, problems, num_generations=4, masks=None, temperature=1.0, run_seed=0, step=0)
+    longest = int(out.prompt_valid.sum(1).argmax())
+    tokens = out.tokens.clone().unflatten(0, (-1, 4))
+    tokens[longest] = tokens[longest, :1]
+    tokens = tokens.flatten(0, 1)
+    for masks, same_passes, first in ((None, False, False), (None, True, True), (MaskSpec(rate=0.1), False, True)):
+        drawn = None if masks is None else draw_masks(masks, model, out.seeds)
+        model.same_passes = same_passes
+        splitter = Splitter(model, replace(out, tokens=tokens, masks=drawn), range(4), micro_batch=1, memory_gib=0.0)
+        assert (splitter.left[0] == longest) is first
 
 
 def test_all_groups_are_scored_where_a_validation_follows(config, word_sets, tmp_path, monkeypatch):

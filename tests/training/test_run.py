@@ -659,3 +659,21 @@ def test_a_run_of_an_older_version_lacks_a_setting():
         checkpoint.expect_same({"grpo": {}}, {"grpo": {"level": "token"}}, "its config.json")
     with pytest.raises(ValueError, match="^resume: got grpo.level=None, expected 'token' as in its config.json"):
         checkpoint.expect_same({"grpo": {"level": "token"}}, {"grpo": {}}, "its config.json")
+
+
+def test_weights_that_the_user_froze_are_saved_too():
+    model = tiny_gpt2()
+    model.lm.get_input_embeddings().requires_grad_(False)
+    assert checkpoint.trained_state(model).keys() == model.lm.state_dict().keys()
+
+
+def test_a_run_resumes_with_the_precision_that_auto_was(config, word_sets, tmp_path):
+    c = config(precision="auto")
+    first, second = (model_from_config(c).place("cpu", precision) for precision in ("float32", "bfloat16"))
+    Run(tmp_path / "run", c, first, *word_sets, loop="grpo").end_step(
+        torch.optim.SGD(first.parameters(), lr=0.1), {"step": -1, "validation_accuracy": 0.0}
+    )
+    with pytest.raises(
+        ValueError, match="^resume: got products='torch.bfloat16', expected 'torch.float32' as in the ch"
+    ):
+        Run(tmp_path / "run", c, second, *word_sets, loop="grpo", resume=True)

@@ -381,7 +381,7 @@ def test_a_signal_to_any_process_stops_this_one(config, word_sets, tmp_path, mon
     c = config()
     model = model_from_config(c)
     folder = run.Run(tmp_path / "run", c, model, *word_sets, loop="grpo")
-    monkeypatch.setattr(run.distributed, "gather", lambda job: [job(), ("SIGTERM", False), ("", False)])
+    monkeypatch.setattr(run.distributed, "gather", lambda job: [job(), "SIGTERM", ""])
     with pytest.raises(run.Stopped, match="^stopped by SIGTERM after step 0"):
         folder.end_step(torch.optim.SGD(model.parameters(), lr=0.1), {"step": 0})
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["progress"]["step"] == 1
