@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from latentlab import backbone
+from latentlab import backbone, rollouts
 from latentlab import model as model_module
 from latentlab.attention import RolloutCache
 from latentlab.masks import MaskSpec, draw_masks, hash_words, uniforms
@@ -297,3 +297,12 @@ def test_tokens_do_not_depend_on_how_many_rows_are_chosen_at_a_time(rows, vocabu
     cdf = logps.exp().cumsum(-1, dtype=torch.float64)
     expected = torch.searchsorted(cdf, uniforms(seeds, 3)[:, None] * cdf[:, -1:], right=True)[:, 0]
     assert torch.equal(choose(logps, seeds, 3), expected)
+
+
+@pytest.mark.parametrize("uniform, token", [(0.995, 10_000), (1.0, 20_000)])
+def test_a_choice_sums_probabilities_in_float64_and_ends_with_the_last_token(monkeypatch, uniform, token):
+    """20,000 tokens share a hundredth behind one of 0.99; float32 sums would be off by hundreds of tokens."""
+    logps = torch.tensor([0.99] + [0.01 / 20_000] * 20_000).log()
+    monkeypatch.setattr(rollouts, "uniforms", lambda seeds, t: torch.full((len(seeds),), uniform, dtype=torch.float64))
+    chosen = choose(logps.expand(3, -1), torch.zeros(3, dtype=torch.int64), 0)
+    assert (chosen - token).abs().max() <= 20 and chosen.max() <= 20_000

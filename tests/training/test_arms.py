@@ -274,7 +274,8 @@ def test_the_group_with_the_most_positions_is_measured_first(problems):
     out = rollout(model, problems, num_generations=4, masks=None, temperature=1.0, run_seed=0, step=0)
     longest = int(out.prompt_valid.sum(1).argmax())
     tokens = out.tokens.clone().unflatten(0, (-1, 4))
-    tokens[longest] = tokens[longest, :1]
+    tokens[:] = torch.tensor([[4, 4], [4, 5], [5, 4], [5, 5]]).repeat(1, 3)[:, : tokens.shape[2]]
+    tokens[longest] = torch.arange(4, 4 + tokens.shape[2])  # four equal answers of different tokens
     tokens = tokens.flatten(0, 1)
     for masks, same_passes, first in ((None, False, False), (None, True, True), (MaskSpec(rate=0.1), False, True)):
         drawn = None if masks is None else draw_masks(masks, model, out.seeds)
@@ -286,10 +287,10 @@ def test_the_group_with_the_most_positions_is_measured_first(problems):
 def test_all_groups_are_scored_where_a_validation_follows(config, word_sets, tmp_path, monkeypatch):
     real, whole = arms.policy_gradient, []
     monkeypatch.setattr(arms, "policy_gradient", lambda *a, **k: (whole.append(k["whole"]), real(*a, **k))[1])
-    c = config(grpo={"steps": 5, "eval_every": 2})
+    c = config(grpo={"steps": 5, "eval_every": 3})
     fit_grpo(model_from_config(c), *word_sets, c, out=tmp_path / "run", reward=graded)
     lines = read_metrics(tmp_path / "run")[1:]
-    assert whole == ["validation_accuracy" in line for line in lines] == [False, True, False, True, True]
+    assert whole == ["validation_accuracy" in line for line in lines] == [False, False, True, False, True]
 
 
 def test_the_gradient_is_the_weighted_score_function(problems, config):
@@ -405,3 +406,20 @@ def test_wrong_use_is_one_line(config, word_sets, tmp_path):
     with pytest.raises(ValueError, match=r"^resume: got grpo\.num_problems=4, expected 3 "):
         changed = config(grpo={"steps": 1, "num_problems": 4})
         fit_grpo(model_from_config(c), *word_sets, changed, out=tmp_path / "run", resume=True)
+
+
+def test_an_idle_process_makes_the_passes_of_a_micro_batch_and_no_gradient(make_model, problems):
+    model, reference, seen = make_model("gpt2"), make_model("gpt2").requires_grad_(False), []
+    for each in (model, reference):
+        each.same_passes = True
+        each.lm.base_model.register_forward_hook(lambda module, _, __: seen.append(module))
+    out = rollout(model, problems[:1], num_generations=2, masks=None, temperature=1.0, run_seed=0, step=0)
+    seen.clear()
+    for each in (model, reference):
+        each.score(out, masks=None)
+    passes = list(seen)
+    seen.clear()
+    loss = arms._idle_loss(model, reference)
+    assert seen == passes and loss.item() == 0
+    loss.backward()
+    assert all(torch.count_nonzero(grad) == 0 for grad in gradients(model).values())

@@ -677,3 +677,43 @@ def test_a_run_resumes_with_the_precision_that_auto_was(config, word_sets, tmp_p
         ValueError, match="^resume: got products='torch.bfloat16', expected 'torch.float32' as in the ch"
     ):
         Run(tmp_path / "run", c, second, *word_sets, loop="grpo", resume=True)
+
+
+def test_a_sharded_state_is_settled_after_a_kill_between_two_renames(tmp_path):
+    def make(*names):
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        for name in names:
+            (tmp_path / name).mkdir(parents=True)
+            (tmp_path / name / "from").write_text(name)
+
+    for names, left in ((["state.old"], "state.old"), (["state", "state.old"], "state"), (["state"], "state")):
+        make(*names)
+        assert checkpoint.state_path(tmp_path, True) == tmp_path / left
+        checkpoint.settle_state(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["state"]
+        assert (tmp_path / "state" / "from").read_text() == left
+
+
+def test_a_run_goes_on_with_shards_as_it_began(tmp_path):
+    (tmp_path / "state").mkdir()
+    with pytest.raises(
+        ValueError, match="^resume: got .*/state, expected .*/state.pt; pass --shard, under torchrun, or"
+    ):
+        checkpoint.expect_state(tmp_path, False)
+    checkpoint.expect_state(tmp_path, True)
+    (tmp_path / "state").rmdir()
+    (tmp_path / "state.pt").touch()
+    with pytest.raises(ValueError, match="^resume: got .*/state.pt, expected .*/state; drop --shard, or use another"):
+        checkpoint.expect_state(tmp_path, True)
+    checkpoint.expect_state(tmp_path, False)
+
+
+def test_shards_of_other_sizes_are_damaged(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"12345")
+    for sizes in ({"a.safetensors": 4}, {}, {"a.safetensors": 5, "b.safetensors": 1}, None):
+        (tmp_path / checkpoint.FACTS).write_text(json.dumps({"sizes": sizes}))
+        with pytest.raises(ValueError, match=r"^resume: could not read .* \(ValueError\), expected it as this version"):
+            checkpoint.read_state(tmp_path, {})
+    (tmp_path / checkpoint.FACTS).write_text(json.dumps({"sizes": {"a.safetensors": 5}}))
+    with pytest.raises(ValueError, match=r"\(KeyError\)"):  # of the right sizes, but without facts
+        checkpoint.read_state(tmp_path, {})
