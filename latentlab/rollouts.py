@@ -235,7 +235,7 @@ def _answer(model: LatentReasoner, state: State, seeds: Int[Tensor, " R"], tempe
 def choose(logps: Float[Tensor, "R V"], seeds: Int[Tensor, " R"], t: int) -> Int[Tensor, " R"]:
     """Sample answer token t of each row by inverse CDF of a uniform number from (seed, t).
 
-    On a CPU a few rows at a time, whose sums fit a cache: 4 times as fast at 64 rows of 50,257.
+    On a CPU a few rows at a time, whose sums fit a cache (docs/bench.md).
     """
     rows = len(logps) if logps.is_cuda else max(1, 2**18 // logps.shape[-1])
     chosen = []

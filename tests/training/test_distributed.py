@@ -121,8 +121,8 @@ def test_batch_scaling_takes_all_candidates_also_those_that_are_dropped():
 # -- failing and stopping -------------------------------------------------------------------------------------------
 
 
-def fit(out, on_rank_1=None, at=0, resume=False):
-    """A run of five steps whose reward calls `on_rank_1` on that process, at its `at`-th call."""
+def reward_that_calls(on_rank_1, at):
+    """`first_digit`, which calls `on_rank_1` on that process at its `at`-th call."""
     calls = [0]
 
     def reward(text, problem):
@@ -131,6 +131,12 @@ def fit(out, on_rank_1=None, at=0, resume=False):
             on_rank_1()
         return first_digit(text, problem)
 
+    return reward
+
+
+def fit(out, on_rank_1=None, at=0, resume=False):
+    """A run of five steps; on_rank_1, at: see `reward_that_calls`."""
+    reward = reward_that_calls(on_rank_1, at)
     return fit_grpo(sharpen(tiny_gpt2()).double(), TRAIN, VALIDATION, SMALL, out=out, reward=reward, resume=resume)
 
 

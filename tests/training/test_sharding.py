@@ -30,7 +30,7 @@ from tests.reliability.processes import (
     tiny_llama,
     together,
 )
-from tests.training.test_distributed import SMALL, assert_alike, complain, die, terminate
+from tests.training.test_distributed import SMALL, assert_alike, complain, die, reward_that_calls, terminate
 
 SHARDED = {"make": tiny_llama, "shard": True, "sizes": (1, 2)}
 FEW = replace(CONFIG, grpo=replace(CONFIG.grpo, num_problems=4, max_candidates=5))
@@ -79,15 +79,8 @@ def test_a_process_without_a_problem_and_every_number_of_micro_batches(tmp_path)
 
 
 def fit(out, on_rank_1=None, at=0, **options):
-    """A run of five steps whose reward calls `on_rank_1` on that process, at its `at`-th call."""
-    calls = [0]
-
-    def reward(text, problem):
-        calls[0] += 1
-        if on_rank_1 and distributed.rank() == 1 and calls[0] == at:
-            on_rank_1()
-        return first_digit(text, problem)
-
+    """A run of five steps; on_rank_1, at: see `reward_that_calls`."""
+    reward = reward_that_calls(on_rank_1, at)
     model = sharpen(tiny_llama()).double()
     options = {"shard": distributed.size() > 1, **options}
     with redirect_stderr(io.StringIO()) as said:
