@@ -71,9 +71,14 @@ def is_collapsed(rewards: Float[Tensor, "B K"]) -> Bool[Tensor, " B"]:
 
 
 def group_diagnostics(rewards: Float[Tensor, "B K"]) -> dict[str, float]:
-    """TRL's `reward`, `reward_std` and `frac_reward_zero_std` (share of collapsed groups)."""
+    """TRL's `reward`, `reward_std` and `frac_reward_zero_std` (share of collapsed groups), and `pass@k`.
+
+    pass@k: the share of groups with a reward above 0; for rewards of 0 and 1 the collapsed groups
+    without one are failed problems, the other collapsed ones are solved.
+    """
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(1).mean().item(),
         "frac_reward_zero_std": is_collapsed(rewards).float().mean().item(),
+        "pass@k": (rewards > 0).any(1).float().mean().item(),
     }

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput
 
-from latentlab.masks import scaled
+from latentlab.masks import perturbed
 
 SUPPORTED = "use a family that docs/backbones.md lists as supported"
 ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}  # of a config's layer_types
@@ -142,7 +142,7 @@ def _gaps(call: Callable[[], Tensor], modules: list[nn.Module]) -> list[float]:
     for module, other in (modules, modules[::-1]):
 
         def added(factor: Tensor, module=module, other=other) -> Tensor:
-            with scaled([module, other], torch.stack([factor, torch.zeros_like(f)], 2), shape[1]):
+            with perturbed([module, other], torch.stack([factor, torch.zeros_like(f)], 2), shape[1]):
                 return call()
 
         alone, masked, nothing = (added(factor) for factor in (torch.ones_like(f), f, torch.zeros_like(f)))

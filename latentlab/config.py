@@ -23,7 +23,7 @@ PRESETS = Path(__file__).parent / "presets"
 CONTROLS = {"coconut": "thought", "pause": "pause", "direct": "none"}  # curriculum variant -> feedback of the model
 LARGEST = 10_000_000  # upper limit of every integer but a seed
 
-Arm = Literal["none", "temperature", "shared", "per_step", "shared_greedy", "supervised"]
+Arm = Literal["none", "temperature", "shared", "per_step", "shared_greedy", "antithetic", "gaussian", "supervised"]
 ARMS: tuple[Arm, ...] = typing.get_args(Arm)
 T = typing.TypeVar("T")
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -129,6 +129,12 @@ class CurriculumConfig(Section, name="curriculum"):
     eval_every: Positive = 25  # updates between validations in the last stage
     stop_accuracy: float = 1.0  # the last stage stops at this validation accuracy
 
+    def __post_init__(self):
+        if self.mask.scheme == "antithetic":
+            raise ValueError(
+                "curriculum.mask.scheme: got antithetic, expected shared; pairs are of one problem's rollouts"
+            )
+
 
 class GRPOConfig(Section, name="grpo"):
     arm: Arm = "shared"
@@ -160,6 +166,9 @@ class GRPOConfig(Section, name="grpo"):
                 "grpo.baseline: got none with scale_rewards or max_candidates, expected a baseline; without one, "
                 "groups of equal rewards carry a gradient, and those two would divide it by 0 or drop it"
             )
+        if self.arm == "antithetic" and self.num_generations % 2:
+            got = f"got {self.num_generations} with arm antithetic, expected an even number"
+            raise ValueError(f"grpo.num_generations: {got}; rollouts form pairs")
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError(f"grpo.{CISPO_NEEDS}")
         if 0 < self.max_candidates < self.num_problems:
@@ -177,7 +186,7 @@ class EvaluateConfig(Section, name="evaluate"):
 
 class SweepConfig(Section, name="sweep"):
     seeds: Some[Seed] = (0,)  # curriculum seeds
-    arms: tuple[Arm, ...] = ARMS
+    arms: tuple[Arm, ...] = ("none", "temperature", "shared", "per_step", "shared_greedy", "supervised")
     controls: tuple[Literal["pause", "direct"], ...] = ("pause", "direct")
     learning_rates: Some[LearningRate] = (3.0e-5,)  # tried with the first seed
     rates: Some[Rate] = (0.1,)  # mask rates tried likewise
@@ -224,7 +233,7 @@ def load_preset(name: str) -> Config:
     """The preset `name`. Raises a one-line ValueError for an unknown name or field, or a bad value."""
     values = _read_preset(name)
     if "inherits" in values:
-        values = _merged(_read_preset(values.pop("inherits")), values)
+        values = merged(_read_preset(values.pop("inherits")), values)
     return from_dict({**values, "preset": name})
 
 
@@ -232,27 +241,37 @@ def _read_preset(name: str) -> dict:
     known = sorted(path.stem for path in PRESETS.glob("*.toml"))
     if name not in known:
         raise ValueError(f"preset: got {name!r}, expected one of {', '.join(known)}")
+    return read_toml(PRESETS / f"{name}.toml")
+
+
+def read_toml(path: Path) -> dict:
+    """The contents of a TOML file. Raises a one-line ValueError if it is not TOML."""
     try:
-        return tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, nested without end
-        raise ValueError(f"{name}.toml: not valid TOML ({' '.join(str(error).split())[:300]}); correct it") from None
+        raise ValueError(f"{path.name}: not valid TOML ({' '.join(str(error).split())[:300]}); correct it") from None
 
 
-def _merged(base: dict, changes: dict) -> dict:
+def merged(base: dict, changes: dict) -> dict:
     """Nested dicts: `changes` over `base`."""
     nested = {
-        k: _merged(base[k], v) for k, v in changes.items() if isinstance(v, dict) and isinstance(base.get(k), dict)
+        k: merged(base[k], v) for k, v in changes.items() if isinstance(v, dict) and isinstance(base.get(k), dict)
     }
     return {**base, **changes, **nested}
 
 
-def from_dict(values: dict) -> Config:
-    """A Config from nested dicts, as read from TOML or JSON. Raises a one-line ValueError."""
+def from_dict(values: dict, kind: type[T] = Config) -> T:  # type: ignore[assignment]
+    """A Config, or another Section, from nested dicts, as read from TOML or JSON. Raises a one-line ValueError."""
     try:
         # As JSON, where a strict dataclass may be an object and a strict tuple an array.
-        return pydantic.TypeAdapter(Config).validate_json(json.dumps(values, default=str))
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(values, default=str))
     except pydantic.ValidationError as error:
         raise ValueError(_one_line(error)) from None
+
+
+def changed(config: Config, changes: dict) -> Config:
+    """`config` with the fields that `changes`, nested dicts, name. Raises a one-line ValueError."""
+    return from_dict(merged(to_dict(config), changes))
 
 
 def to_dict(config: Config) -> dict:
@@ -279,6 +298,12 @@ def changed_words(values: dict, *, but: tuple[str, ...] = ()) -> list[str]:
 
 def arm_settings(grpo: GRPOConfig, arm: str) -> tuple[MaskSpec | None, float]:
     """(mask, temperature) of an arm; `supervised` samples nothing, under the curriculum's mask."""
-    masked = {"shared": "shared", "shared_greedy": "shared", "per_step": "per_step"}
-    mask = dataclasses.replace(grpo.mask, scheme=masked[arm]) if arm in masked else None
+    changes: dict[str, dict] = {
+        "shared": {},
+        "shared_greedy": {},
+        "per_step": {"scheme": "per_step"},
+        "antithetic": {"scheme": "antithetic"},
+        "gaussian": {"noise": "gaussian", "sites": ("embedding",)},  # on <start> and thoughts
+    }
+    mask = dataclasses.replace(grpo.mask, **{"scheme": "shared", **changes[arm]}) if arm in changes else None
     return mask, 0.0 if arm in ("none", "shared_greedy") else grpo.temperature

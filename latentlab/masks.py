@@ -1,7 +1,10 @@
-"""Dropout masks as values: one Bernoulli mask per rollout, a pure function of an integer seed.
+"""Noise as values: one dropout mask per rollout, a pure function of an integer seed.
 
     m_k ~ Bernoulli(1 - p) / (1 - p)    per site and feature; k numbers the rollouts of a problem
     h <- h + m_k * branch(h)            at every masked position: one sample of the weights
+
+    e_k ~ N(0, p^2)                     noise "gaussian", in place of a mask
+    x <- x + rms(x) * e_k               rms(x): root mean square of the features of x
 
 `rollout_seeds` derives one seed per rollout from (run seed, step, problem id, k); `draw_masks` turns
 seeds into mask values with a counter-based hash (splitmix64). The same four numbers give the same
@@ -9,8 +12,8 @@ bits on every device, in any batch and in any process; there is no generator sta
 
 Source: Dropout-GRPO, arXiv 2606.10184; a mask as a sample of the weights: Gal & Ghahramani,
 arXiv 1512.05287; the hash: Steele, Lea & Flood, "Fast splittable pseudorandom number generators"
-(OOPSLA 2014). Deviation: <|start-latent|> is masked too, else the first thoughts of all K rollouts
-were equal.
+(OOPSLA 2014); antithetic pairs: Hammersley & Morton 1956. Deviation: <|start-latent|> is masked too,
+else the first thoughts of all K rollouts were equal.
 
 Dimensions: R rollouts (rows), S mask sites, D width, T positions of one forward pass.
 """
@@ -32,28 +35,33 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 MASK_STREAM, SAMPLE_STREAM = 1, 2  # independent random streams of one rollout seed
-SCHEMES = ("shared", "per_step", "none")
+SCHEMES = ("shared", "per_step", "antithetic", "none")
+NOISES = ("dropout", "gaussian")
 SITES = ("attention", "mlp", "embedding")
 SCOPES = ("latent", "prompt+latent", "all")
 
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """The kind of dropout mask applied to a rollout.
+    """The kind of dropout mask, or of other noise, applied to a rollout.
 
-    scheme: "shared" (one mask for all latent steps: the method), "per_step" (a new one per slot) or "none".
-    rate: p in [0, 1), the probability that a feature is set to zero.
+    scheme: "shared" (one mask for all latent steps: the method), "per_step" (a new one per slot),
+        "antithetic" (shared; rollouts 2j and 2j + 1 of a problem draw theirs from u and 1 - u) or "none".
+    rate: p in [0, 1), the probability that a feature is set to zero; noise "gaussian": the standard
+        deviation in units of the root mean square of what it is added to.
     sites: "attention" / "mlp" (the output of that branch in every layer), "embedding" (the inputs).
     scope: "latent" (<|start-latent|> to the last thought), "prompt+latent" or "all" (the answer too).
+    noise: "dropout" (a mask multiplies) or "gaussian" (noise is added).
     """
 
     scheme: str = "shared"
     rate: float = 0.1
     sites: tuple[str, ...] = ("attention", "mlp")
     scope: str = "latent"
+    noise: str = "dropout"
 
     def __post_init__(self):
-        for name, allowed in (("scheme", SCHEMES), ("scope", SCOPES)):
+        for name, allowed in (("scheme", SCHEMES), ("scope", SCOPES), ("noise", NOISES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"mask {name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         if not isinstance(self.rate, Real) or isinstance(self.rate, bool) or not 0 <= self.rate < 1:
@@ -70,18 +78,18 @@ class MaskSpec:
 
 @dataclass(frozen=True)
 class Masks:
-    """Mask values of R rollouts; entries are 0 or 1 / (1 - p).
+    """Mask values of R rollouts: 0 or 1 / (1 - p), or of noise "gaussian" what is added, / rms.
 
     A per-step mask has one slot for question and <start>, one for each thought and, in scope "all",
     one for each answer position.
     """
 
-    values: Float[Tensor, "R *slots S D"]  # [R, S, D] (shared) or [R, slots, S, D] (per_step)
+    values: Float[Tensor, "R *slots S D"]  # [R, S, D], of per_step [R, slots, S, D]
     spec: MaskSpec
 
-    def factors(self, slot: int, count: int) -> Float[Tensor, "R T S D"]:
-        """Factors of `count` positions from slot `slot` on; T = 1 where they share one mask."""
-        return self.values[:, None] if self.spec.scheme == "shared" else self.values[:, slot : slot + count]
+    def at(self, slot: int, count: int) -> Float[Tensor, "R T S D"]:
+        """Values of `count` positions from slot `slot` on; T = 1 where they share one mask."""
+        return self.values[:, slot : slot + count] if self.spec.scheme == "per_step" else self.values[:, None]
 
     def take(self, rows: Int[Tensor, " N"] | slice) -> Masks:
         """The masks of some rows."""
@@ -129,20 +137,29 @@ def rollout_seeds(
     return torch.tensor(seeds, dtype=torch.int64)
 
 
-def draw_masks(spec: MaskSpec, model, seeds: Int[Tensor, " R"], *, num_slots: int | None = None) -> Masks | None:
+def draw_masks(
+    spec: MaskSpec, model, seeds: Int[Tensor, " R"], *, num_generations: int = 1, num_slots: int | None = None
+) -> Masks | None:
     """The masks of R rollouts, from their seeds alone; None for scheme "none".
 
     `model` (a LatentReasoner) gives S, D, device, dtype and, unless `num_slots` is given, the number
-    of slots of a per-step mask.
+    of slots of a per-step mask. Raises ValueError for an odd `num_generations` (K) under "antithetic".
     """
     if spec.scheme == "none":
         return None
+    if spec.scheme == "antithetic" and num_generations % 2:
+        got = f"got {num_generations} rollouts per problem, expected an even number, as they form pairs"
+        raise ValueError(f"mask scheme antithetic: {got}; change num_generations, or use the scheme shared")
     slots = [num_slots or model.num_slots(spec.scope)] if spec.scheme == "per_step" else []
     shape = (*slots, model.num_sites(spec.sites), model.width)
     counters = torch.arange(math.prod(shape), device=model.device)
-    words = hash_words(seeds.to(model.device), MASK_STREAM, counters)
-    keep = _shift_right(words, 11) >= round(spec.rate * 2**53)  # 53 bits, as in a float64
-    values = keep.to(model.dtype).mul_(1 / (1 - spec.rate))
+    bits = _shift_right(hash_words(seeds.to(model.device), MASK_STREAM, counters), 11)  # 53 of them, as in a float64
+    if spec.scheme == "antithetic":
+        bits = torch.stack([bits[::2], 2**53 - 1 - bits[::2]], 1).flatten(0, 1)
+    if spec.noise == "gaussian":
+        values = torch.special.ndtri((bits.double() + 0.5) * 2.0**-53).mul_(spec.rate).to(model.dtype)
+    else:
+        values = (bits >= round(spec.rate * 2**53)).to(model.dtype).mul_(1 / (1 - spec.rate))
     return Masks(values.view(len(seeds), *shape), spec)
 
 
@@ -178,17 +195,24 @@ def _signed(word: int) -> int:
 
 
 @contextmanager
-def scaled(modules: list[nn.Module], factors: Float[Tensor, "R T S D"], count: int):
-    """Inside, the first `count` output positions of module s are multiplied by factors[:, :, s]."""
+def perturbed(modules: list[nn.Module], values: Float[Tensor, "R T S D"], count: int, noise: str = "dropout"):
+    """Inside, values[:, :, s] act on the first `count` output positions of module s."""
     with ExitStack() as hooks:
         for s, module in enumerate(modules):
-            hook = lambda _, __, out, f=factors[:, :, s]: scale_first(out, f, count)  # noqa: E731
+            hook = lambda _, __, out, v=values[:, :, s]: perturb(out, v, count, noise)  # noqa: E731
             hooks.enter_context(module.register_forward_hook(hook))
         yield
 
 
-def scale_first(out: Float[Tensor, "R N D"], factors: Float[Tensor, "R T D"], count: int) -> Float[Tensor, "R N D"]:
-    """Multiply the first `count` of N positions by `factors` (T = count, or 1 if shared)."""
-    if count == out.shape[1]:
-        return out * factors
-    return torch.cat([out[:, :count] * factors, out[:, count:]], 1)
+def perturb(
+    out: Float[Tensor, "R N D"], values: Float[Tensor, "R T D"], count: int, noise: str
+) -> Float[Tensor, "R N D"]:
+    """Let `values` (T = count, or 1 if shared) act on the first `count` of N positions.
+
+    noise: "dropout" multiplies by them, "gaussian" adds them times the root mean square of a position.
+    """
+    if count < out.shape[1]:
+        return torch.cat([perturb(out[:, :count], values, count, noise), out[:, count:]], 1)
+    if noise == "dropout":
+        return out * values
+    return out + values * torch.linalg.vector_norm(out, dim=-1, keepdim=True) / math.sqrt(out.shape[-1])

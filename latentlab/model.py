@@ -5,7 +5,7 @@
     z_L <end>            logits of the first answer token  one forward pass for both positions
     answer tokens        logits of the next tokens
 
-Sampling, scoring and the curriculum share one path: `prefix -> think -> answer`. A mask multiplies
+Sampling, scoring and the curriculum share one path: `prefix -> think -> answer`. A mask acts on
 the outputs of residual branches at the positions in its scope, through forward hooks that exist
 only during the forward pass.
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from latentlab.attention import PrefixRun, RolloutCache, rollout_attention
 from latentlab.backbone import branch_outputs, fuse_gelu, longest_sequence, multiplies_bfloat16, own_logits
-from latentlab.masks import Masks, scale_first, scaled
+from latentlab.masks import Masks, perturb, perturbed
 
 START, LATENT, END = "<|start-latent|>", "<|latent|>", "<|end-latent|>"
 FEEDBACKS = ("thought", "pause", "none")
@@ -159,10 +159,10 @@ class LatentReasoner(nn.Module):
         masked = self._num_masked(state, new)
         hooks: AbstractContextManager = nullcontext()
         if masks is not None and masked:
-            factors = masks.factors(cache.get_seq_length(), 1 if cache.in_prefix else masked)
-            hooks = scaled(self.branches(masks.spec.sites), factors, masked)
+            values = masks.at(cache.get_seq_length(), 1 if cache.in_prefix else masked)
+            hooks = perturbed(self.branches(masks.spec.sites), values, masked, masks.spec.noise)
             if "embedding" in masks.spec.sites:
-                inputs = scale_first(inputs, factors[:, :, -1], masked)
+                inputs = perturb(inputs, values[:, :, -1], masked, masks.spec.noise)
         try:
             with self.autocast(), hooks, rollout_attention(self.lm.config, cache):
                 output = self.lm.base_model(

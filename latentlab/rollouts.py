@@ -177,7 +177,7 @@ def rollout(
     prompt_ids, prompt_valid = encode_prompts(model.tokenizer, problems, model.device)
     model.check_length(prompt_ids.shape[1], model.max_new_tokens)
     if isinstance(masks, MaskSpec):
-        masks = draw_masks(masks, model, seeds)
+        masks = draw_masks(masks, model, seeds, num_generations=num_generations)
     together = 1 if masks is not None or edit is not None else num_generations  # rollouts per row of thoughts
     with model.cast_once():
         state = model.prefix(prompt_ids, prompt_valid, num_generations=num_generations // together, masks=masks)

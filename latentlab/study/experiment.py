@@ -46,7 +46,8 @@ from latentlab.training.preflight import expect_together, say_precision
 from latentlab.training.run import seconds_spent
 
 CHECKPOINT_MINUTES = 3.0  # work that a kill may cost: the whole budget may be half an hour
-FAMILY = {arm: "shared" for arm in ("shared", "per_step", "shared_greedy")} | {"supervised": "supervised"}  # by trials
+FAMILY = {arm: "shared" for arm in ("shared", "per_step", "shared_greedy", "antithetic")}  # tuned together
+FAMILY |= {arm: arm for arm in ("gaussian", "supervised")}
 # Fields that change no run, or only add some.
 ADDABLE = {"sweep.workers", "sweep.seeds", "sweep.arms", "sweep.controls", "data.test_size", "evaluate.num_generations"}
 

@@ -144,12 +144,12 @@ def _finished(job: Job, folder: Path) -> bool:
     if not (folder / job.name / "done.json").exists():
         return False
     made, asked = read_done(folder, job.name)["command"], " ".join(job.words(folder))
-    if _without_places(made) != _without_places(asked):
+    if without_places(made) != without_places(asked):
         raise ValueError(f"sweep: {job.name} was made by `{made}`, expected `{asked}`; delete it, or use another --out")
     return True
 
 
-def _without_places(command: str) -> str:
+def without_places(command: str) -> str:
     """A command without the folders that hold its runs: an experiment may be moved as a whole."""
     return re.sub(r"(--out|--init-from) \S*?([^/\s]+(/best)?)(?=\s|$)", r"\1 \2", command)
 

@@ -18,6 +18,7 @@ from latentlab.study import results
 
 Minutes = Annotated[float, Field(ge=0, le=10_000_000)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
+Stage = Literal["pilot", "main", "map", "long", "others", "readings"]
 
 
 class Verb(Section):
@@ -139,9 +140,12 @@ class Study(Verb):
 
 
 class Sweep(Verb):
-    """Arms x seeds as independent runs, one process each."""
+    """Arms x seeds as independent runs, one process each; with --plan the study of a settings file."""
 
-    out: str = ""  # folder of the runs; default runs/<preset>/sweep
+    out: str = ""  # folder of the runs; default runs/<preset>/sweep, or runs/<preset>/noise with a plan
+    plan: str = ""  # TOML file of a study of many bases, or "noise", which asks when a mask helps
+    stages: tuple[Stage, ...] = ()  # of the plan; default all
+    unit: str = ""  # one unit of the plan in this process, STAGE/BASE/SEED; what a plan's processes run
     executor: Literal["local", "slurm"] = "local"  # processes on this machine, or SLURM jobs through submitit
     slurm: tuple[str, ...] = ()  # options of sbatch, as partition=gpu time=600 (minutes) gpus_per_node=1
     retries: Count = 1  # further tries of a failed run
@@ -150,8 +154,30 @@ class Sweep(Verb):
         from latentlab.study.experiment import run_experiment
         from latentlab.study.launch import Launcher
 
-        out, launcher = _study_folder(self, "sweep"), Launcher(self.executor, self.slurm, self.retries)
-        print("wrote", run_experiment(self.config, out=out, launcher=launcher))
+        launcher = Launcher(self.executor, self.slurm, self.retries)
+        if self.plan:
+            self.run_plan(launcher)
+        elif self.unit or self.stages:
+            raise ValueError("sweep: got --unit or --stages without --plan, expected them of a plan; add --plan noise")
+        else:
+            print("wrote", run_experiment(self.config, out=_study_folder(self, "sweep"), launcher=launcher))
+
+    def run_plan(self, launcher) -> None:
+        """The stages of a plan, or one of its units."""
+        from latentlab.study.noise import plan, stages
+
+        if self.config != load_preset("tiny"):
+            raise ValueError(
+                "sweep: got a preset or a field with --plan, expected neither; put the change into its file"
+            )
+        out = Path(self.out or f"runs/{plan.load_plan(self.plan).preset}/noise")
+        files.expect_writable(out)
+        if self.unit:
+            print(json.dumps(stages.run_unit(self.plan, out, self.unit)))
+            return
+        files.expect_writable(results.reports_folder())
+        for path in stages.run_plan(self.plan, out, self.stages, launcher, self.config.sweep.workers):
+            print("wrote", path)
 
 
 class Reproduce(Computing):

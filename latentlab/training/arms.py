@@ -3,7 +3,8 @@
 Arms differ only in what makes the K rollouts of a group differ (config.arm_settings): nothing
 (`none`), the sampled answer (`temperature`), one mask per rollout (`shared`), a fresh mask per
 thought (`per_step`), one mask per rollout with greedy answers (`shared_greedy`: a heuristic, since
-log pi of an argmax is no score function). The reference arm `supervised` spends the same number of
+log pi of an argmax is no score function), masks in antithetic pairs (`antithetic`), Gaussian noise on
+the inputs of the latent steps instead of a mask (`gaussian`). The reference arm `supervised` spends the same number of
 sequences on cross-entropy of the right answer; each is another problem, so it sees K times as many.
 
 Masks are drawn once, stored with the rollouts and replayed in the update; every iteration logs
@@ -15,6 +16,7 @@ with dynamic sampling (`max_candidates`, see sample_groups) takes more, so there
     candidates, groups      problems rolled out in this iteration; those that the update used
     reward, reward_std      over candidates: mean reward; mean standard deviation within a group
     frac_reward_zero_std    share of candidates whose K rewards are equal: no signal there
+    pass@k                  share of candidates with a reward above 0: collapsed ones without are failed
     replay_gap              max |re-scored - recorded| log-prob before the update, nats; 0 if none;
                             over groups with a signal, at validation steps over all kept groups
     loss, grad_norm         of the first update; the norm before clipping; 0 without any group

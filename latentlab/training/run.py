@@ -2,7 +2,7 @@
 
     runs/NAME/config.json    the whole configuration
     runs/NAME/metrics.jsonl  one JSON object per line, as it happens; resuming leaves the same bytes
-    runs/NAME/timing.jsonl   step and seconds, from 0 in every process that continues the run
+    runs/NAME/timing.jsonl   step, seconds and CPU seconds, from 0 in every process that continues the run
     runs/NAME/tensorboard/   the numbers of metrics.jsonl as TensorBoard events, if asked for
     runs/NAME/state.pt       everything that resuming needs: 12 bytes per trained weight in float32
     runs/NAME/state/         the same from a sharded model: shards as safetensors, and state.json
@@ -95,6 +95,7 @@ class Run:
                 raise ValueError(f"data: got {got}; give every problem its own")
         self.metrics, self.timing = self.folder / "metrics.jsonl", self.folder / "timing.jsonl"
         self.started = self.saved = time.monotonic()
+        self.cpu_started = time.process_time()
         self.asked, self.progress = "", Progress()  # asked: the signal that asked the run to stop
         self.settings, used = to_dict(self.config), [*self.train, *self.validation]
         self.identity = checkpoint.identity(self.loop, self.settings, self.model, used)
@@ -166,7 +167,7 @@ class Run:
         self.timing.touch()
         os.truncate(self.metrics, self.state["metrics_offset"] if self.state else 0)
         os.truncate(self.timing, self.timing.read_bytes().rfind(b"\n") + 1)
-        self._append(self.timing, {"step": self.progress.step - 1, "seconds": 0.0})
+        self._append(self.timing, {"step": self.progress.step - 1, "seconds": 0.0, "cpu_seconds": 0.0})
         if self.tensorboard:
             self.events = Events(self.folder, first=self.progress.step if self.state else -1)
 
@@ -231,7 +232,8 @@ class Run:
         """Append `record` to metrics.jsonl, its time to timing.jsonl, write its events. Refuses a NaN."""
         expect_finite(record, record["step"])
         self.metrics_hash.update(self._append(self.metrics, record))
-        self._append(self.timing, {"step": record["step"], "seconds": round(time.monotonic() - self.started, 3)})
+        clocks = {"seconds": time.monotonic() - self.started, "cpu_seconds": time.process_time() - self.cpu_started}
+        self._append(self.timing, {"step": record["step"], **{name: round(x, 3) for name, x in clocks.items()}})
         if self.events:
             self.events.write(record)
 
@@ -321,9 +323,12 @@ def read_metrics(folder: str | Path, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in Path(folder, name).read_bytes().rpartition(b"\n")[0].splitlines()]
 
 
-def seconds_spent(folder: str | Path) -> float:
-    """Seconds that all processes of a run took, as far as they logged; each counts from 0."""
+def seconds_spent(folder: str | Path, clock: str = "seconds") -> float:
+    """Seconds, or `clock` "cpu_seconds", that all processes of a run took, as far as they logged.
+
+    Each process counts from 0.
+    """
     if not Path(folder, "timing.jsonl").exists():
         return 0.0
-    clock = [line["seconds"] for line in read_metrics(folder, "timing.jsonl")]
-    return sum(now for now, after in pairwise([*clock, 0.0]) if after < now)
+    times = [line[clock] for line in read_metrics(folder, "timing.jsonl")]
+    return sum(now for now, after in pairwise([*times, 0.0]) if after < now)
