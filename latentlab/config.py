@@ -274,9 +274,9 @@ def changed(config: Config, changes: dict) -> Config:
     return from_dict(merged(to_dict(config), changes))
 
 
-def to_dict(config: Config) -> dict:
+def to_dict(config: Section) -> dict:
     """Plain nested dicts and lists, as written to JSON."""
-    return pydantic.TypeAdapter(Config).dump_python(config, mode="json")
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
 
 
 def flat(values: dict, where: str = "") -> dict:

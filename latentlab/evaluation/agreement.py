@@ -36,7 +36,12 @@ def majority_row(
     """
     begun, size = time.process_time(), max(1, batch_size // k)
     found = evaluate(model, problems, batch_size=size, num_generations=k, mask=mask, temperature=temperature)
-    row = {"n": len(problems), "k": k, "mean": found.accuracy, "majority": float(found.majority().mean())}
+    row: dict[str, Any] = {
+        "n": len(problems),
+        "k": k,
+        "mean": found.accuracy,
+        "majority": float(found.majority().mean()),
+    }
     row["cpu_seconds"] = round(time.process_time() - begun, 2)
     if k > 1:
         shares, right = agreement(found)

@@ -20,13 +20,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from latentlab.config import Config, changed_words, to_dict
 from latentlab.runtime.environment import commit, on_signals
@@ -37,6 +37,18 @@ from latentlab.training.run import Stopped, seconds_spent
 STOPPED = Stopped.exit_code  # of a run that was asked to stop, has saved its state and can be resumed
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # side by side: one thread each
 SLURM_DEFAULTS = {"job_name": "latentlab", "time": 240, "cpus_per_task": 2}  # submitit's own limit is 5 minutes
+
+
+class Work(Protocol):
+    """What one process does: its folder's name, and the command line of `latentlab`, without --resume."""
+
+    @property
+    def name(self) -> str: ...
+
+    def words(self, folder: Path) -> tuple[str, ...]: ...
+
+
+W = TypeVar("W", bound=Work)
 
 
 @dataclass(frozen=True)
@@ -139,7 +151,7 @@ def read_done(folder: Path, name: str) -> dict:
     return read_json(folder / name / "done.json", "the record of a finished run", "command")
 
 
-def _finished(job: Job, folder: Path) -> bool:
+def _finished(job: Work, folder: Path) -> bool:
     """Is the run done? ValueError if another command made its folder."""
     if not (folder / job.name / "done.json").exists():
         return False
@@ -154,7 +166,7 @@ def without_places(command: str) -> str:
     return re.sub(r"(--out|--init-from) \S*?([^/\s]+(/best)?)(?=\s|$)", r"\1 \2", command)
 
 
-def run_jobs(jobs: list[Job], folder: Path, execute: Callable[[list[Job], Path], Iterator[tuple[str, int]]]) -> None:
+def run_jobs(jobs: list[W], folder: Path, execute: Callable[[list[W], Path], Iterator[tuple[str, int]]]) -> None:
     """Run what is unfinished; `execute` yields (name, exit code).
 
     Raises RuntimeError that lists failed runs, else Stopped if runs were told to stop.
@@ -196,7 +208,7 @@ def _write_table(folder: Path, states: dict[str, str]) -> dict[str, list]:
 
 
 # ---------------------------------------------------------------- processes
-def run_processes(jobs: list[Job], folder: Path, launcher: Launcher, workers: int) -> Iterator[tuple[str, int]]:
+def run_processes(jobs: Sequence[Work], folder: Path, launcher: Launcher, workers: int) -> Iterator[tuple[str, int]]:
     """Run jobs as local processes or SLURM jobs; yields (name, exit code) as they end.
 
     SIGTERM and SIGINT stop all of them with their state saved.
@@ -210,7 +222,7 @@ def run_processes(jobs: list[Job], folder: Path, launcher: Launcher, workers: in
         gpus.put(gpu)
     told, processes = threading.Event(), []
 
-    def run(job: Job) -> int:
+    def run(job: Work) -> int:
         gpu, failures = gpus.get(), 0
         process = Process(job.words(folder), folder / job.name, gpu)
         processes.append(process)

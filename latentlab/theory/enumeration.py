@@ -20,7 +20,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import one_hot, pad
 
-from latentlab.masks import Masks, MaskSpec
+from latentlab.masks import Masks, MaskSpec, draw_masks, rollout_seeds
 from latentlab.model import LatentReasoner
 from latentlab.pretrained.scratch import build_model
 from latentlab.problems import Problem
@@ -136,12 +136,27 @@ def enumerated_rollouts(model: LatentReasoner, problem: Problem, masks: Masks) -
     return given_rollouts(model, problem, tokens.repeat(count, 1), token_mask.repeat(count, 1), repeated)
 
 
-def enumerate_policy(model: LatentReasoner, problem: Problem, spec: MaskSpec) -> Policy:
-    """The policy of `model` on `problem` with every mask and answer.
+def noise_set(model: LatentReasoner, spec: MaskSpec, size: int) -> tuple[Masks, Tensor]:
+    """`size` draws of any noise, each as probable as the others: Masks of M rows, p [M].
+
+    A noise that takes infinitely many values is enumerated on such a set: what is proved for every
+    distribution of the noise holds for this one too.
+    """
+    seeds = rollout_seeds(0, 0, ["noise"], size)
+    masks = draw_masks(spec, model, seeds, num_generations=size)
+    if masks is None:
+        raise ValueError("noise: got scheme none, expected a noise that draws values; use another scheme")
+    return masks, torch.full((size,), 1 / size, dtype=torch.float64)
+
+
+def enumerate_policy(
+    model: LatentReasoner, problem: Problem, spec: MaskSpec, space: tuple[Masks, Tensor] | None = None
+) -> Policy:
+    """The policy of `model` on `problem` with every mask, or those of `space`, and every answer.
 
     Raises ValueError if the probabilities do not sum to 1 within 1e-12.
     """
-    masks, mask_probs = mask_space(model, spec)
+    masks, mask_probs = space or mask_space(model, spec)
     rows = enumerated_rollouts(model, problem, masks)
     with torch.no_grad():
         logp = model.score(rows, masks=rows.masks)
@@ -196,9 +211,15 @@ def reward_table(policy: Policy, pass_rate: float) -> Tensor:
     return rewards
 
 
-def true_gradient(model: LatentReasoner, problem: Problem, spec: MaskSpec, rewards: Tensor) -> Tensor:
-    """∇J [P], by differentiating probabilities, not log-probs. rewards: [Y]."""
-    masks, mask_probs = mask_space(model, spec)
+def true_gradient(
+    model: LatentReasoner,
+    problem: Problem,
+    spec: MaskSpec,
+    rewards: Tensor,
+    space: tuple[Masks, Tensor] | None = None,
+) -> Tensor:
+    """∇J [P] over all masks, or those of `space`, by differentiating probabilities, not log-probs. rewards: [Y]."""
+    masks, mask_probs = space or mask_space(model, spec)
     rows = enumerated_rollouts(model, problem, masks)
     answer_probs = model.score(rows, masks=rows.masks).sum(1).exp().view(len(mask_probs), -1)  # [M, Y]
     gradient = torch.autograd.grad(mask_probs @ (answer_probs @ rewards), list(model.parameters()))

@@ -29,7 +29,15 @@ from latentlab.masks import MaskSpec
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
 from latentlab.rollouts import rollout
-from latentlab.theory.enumeration import Policy, answer_index, enumerate_policy, greedy_policy, one_logit, true_gradient
+from latentlab.theory.enumeration import (
+    Policy,
+    answer_index,
+    enumerate_policy,
+    greedy_policy,
+    mask_space,
+    one_logit,
+    true_gradient,
+)
 
 FRESH_FORMS = ("detached", "token_ratio", "clipped", "sequence_ratio")
 ONE_LOGIT_REWARDS = torch.tensor([1.0, 0.0], dtype=torch.float64)  # right, wrong
@@ -86,6 +94,45 @@ def _moments(prob, patterns, a, first, second) -> Moments:
     between = rows.sum(1).square().sum(1) - torch.einsum("gkt,gktu,gku->g", a, cross[patterns, patterns], a)
     within = torch.einsum("gkt,gktu,gku->g", a, second[patterns], a)
     return Moments(mean, (prob @ (within + between) - mean @ mean).item())
+
+
+def antithetic_probs(model: LatentReasoner, spec: MaskSpec) -> Tensor:
+    """P(m, m') of a pair of masks from u and 1 - u, over `mask_space`: [M, M].
+
+    A feature is dropped in the first (u < p), in the second (u >= 1 - p), in none, or for p > 1/2 in both.
+    """
+    masks, _ = mask_space(model, spec)
+    keep, p = (masks.values > 0).flatten(1), spec.rate  # [M, S * D]
+    table = torch.tensor([[max(2 * p - 1, 0), min(p, 1 - p)], [min(p, 1 - p), max(1 - 2 * p, 0)]], dtype=torch.float64)
+    pairs = torch.ones(len(keep), len(keep), dtype=torch.float64)
+    for kept in keep.long().T:  # features are independent
+        pairs *= table[kept[:, None], kept]
+    return pairs
+
+
+def pair_moments(policy: Policy, rewards: Tensor, pair_probs: Tensor) -> Moments:
+    """Mean and variance of the gradient estimate of a group of two rollouts whose masks have P(m, m').
+
+    Advantages have the mean baseline; rewards [Y], pair_probs [M, M]. Given their masks the two
+    answers are independent. The joint distribution of the masks leaves the mean at (1 - 1/K) ∇J,
+    K = 2: the score of a sampled answer has mean 0 under every mask, so only r_k s_k counts.
+    """
+    values = rewards.unique()
+    given = (policy.probs.unflatten(0, (len(policy.mask_probs), -1)).T / policy.mask_probs).T  # π(y | m), [M, Y]
+    scores = policy.scores.sum(1).unflatten(0, given.shape)  # [M, Y, P]
+    norms = policy.score_products.sum((1, 2)).view_as(given)
+    classes = torch.stack([(rewards == value).double() for value in values])  # [C, Y]
+    prob = torch.einsum("my,cy->mc", given, classes)
+    first = torch.einsum("my,cy,myp->mcp", given, classes, scores)  # E[s; c | m]
+    second = torch.einsum("my,cy,my->mc", given, classes, norms)  # E[|s|²; c | m]
+    patterns = torch.cartesian_prod(*[torch.arange(len(values))] * 2)  # [G, 2]
+    mean, square = torch.zeros(first.shape[2], dtype=torch.float64), 0.0
+    for (c, d), (a, b) in zip(patterns.tolist(), advantage.group_advantages(values[patterns]).tolist(), strict=True):
+        left, right = pair_probs @ prob[:, d], pair_probs.T @ prob[:, c]  # [M] each
+        mean += (a * left @ first[:, c] + b * right @ first[:, d]) / 2
+        square += (a * a * (left @ second[:, c]) + b * b * (right @ second[:, d])) / 4
+        square += a * b * ((pair_probs @ first[:, d]) * first[:, c]).sum() / 2
+    return Moments(mean, float(square - mean @ mean))
 
 
 def fresh_mask_moments(policy: Policy, rewards: Tensor, k: int, *, form: str) -> Moments:

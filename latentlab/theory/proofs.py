@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from latentlab.advantage import STD_EPSILON
-from latentlab.masks import draw_masks, rollout_seeds
+from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
 from latentlab.model import token_logps
 from latentlab.theory import enumeration, moments
 from latentlab.theory.enumeration import SPEC, Example
@@ -184,5 +184,45 @@ def baseline_variance(x: Example) -> Property:
     return judge("baseline_variance", wrong, 0, note, also=abs(2 * (k - 2) / (3 * k - 5) - measured) < 1e-5)
 
 
+NOISES = {
+    "gaussian": MaskSpec(rate=0.5, sites=("embedding",), noise="gaussian"),
+    "per_step": MaskSpec("per_step", 0.3),
+    "per_step gaussian": MaskSpec("per_step", 0.5, ("embedding",), noise="gaussian"),
+}
+
+
+def other_noise(x: Example) -> Property:
+    """Noise that cannot be enumerated, on a finite set of its draws: E[r s] = ∇J, leave-one-out included."""
+    errors, rewards = {}, x.rewards[0]
+    for name, spec in NOISES.items():
+        space = enumeration.noise_set(x.model, spec, 64)
+        policy = enumeration.enumerate_policy(x.model, x.problems[0], spec, space)
+        gradient = enumeration.true_gradient(x.model, x.problems[0], spec, rewards, space)
+        found = [
+            group_moments(policy, rewards, k, baseline=baseline).mean
+            for k, baseline in ((2, "none"), (4, "leave_one_out"))
+        ]
+        errors[name] = np.max([relative_error(mean, gradient) for mean in found])
+    return judge(
+        "other_noise", np.max(list(errors.values())), EXACT, f"E[g] = ∇J on 64 draws each of {', '.join(errors)}"
+    )
+
+
+def antithetic(x: Example) -> Property:
+    """Antithetic pairs of masks: (1 - 1/K) ∇J like independent ones, K = 2, and another variance."""
+    errors, ratios = [], []
+    for policy, rewards, gradient in zip(x.policies, x.rewards, x.gradients, strict=True):
+        pairs = {"independent": torch.outer(policy.mask_probs, policy.mask_probs)}
+        pairs["antithetic"] = moments.antithetic_probs(x.model, SPEC)
+        found = {name: moments.pair_moments(policy, rewards, probs) for name, probs in pairs.items()}
+        errors += [relative_error(m.mean, gradient / 2) for m in found.values()]
+        known = group_moments(policy, rewards, 2)
+        errors.append(abs(found["independent"].variance / known.variance - 1))
+        ratios.append(found["antithetic"].variance / found["independent"].variance)
+    note = f"E[g] = ∇J / 2; variance, antithetic / independent: {', '.join(f'{r:.4f}' for r in ratios)}"
+    return judge("antithetic", np.max(errors), EXACT, note)
+
+
 PROOFS: dict[str, Callable[[Example], Property]] = {name: partial(expectation, name) for name in EXPECTATIONS}
-PROOFS |= {f.__name__: f for f in (std_scaling, fresh_mask, greedy, loss_types, latent_gradient, baseline_variance)}
+PROOFS |= {f.__name__: f for f in (std_scaling, fresh_mask, greedy, loss_types, latent_gradient)}
+PROOFS |= {f.__name__: f for f in (baseline_variance, other_noise, antithetic)}

@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from latentlab.masks import SCOPES, MaskSpec, draw_masks, rollout_seeds
+from latentlab.masks import NOISES, SCOPES, MaskSpec, draw_masks, rollout_seeds
 from latentlab.model import LatentReasoner
 from latentlab.pretrained.scratch import build_model, word_tokenizer
 from latentlab.problems import Problem
@@ -63,7 +63,11 @@ def _sample(model, problems, spec, *, k: int = 4, temperature: float = 1.0, run_
 @torch.no_grad()
 def replay(e: Engine) -> Property:
     """Recorded log-probs equal re-scored: all schemes, scopes, backbones; a shrinking batch."""
-    specs = [MaskSpec(scheme, 0.2, ALL_SITES, scope) for scheme in ("shared", "per_step") for scope in SCOPES]
+    specs = [
+        MaskSpec(scheme, 0.2, ALL_SITES, scope, noise)
+        for scheme, noise in product(("shared", "per_step", "antithetic"), NOISES)
+        for scope in SCOPES
+    ]
     gaps = []
     for model in e.models.values():
         batches = [_sample(model, e.problems, spec, temperature=0.8) for spec in specs]
@@ -145,7 +149,11 @@ def _bits_sha256(device) -> str:
 
 def batch_invariance(e: Engine) -> Property:
     """Tokens and log-probs of a problem do not depend on the rest of its batch, nor on K."""
-    specs = (MaskSpec(rate=0.2), MaskSpec("per_step", 0.2, ALL_SITES, "all"))
+    specs = (
+        MaskSpec(rate=0.2),
+        MaskSpec("per_step", 0.2, ALL_SITES, "all"),
+        MaskSpec("antithetic", 0.2, ALL_SITES, noise="gaussian"),
+    )
     pairs = []
     for model, temperature, spec in product(e.models.values(), (0.0, 1.0), specs):
         together = _sample(model, e.problems, spec, temperature=temperature)
@@ -163,7 +171,8 @@ def naive_equality(e: Engine) -> Property:
     masked = ((1.0, MaskSpec(rate=0.2)), (1.0, MaskSpec("shared", 0.2, ALL_SITES, "all")))
     pairs = []
     for model, scope in zip(e.models.values(), ("prompt+latent", "all"), strict=True):
-        for temperature, spec in ((0.0, None), *masked, (0.7, MaskSpec("per_step", 0.2, ALL_SITES, scope))):
+        noisy = [(0.7, MaskSpec("per_step", 0.2, ALL_SITES, scope, noise)) for noise in NOISES]
+        for temperature, spec in ((0.0, None), *masked, *noisy):
             out = _sample(model, e.problems, spec, k=2, temperature=temperature)
             for row, seed in enumerate(out.seeds.to(e.device)):
                 tokens, logp = _answer(out, row)

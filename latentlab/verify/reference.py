@@ -33,8 +33,8 @@ def naive_rollout(
     def hidden() -> torch.Tensor:  # [D], of the last position
         if masks is None:
             return _last_hidden(lm, torch.stack(sequence))
-        factors = [_factor(i - start, model.num_thoughts, masks.values[0], masks.spec) for i in range(len(sequence))]
-        return _last_hidden(lm, torch.stack(sequence), torch.stack(factors), masks.spec.sites)
+        values = [_values(i - start, model.num_thoughts, masks.values[0], masks.spec) for i in range(len(sequence))]
+        return _last_hidden(lm, torch.stack(sequence), torch.stack(values), masks.spec)
 
     for _ in range(model.num_thoughts):
         sequence.append(hidden())
@@ -53,23 +53,29 @@ def naive_rollout(
     return answer, logps
 
 
-def _factor(offset: int, thoughts: int, mask: torch.Tensor, spec: MaskSpec) -> torch.Tensor:
-    """What multiplies the sites at `offset` positions behind <|start-latent|>: [S, D]."""
+def _values(offset: int, thoughts: int, mask: torch.Tensor, spec: MaskSpec) -> torch.Tensor:
+    """What acts on the sites at `offset` positions behind <|start-latent|>: [S, D]."""
     inside = {"latent": 0 <= offset <= thoughts, "prompt+latent": offset <= thoughts, "all": True}[spec.scope]
     if spec.scheme == "per_step":
         mask = mask[max(offset, 0) if inside else 0]
-    return mask if inside else torch.ones_like(mask)
+    return mask if inside else torch.full_like(mask, 1.0 if spec.noise == "dropout" else 0.0)
 
 
-def _last_hidden(lm, inputs: torch.Tensor, factors: torch.Tensor | None = None, sites=()) -> torch.Tensor:
-    """One pass of inputs [T, D], sites multiplied by factors [T, S, D]: last hidden state [D]."""
+def _last_hidden(
+    lm, inputs: torch.Tensor, values: torch.Tensor | None = None, spec: MaskSpec | None = None
+) -> torch.Tensor:
+    """One pass of inputs [T, D], values [T, S, D] acting on the sites: last hidden state [D]."""
+
+    def noisy(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return x * v if spec.noise == "dropout" else x + v * (x**2).mean(-1, keepdim=True) ** 0.5
+
     with ExitStack() as hooks:
-        if factors is not None:
-            for s, linear in enumerate(branches(lm, sites)):
-                hook = linear.register_forward_hook(lambda _, __, out, f=factors[:, s]: out * f)
+        if values is not None:
+            for s, linear in enumerate(branches(lm, spec.sites)):
+                hook = linear.register_forward_hook(lambda _, __, out, v=values[:, s]: noisy(out, v))
                 hooks.enter_context(hook)
-            if "embedding" in sites:
-                inputs = inputs * factors[:, -1]
+            if "embedding" in spec.sites:
+                inputs = noisy(inputs, values[:, -1])
         return lm.base_model(inputs_embeds=inputs[None], use_cache=False).last_hidden_state[0, -1]
 
 

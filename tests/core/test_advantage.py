@@ -72,6 +72,7 @@ def test_diagnostics_count_collapsed_groups_not_batches():
     assert is_collapsed(rewards).tolist() == [True, True, False, True]
     stats = group_diagnostics(rewards)
     assert stats["frac_reward_zero_std"] == 0.75
+    assert stats["pass@k"] == 0.75
     assert stats["reward"] == 0.5
     assert stats["reward_std"] == pytest.approx(0.5**0.5 / 4)
 

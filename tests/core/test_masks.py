@@ -5,12 +5,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from latentlab.data.perturb import perturb
 from latentlab.data.word_problems import word_problems
 from latentlab.masks import Masks, MaskSpec, draw_masks, hash_words, rollout_seeds, uniforms
-from latentlab.rollouts import rollout
+from latentlab.rollouts import replay_gap, rollout
 from latentlab.training.steps import batch_indices
 from tests.conftest import tiny_gpt2
 
@@ -96,11 +97,58 @@ def test_per_step_slots_differ_and_shared_has_one(gpt2):
     assert fresh.values.shape[1] == gpt2.num_thoughts + 1
     for a in range(3):
         for b in range(a):
-            assert not torch.equal(fresh.factors(a, 1), fresh.factors(b, 1))
-    assert torch.equal(fresh.factors(0, 3), fresh.values)
-    assert torch.equal(fresh.factors(1, 2), fresh.values[:, 1:3])
+            assert not torch.equal(fresh.at(a, 1), fresh.at(b, 1))
+    assert torch.equal(fresh.at(0, 3), fresh.values)
+    assert torch.equal(fresh.at(1, 2), fresh.values[:, 1:3])
     shared = draw_masks(MaskSpec(rate=0.3), gpt2, seeds)
-    assert torch.equal(shared.factors(0, 1), shared.factors(2, 3))
+    assert torch.equal(shared.at(0, 1), shared.at(2, 3))
+
+
+def test_gaussian_noise_is_normal_and_a_function_of_its_seed_alone(gpt2):
+    spec, seeds = MaskSpec(rate=0.2, noise="gaussian"), rollout_seeds(0, 0, ["a", "b"], 400)
+    values = draw_masks(spec, gpt2, seeds).values
+    assert torch.equal(draw_masks(spec, gpt2, seeds[5:6]).values[0], values[5])
+    assert scipy.stats.kstest(values.flatten().double().numpy() / 0.2, "norm").pvalue > 0.01
+    assert abs(values.mean().item()) < 5 * 0.2 / values.numel() ** 0.5
+    keep = draw_masks(MaskSpec(rate=0.5), gpt2, seeds).values > 0
+    assert torch.equal(keep, values > 0)  # the same uniform numbers as those of a mask
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.7])
+def test_antithetic_rollouts_draw_from_u_and_one_minus_u(gpt2, rate):
+    seeds = rollout_seeds(0, 0, ["a", "b"], 200)
+    plain, pairs = (
+        draw_masks(MaskSpec(s, rate), gpt2, seeds, num_generations=200).values for s in ("shared", "antithetic")
+    )
+    assert torch.equal(plain[::2], pairs[::2])
+    first, second = pairs[::2] == 0, pairs[1::2] == 0
+    assert (first & second).double().mean().item() == pytest.approx(max(0.0, 2 * rate - 1), abs=0.02)
+    for dropped in (first, second):  # each is a mask like any other
+        assert abs(dropped.double().mean().item() - rate) < 5 * (rate * (1 - rate) / dropped.numel()) ** 0.5
+    noise = draw_masks(MaskSpec("antithetic", 0.2, noise="gaussian"), gpt2, seeds, num_generations=200).values
+    assert torch.equal(noise[::2], -noise[1::2])
+
+
+def test_antithetic_pairs_need_an_even_number_of_rollouts_per_problem(gpt2, problems):
+    for k in (1, 3):
+        with pytest.raises(
+            ValueError, match=f"^mask scheme antithetic: got {k} rollouts per problem, expected an even"
+        ):
+            rollout(
+                gpt2, problems[:2], num_generations=k, masks=MaskSpec("antithetic"), temperature=1.0, run_seed=0, step=0
+            )
+
+
+@pytest.mark.parametrize("scheme", ["shared", "per_step", "antithetic"])
+@pytest.mark.parametrize("noise", ["dropout", "gaussian"])
+def test_every_noise_replays(model, problems, scheme, noise):
+    spec = MaskSpec(scheme, 0.2, ("attention", "mlp", "embedding"), noise=noise)
+    out = rollout(model, problems, num_generations=4, masks=spec, temperature=1.0, run_seed=0, step=0)
+    assert replay_gap(model.score(out, masks=out.masks), out) < 1e-5
+    other = rollout(model, problems, num_generations=4, masks=spec, temperature=1.0, run_seed=1, step=0)
+    assert replay_gap(model.score(out, masks=other.masks), out) > 1e-3
+    thoughts = out.thoughts.unflatten(0, (-1, 4))
+    assert all((thoughts[:, 0] - thoughts[:, k]).abs().amax((1, 2)).min() > 1e-4 for k in range(1, 4))
 
 
 @pytest.mark.parametrize("scope", ["latent", "prompt+latent", "all"])
@@ -128,6 +176,7 @@ def test_rate_zero_is_the_identity_bit_for_bit(model, problems, scope):
         {"rate": torch.tensor(0.1)},
         {"rate": float("inf")},
         {"scheme": "fresh"},
+        {"noise": "svd"},
         {"scope": "answer"},
         {"sites": ()},
         {"sites": "mlp"},

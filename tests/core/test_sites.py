@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from latentlab import backbone
 from latentlab.backbone import _gaps, _layer_calls, branch_gaps, branch_outputs, decoder_layers, window_sizes
-from latentlab.masks import SITES, scaled
+from latentlab.masks import SITES, perturb, perturbed
 from latentlab.model import LatentReasoner
 from tests.conftest import tiny_gpt2
 
@@ -61,10 +61,21 @@ def test_a_backbone_without_blocks_is_refused_in_one_line():
 def test_the_first_positions_are_scaled_while_inside_and_after_an_error_nothing_is():
     module, x = nn.Linear(3, 2), torch.randn(4, 5, 3)
     factors, plain = torch.rand(4, 1, 1, 2), module(x)
-    with pytest.raises(KeyError), scaled([module], factors, 2):
+    with pytest.raises(KeyError), perturbed([module], factors, 2):
         assert torch.equal(module(x), torch.cat([plain[:, :2] * factors[:, :, 0], plain[:, 2:]], 1))
         raise KeyError
     assert torch.equal(module(x), plain)
+
+
+def test_gaussian_noise_is_added_in_units_of_the_root_mean_square_of_each_position():
+    x, noise = torch.randn(4, 5, 8, dtype=torch.float64), torch.randn(4, 1, 8, dtype=torch.float64)
+    out = perturb(x, noise, 2, "gaussian")
+    rms = (x**2).mean(-1, keepdim=True) ** 0.5
+    torch.testing.assert_close(out[:, :2], x[:, :2] + rms[:, :2] * noise)
+    assert torch.equal(out[:, 2:], x[:, 2:])
+    zero = torch.zeros(1, 1, 8, requires_grad=True)
+    perturb(zero, torch.ones(1, 1, 8), 1, "gaussian").sum().backward()
+    assert torch.isfinite(zero.grad).all()  # where the root mean square is 0
 
 
 def test_the_gap_is_the_largest_deviation_relative_to_the_largest_output_of_a_branch():

@@ -55,6 +55,8 @@ def test_each_arm_has_its_mask_and_temperature(config):
         "shared": (mask["shared"], 0.8),
         "per_step": (mask["per_step"], 0.8),
         "shared_greedy": (mask["shared"], 0.0),
+        "antithetic": (MaskSpec("antithetic", 0.2, ("mlp",), "all"), 0.8),
+        "gaussian": (MaskSpec("shared", 0.2, ("embedding",), "all", "gaussian"), 0.8),
         "supervised": (None, 0.8),
     }
 
@@ -66,6 +68,7 @@ def test_an_arm_rolls_out_with_its_settings(config, word_sets, tmp_path, monkeyp
     c = config(grpo={"arm": arm, "mask": {"rate": 0.4}})
     fit_grpo(sharpen(model_from_config(c)), *word_sets, c, out=tmp_path / "run", reward=graded)
     mask, temperature = arm_settings(c.grpo, arm)
+    assert (mask is None) is (arm in ("none", "temperature"))
     assert [out.temperature for out in seen] == [temperature] * 4
     assert [out.masks and out.masks.spec for out in seen] == [mask] * 4
     assert len({tuple(out.seeds.tolist()) for out in seen}) == 4

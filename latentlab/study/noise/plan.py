@@ -30,10 +30,11 @@ from latentlab.config import (
 )
 
 PLANS = Path(__file__).parent
+PLAIN = "plain"  # the base of all stages but map
 STAGES = ("pilot", "main", "map", "long", "others", "readings")
 FAMILY = {arm: "shared" for arm in ("per_step", "shared_greedy", "antithetic")}  # whose strength the pilot tunes
 MEMORISE = {"num_problems": 16, "num_generations": 8, "learning_rate": 1.0e-3, "eval_every": 50}  # 128 problems a step
-EPOCHS = 75  # over the problems to memorise
+EPOCHS = 75  # over the problems to memorise, unless the base says otherwise
 
 
 class Rule(Section, name="rule"):
@@ -59,7 +60,7 @@ class Map(Section, name="map"):
     probe_size: Positive  # problems of each probe
     probes: Some[Name]  # noise that is measured without training
     arms: Some[Name]
-    bases: dict[str, dict[str, Any]]  # settings of the curriculum; memorise: problems of the last stage
+    bases: dict[str, dict[str, Any]]  # settings of the curriculum; memorise: problems of the last stage; epochs
 
 
 class Long(Section, name="long"):
@@ -104,7 +105,7 @@ class Plan(Section, name="plan"):
 
     def base_config(self, base: str, seed: int) -> Config:
         """The settings of a base: those of its curriculum, the rest shared."""
-        own = {key: value for key, value in self.map.bases.get(base, {}).items() if key != "memorise"}
+        own = {key: value for key, value in self.map.bases.get(base, {}).items() if key not in ("memorise", "epochs")}
         return changed(self.config, {**own, "seed": seed})
 
 

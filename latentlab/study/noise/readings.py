@@ -47,7 +47,7 @@ def read(model: LatentReasoner, base: Base, problems: int, rate: float) -> dict:
         "samples": {"mask": None, "temperature": 1.0},
         "both": {"mask": mask, "temperature": 1.0},
     }
-    clean = _answers(model, test, 1, size, None)
+    clean = _answers(model, test, 1, size, MaskSpec("none"))
     rows = [
         {"noise": name, **majority_row(model, test, k, batch_size=4 * size, **kind)}
         for name, kind in kinds.items()
@@ -83,13 +83,13 @@ def _places(model: LatentReasoner, mask: MaskSpec) -> Iterator[tuple[str, MaskSp
 
 
 @torch.no_grad()
-def _answers(model, problems: Sequence[Problem], k: int, size: int, spec: MaskSpec | None, index=None) -> list[dict]:
+def _answers(model, problems: Sequence[Problem], k: int, size: int, spec: MaskSpec, index=None) -> list[dict]:
     """K greedy answers to each problem under masks that act at `index` alone: right, text, thoughts of each rollout."""
     rows: list[dict] = []
     for at in range(0, len(problems), max(1, size // k)):
         batch = problems[at : at + max(1, size // k)]
         seeds = rollout_seeds(0, 0, [p.id for p in batch], k)
-        masks = spec and draw_masks(spec, model, seeds, num_generations=k)
+        masks = draw_masks(spec, model, seeds, num_generations=k)
         if masks is not None and index is not None:
             values = torch.ones_like(masks.values)
             values[:, *index] = masks.values[:, *index]

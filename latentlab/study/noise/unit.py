@@ -96,7 +96,11 @@ class Base:
             model, train, validation, self.config, out=self.place / "stages", resume=True, last_stage=last - 1
         )
         set_stage(model, self.config, last, validation)
-        steps = EPOCHS * self.memorised // (MEMORISE["num_problems"] * MEMORISE["num_generations"])
+        steps = (
+            self.plan.map.bases[self.name].get("epochs", EPOCHS)
+            * self.memorised
+            // (MEMORISE["num_problems"] * MEMORISE["num_generations"])
+        )
         config = changed(self.config, {"grpo": {**MEMORISE, "arm": "supervised", "steps": steps}})
         fit_grpo(model, self.own, self.own, config, out=run, resume=True)  # its best weights know most of them
 
