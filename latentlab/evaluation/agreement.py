@@ -73,8 +73,9 @@ def auroc(scores: np.ndarray, right: np.ndarray) -> float | None:
 def reliability(shares: np.ndarray, right: np.ndarray, bins: int = 8) -> list[dict[str, float]]:
     """The reliability diagram: of each bin of agreement with problems in it, n, mean agreement, accuracy."""
     place = np.minimum((shares * bins).astype(int), bins - 1)
-    return [
-        {"n": int(inside.sum()), "agreement": float(shares[inside].mean()), "accuracy": float(right[inside].mean())}
-        for b in range(bins)
-        if (inside := place == b).any()
-    ]
+    rows = []
+    for bin in np.unique(place).tolist():
+        inside = place == bin
+        means = {"agreement": float(shares[inside].mean()), "accuracy": float(right[inside].mean())}
+        rows.append({"bin": bin, "n": int(inside.sum()), **means})
+    return rows

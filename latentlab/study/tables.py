@@ -15,11 +15,13 @@ from latentlab.config import changed_words
 from latentlab.runtime import environment
 from latentlab.runtime.files import write_atomically
 from latentlab.study.figures import draw_arms, estimate
+from latentlab.study.noise.figures import draw_forest, draw_long, draw_map, draw_reliability
 from latentlab.study.results import leaves, load_result, published_folder, reports_folder
 
+DRAW = {"arms": draw_arms, "bases": draw_forest, "map": draw_map, "long": draw_long, "readings": draw_reliability}
 PRESET_ORDER = ("tiny", "smol-cpu", "smol-cuda", "paper-cuda")
 BLOCKS = re.compile(
-    r"(<!-- (notebooks|results|cost|bench|intervals|lora|memory):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL
+    r"(<!-- (notebooks|results|cost|bench|intervals|lora|memory|noise):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL
 )
 
 
@@ -31,8 +33,8 @@ def build_report(folder: Path | None = None) -> Path:
     folder = folder or reports_folder()
     results, unknown = collect(folder)
     for result in results:
-        if result["name"] == "arms" and not is_budgeted(result):
-            draw_arms(result, folder)
+        if result["name"] in DRAW and not is_budgeted(result):
+            DRAW[result["name"]](result, folder)
     return write_atomically(folder / "RESULTS.md", render("report.md", results=results, unknown=unknown).encode())
 
 
@@ -167,6 +169,8 @@ def command(result: dict) -> str:
     name, preset, parameters = result["name"], result["preset"], result["parameters"]
     if not preset:
         return f"make {name}"
+    if "rule" in parameters:  # one of the study of noise
+        return "latentlab sweep --plan noise"
     if name == preset:
         return f"python scripts/measure_{ {'perturb': 'copies'}.get(name, name) }.py"
     if preset == "bench":

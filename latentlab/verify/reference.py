@@ -67,10 +67,10 @@ def _last_hidden(
     """One pass of inputs [T, D], values [T, S, D] acting on the sites: last hidden state [D]."""
 
     def noisy(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return x * v if spec.noise == "dropout" else x + v * (x**2).mean(-1, keepdim=True) ** 0.5
+        return x * v if spec and spec.noise == "dropout" else x + v * (x**2).mean(-1, keepdim=True) ** 0.5
 
     with ExitStack() as hooks:
-        if values is not None:
+        if values is not None and spec is not None:
             for s, linear in enumerate(branches(lm, spec.sites)):
                 hook = linear.register_forward_hook(lambda _, __, out, v=values[:, s]: noisy(out, v))
                 hooks.enter_context(hook)

@@ -34,7 +34,7 @@ def test_auroc_is_the_chance_that_a_right_one_scores_higher():
 def test_the_reliability_diagram_counts_every_problem_once():
     shares, right = np.array([1.0, 0.99, 0.5, 0.51, 0.1]), np.array([1, 0, 1, 1, 0], bool)
     rows = reliability(shares, right, bins=4)
-    assert [row["n"] for row in rows] == [1, 2, 2]
+    assert [(row["bin"], row["n"]) for row in rows] == [(0, 1), (2, 2), (3, 2)]
     assert [row["accuracy"] for row in rows] == [0.0, 1.0, 0.5]
     assert [row["agreement"] for row in rows] == pytest.approx([0.1, 0.505, 0.995])
 
@@ -43,6 +43,6 @@ def test_a_row_has_the_majority_of_evaluate_and_its_cost(gpt2, problems):
     noise = {"mask": MaskSpec(rate=0.3), "temperature": 1.0}
     row = majority_row(gpt2, problems, 4, batch_size=8, **noise)
     assert row["n"] == len(problems) and row["k"] == 4 and row["cpu_seconds"] > 0
-    assert sum(bin["n"] for bin in row["reliability"]) == len(problems)
+    assert sum(x["n"] for x in row["reliability"]) == len(problems)
     single = majority_row(gpt2, problems, 1, batch_size=8, **noise)
     assert single["mean"] == single["majority"] and "auroc" not in single

@@ -130,6 +130,7 @@ def bases(plan: Plan, folder: Path) -> tuple[dict, str, dict]:
             for label, score in scores.items()
         },
         "chosen": pilot.chosen(plan, folder),
+        "chosen_labels": pilot.chosen_labels(plan, folder, [f"{family} *" for family in plan.grids]),
         "iteration_seconds": pilot.iteration_seconds(plan, folder),
         "rule": {
             "pilot_differences": main["by_seed"][: plan.rule.pilot],
@@ -284,7 +285,7 @@ def readings(plan: Plan, folder: Path) -> tuple[dict, str, dict]:
             "bases": len(rows),
             "n": rows[0]["n"],
             "clean": _mean(row["clean"] for row in rows),
-            "test_time": _averaged([row["test_time"] for row in rows], ("noise", "k", "n", "reliability")),
+            "test_time": _averaged([row["test_time"] for row in rows], ("noise", "k", "n")),
             "where": _averaged([row["where"] for row in rows], ("where",)),
             **{kind: _thoughts([row[kind] for row in rows]) for kind in ("repaired", "broken")},
         }
@@ -298,11 +299,28 @@ def readings(plan: Plan, folder: Path) -> tuple[dict, str, dict]:
 
 
 def _averaged(tables: list[list[dict]], kept: tuple[str, ...]) -> list[dict]:
-    """Tables with equal rows, number by number, but for the names `kept`, which are the first table's."""
-    return [
-        {name: value if name in kept else _mean(row[name] for row in rows) for name, value in rows[0].items()}
-        for rows in zip(*tables, strict=True)
-    ]
+    """Tables with equal rows, number by number; the names `kept` are equal, reliability diagrams are pooled."""
+    averaged = []
+    for rows in zip(*tables, strict=True):
+        pooled = {
+            name: rows[0][name] if name in kept else _mean(row[name] for row in rows)
+            for name in rows[0]
+            if name != "reliability"
+        }
+        diagrams = [row["reliability"] for row in rows if "reliability" in row]
+        averaged.append({**pooled, **({"reliability": _pooled(diagrams)} if diagrams else {})})
+    return averaged
+
+
+def _pooled(diagrams: list[list[dict]]) -> list[dict]:
+    """One reliability diagram of the problems of all."""
+    found = []
+    for bin in sorted({row["bin"] for diagram in diagrams for row in diagram}):
+        rows = [row for diagram in diagrams for row in diagram if row["bin"] == bin]
+        n = sum(row["n"] for row in rows)
+        means = {key: sum(row["n"] * row[key] for row in rows) / n for key in ("agreement", "accuracy")}
+        found.append({"bin": bin, "n": n, **means})
+    return found
 
 
 def _thoughts(found: list[dict]) -> dict:
