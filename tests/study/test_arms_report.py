@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from latentlab.cli import parse
-from latentlab.config import ARMS, to_dict
+from latentlab.config import SweepConfig, to_dict
 from latentlab.data import datasets
 from latentlab.data.word_problems import word_problems
 from latentlab.evaluation.accuracy import evaluate
@@ -28,6 +28,7 @@ from latentlab.training.arms import fit_grpo
 from latentlab.training.run import read_metrics
 from tests.conftest import sharpen, tiny_gpt2
 
+ARMS = SweepConfig().arms
 RUNS = ["coconut", "pause", "direct", *ARMS]
 
 # -- swapping thoughts ----------------------------------------------------------------------------------------------

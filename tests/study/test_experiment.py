@@ -79,7 +79,13 @@ def plan(processes, tmp_path, monkeypatch):
     return call
 
 
-GRID = {"seeds": [5, 6], "learning_rates": [1e-4, 1e-3], "rates": [0.1, 0.2], "temperatures": [0.7, 1.3]}
+GRID = {
+    "arms": list(ARMS),
+    "seeds": [5, 6],
+    "learning_rates": [1e-4, 1e-3],
+    "rates": [0.1, 0.2],
+    "temperatures": [0.7, 1.3],
+}
 
 
 def test_tuning_picks_the_best_validation_accuracy_and_the_arms_get_it(plan, processes):
@@ -96,7 +102,7 @@ def test_tuning_picks_the_best_validation_accuracy_and_the_arms_get_it(plan, pro
         assert found == {"arm": arm, **chosen[arm], "validation_accuracy": best}
     grpo = {arm: parse(processes.words(f"{arm}-s6"))[1].grpo for arm in ARMS}
     assert {arm: g.arm for arm, g in grpo.items()} == {arm: arm for arm in ARMS}
-    for arm in ("shared", "per_step", "shared_greedy"):
+    for arm in ("shared", "per_step", "shared_greedy", "antithetic"):
         assert (grpo[arm].learning_rate, grpo[arm].mask.rate, grpo[arm].temperature) == (1e-3, 0.1, 1.0)
     for arm in ("none", "temperature"):
         assert (grpo[arm].learning_rate, grpo[arm].temperature) == (1e-4, 1.3)
@@ -152,6 +158,8 @@ def test_families_of_arms():
         "shared": "shared",
         "per_step": "shared",
         "shared_greedy": "shared",
+        "antithetic": "shared",
+        "gaussian": "gaussian",
         "supervised": "supervised",
     }
 

@@ -123,7 +123,9 @@ def test_every_arm_has_a_row_with_command_interval_rollouts_and_cpu_seconds(stud
     for row in rows:
         low, high = row["interval"]
         assert low <= row["correct"] / row["n"] <= high and row["n"] == 24
-        assert row["command"].split()[:1] == ["curriculum" if row["label"] == "start" else "latentlab"]
+        assert row["command"].startswith(
+            f"latentlab {'curriculum' if row['label'] == 'start' else 'grpo'} --preset smoke"
+        )
         assert (row["rollouts"] > 0) is (row["cpu_seconds"] > 0) is (row["label"] != "start")
         assert row.get("replay_gap", 0.0) < 1e-5
     by_label = {row["label"]: row for row in rows if row["seed"] == 0}

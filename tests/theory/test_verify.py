@@ -18,7 +18,7 @@ ENGINE = ("replay", "mask_identity", "mask_statistics", "batch_invariance", "nai
 
 def test_every_property_holds_in_float64():
     rows = table.run_verify("cpu", "float64")
-    assert [p.name for p in rows] == list(table.NAMES) and len(rows) == 14
+    assert [p.name for p in rows] == list(table.NAMES) and len(rows) == 16
     assert not [p for p in rows if not p.ok]
 
 

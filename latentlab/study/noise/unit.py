@@ -79,30 +79,33 @@ class Base:
         run, begun = self.place / "base", time.time()
         if not (run / "done.json").exists():
             model, (train, validation, _) = model_from_config(self.config), self.data.values()
+            job = Job("base", "curriculum", self.config)
             if self.memorised:
-                self._memorise(model, run)
+                job = self._memorise(model, run)
             else:
                 fit_curriculum(model, train, validation, self.config, out=run, resume=True)
-            words = Job(f"{self.name}-s{self.seed}", "curriculum", self.config).words(self.folder)
+            words = ("latentlab", *job.words(self.place))
             accuracy = evaluate(model, validation, batch_size=self.config.evaluate.batch_size).accuracy
             write_done(run, {"validation_accuracy": accuracy}, words, begun, commit())
         return run / "best"
 
-    def _memorise(self, model: LatentReasoner, run: Path) -> None:
-        """All stages but the last, then the last one on few problems, until they are known by heart."""
+    def _memorise(self, model: LatentReasoner, run: Path) -> Job:
+        """All stages but the last, then the last one on few problems, until they are known by heart.
+
+        Returns the job of that last part; it validates on the problems that it learns.
+        """
         train, validation, _ = self.data.values()
         last = self.config.latent_stages
         fit_curriculum(
             model, train, validation, self.config, out=self.place / "stages", resume=True, last_stage=last - 1
         )
         set_stage(model, self.config, last, validation)
-        steps = (
-            self.plan.map.bases[self.name].get("epochs", EPOCHS)
-            * self.memorised
-            // (MEMORISE["num_problems"] * MEMORISE["num_generations"])
-        )
-        config = changed(self.config, {"grpo": {**MEMORISE, "arm": "supervised", "steps": steps}})
+        epochs = self.plan.map.bases[self.name].get("epochs", EPOCHS)
+        steps = epochs * self.memorised // (MEMORISE["num_problems"] * MEMORISE["num_generations"])
+        changes = {"grpo": {**MEMORISE, "arm": "supervised", "steps": steps}, "data": {"train_size": self.memorised}}
+        config = changed(self.config, changes)
         fit_grpo(model, self.own, self.own, config, out=run, resume=True)  # its best weights know most of them
+        return Job("base", "grpo", config, str(self.place / "stages"))
 
 
 def make_row(base: Base, start: Path, group: str, label: str, run_seed: int, changes: dict) -> None:
