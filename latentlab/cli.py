@@ -3,7 +3,9 @@
     curriculum train a Coconut baseline or a control        --out FOLDER
     grpo       train one GRPO arm                           --out FOLDER --init-from CHECKPOINT
     evaluate   accuracy of a checkpoint on a benchmark      CHECKPOINT --benchmark gsm8k
-    sweep      arms x seeds as independent runs             --executor slurm
+    ask        a question of one's own, with the thoughts   "Leo has 16 coins. ..."
+    plot       draw a training run                          RUN
+    sweep      arms x seeds, or a study of many bases       --plan noise
     reproduce  GSM8K inside a time budget                   --preset smol --budget-minutes 24
     verify     exact theory, replay, one's own checkpoint   CHECKPOINT --device cuda
     study      run the notebooks in order, write the report --only 02
@@ -26,7 +28,7 @@ import os
 import re
 import sys
 
-VERBS = ("curriculum", "grpo", "evaluate", "sweep", "reproduce", "verify", "study", "data", "report", "bench")
+VERBS = "curriculum grpo evaluate ask plot sweep reproduce verify study data report bench".split()
 REMEDIES = {
     errno.ENOSPC: "free some disk space",
     errno.EDQUOT: "free some of your quota",

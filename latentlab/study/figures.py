@@ -6,6 +6,7 @@ from pathlib import Path
 
 from latentlab.runtime.files import write_atomically
 from latentlab.study.results import result_path
+from latentlab.training.run import read_metrics
 
 LINES = (("-", "o", "black"), ("--", "s", "0.35"), (":", "^", "black"), ("-.", "D", "0.35"), ("-", "v", "0.6"))
 BENCH_AXES = {"num_generations": "rollouts K", "question": "question tokens", "answer": "answer tokens"}
@@ -42,6 +43,44 @@ def draw_bench(result: dict, folder: Path) -> Path:
         axes.set_ylim(bottom=0)
     figure.axes[0].set_ylabel("seconds, one problem")
     return save_figure(figure, result["name"], result["preset"], folder)
+
+
+RUN_PANELS = {  # what `draw_run` shows of metrics.jsonl: name -> label
+    "validation_accuracy": "validation accuracy",
+    "reward": "mean reward of the rollouts",
+    "frac_reward_zero_std": "share of groups without a signal",
+    "entropy": "entropy of the answers, nats a token",
+    "loss/answer": "cross-entropy of right answers, nats a token",
+}
+
+
+def draw_run(run: Path) -> Path:
+    """Draw the metrics of a training run against its steps: `plot.png` in its folder.
+
+    Noisy metrics are averaged over windows of a fiftieth of the run. Raises FileNotFoundError, one
+    line, where there are no metrics.
+    """
+    from matplotlib.figure import Figure
+
+    if not (run / "metrics.jsonl").is_file():
+        raise FileNotFoundError(
+            f"plot: got no {run / 'metrics.jsonl'}, expected the folder of a training run; correct it"
+        )
+    lines = read_metrics(run)
+    shown = {name: [line for line in lines if name in line] for name in RUN_PANELS}
+    shown = {name: rows for name, rows in shown.items() if rows}
+    if not shown:
+        raise ValueError(f"plot: got no metric in {run / 'metrics.jsonl'}, expected a step at least; let the run go on")
+    figure = Figure(figsize=(3.4 * len(shown), 3), layout="constrained")
+    for ax, (name, rows) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        size = 1 if name == "validation_accuracy" else max(1, len(rows) // 50)
+        parts = [rows[at : at + size] for at in range(0, len(rows), size)]
+        values = [sum(row[name] for row in part) / len(part) for part in parts]
+        ax.plot([part[-1]["step"] for part in parts], values, "-o", color="black", markersize=3)
+        ax.set(xlabel="step", title=RUN_PANELS[name])
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=150, metadata={"Software": None})
+    return write_atomically(run / "plot.png", picture.getvalue())
 
 
 def plot_arms(ax, arms: list[dict]) -> None:

@@ -5,13 +5,14 @@ The comment behind a field is its help text. What only one verb needs is importe
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import Field
 
-from latentlab.config import Config, Count, Section, load_preset
+from latentlab.config import Config, Count, Rate, Section, load_preset
 from latentlab.data import datasets, jsonl
 from latentlab.runtime import distributed, environment, files
 from latentlab.study import results
@@ -124,6 +125,41 @@ class Evaluate(Shared):
         print(text, end="")
         if self.json:
             files.write_atomically(Path(self.json), text.encode())
+        greedy, sampled, k = result["greedy"], result["sampled"], self.config.evaluate.num_generations
+        low, high = greedy["interval"]
+        print(
+            f"{result['checkpoint']}: {greedy['correct']:,} of {result['n']:,} problems right, {greedy['pass@1']:.1%} "
+            f"[{low:.1%}, {high:.1%}], by greedy answers; of {k} sampled ones {sampled['mean']:.1%} on average, "
+            f"{sampled['pass@k'][str(k)]:.1%} of problems at least once",
+            file=sys.stderr,
+        )
+
+
+class Ask(Verb):
+    """Answer a question of one's own: the clean train of thought, and those under masks."""
+
+    question: tyro.conf.Positional[str] = ""  # in the words of its training
+    checkpoint: str = ""  # run folder, checkpoint or Hub id; default the one shipped
+    rate: Rate = 0.1  # of the masks; 0: none
+    k: Annotated[int, Field(ge=1, le=1024)] = 8  # rollouts; --seed draws other masks
+
+    def __call__(self) -> None:
+        from latentlab.pretrained.loading import load_model, shipped_checkpoint
+        from latentlab.teach.thoughts import ask
+
+        model = load_model(self.checkpoint or shipped_checkpoint(self.config.preset))
+        print(ask(model, self.question, rate=self.rate, k=self.k, seed=self.config.seed))
+
+
+class Plot(Verb):
+    """Draw a training run: what it learned, and how many groups had a signal."""
+
+    run: tyro.conf.Positional[str] = ""  # a run folder
+
+    def __call__(self) -> None:
+        from latentlab.study import figures
+
+        print("wrote", figures.draw_run(Path(self.run)))
 
 
 class Study(Verb):
