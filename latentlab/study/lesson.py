@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import torch
 
 from latentlab.config import Config, load_preset
@@ -47,7 +47,7 @@ class Lesson:
     def write(self, metrics: dict, *, question: str, headline: str, **more: Any) -> str:
         """Write the notebook's result file; returns where, as text. more: arms, environment."""
         seconds = time.time() - self.started
-        about = {"parameters": self.parameters, "started": self.started, "seconds": seconds}
+        about: dict[str, Any] = {"parameters": self.parameters, "started": self.started, "seconds": seconds}
         path = write_result(
             self.name, preset=self.config.preset, metrics=metrics, question=question, headline=headline, **about, **more
         )
