@@ -1,0 +1,1 @@
+"""The exercises of the notebooks, one module each; exercise.py says how they judge."""
