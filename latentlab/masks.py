@@ -8,7 +8,8 @@
 
 `rollout_seeds` derives one seed per rollout from (run seed, step, problem id, k); `draw_masks` turns
 seeds into mask values with a counter-based hash (splitmix64). The same four numbers give the same
-bits on every device, in any batch and in any process; there is no generator state to share or save.
+bits on every device, in any batch and in any process (of Gaussian noise up to last digits); there is
+no generator state to share or save.
 
 Source: Dropout-GRPO, arXiv 2606.10184; a mask as a sample of the weights: Gal & Ghahramani,
 arXiv 1512.05287; the hash: Steele, Lea & Flood, "Fast splittable pseudorandom number generators"
@@ -153,11 +154,12 @@ def draw_masks(
     slots = [num_slots or model.num_slots(spec.scope)] if spec.scheme == "per_step" else []
     shape = (*slots, model.num_sites(spec.sites), model.width)
     counters = torch.arange(math.prod(shape), device=model.device)
-    bits = _shift_right(hash_words(seeds.to(model.device), MASK_STREAM, counters), 11)  # 53 of them, as in a float64
+    drawn = seeds[::2] if spec.scheme == "antithetic" else seeds
+    bits = _shift_right(hash_words(drawn.to(model.device), MASK_STREAM, counters), 11)  # 53 of them, as in a float64
     if spec.scheme == "antithetic":
-        bits = torch.stack([bits[::2], 2**53 - 1 - bits[::2]], 1).flatten(0, 1)
-    if spec.noise == "gaussian":
-        values = torch.special.ndtri((bits.double() + 0.5) * 2.0**-53).mul_(spec.rate).to(model.dtype)
+        bits = torch.stack([bits, 2**53 - 1 - bits], 1).flatten(0, 1)
+    if spec.noise == "gaussian":  # (n + 1/2) / 2^52 is exact
+        values = torch.special.ndtri(((bits >> 1).double() + 0.5) * 2.0**-52).mul_(spec.rate).to(model.dtype)
     else:
         values = (bits >= round(spec.rate * 2**53)).to(model.dtype).mul_(1 / (1 - spec.rate))
     return Masks(values.view(len(seeds), *shape), spec)
@@ -215,4 +217,5 @@ def perturb(
         return torch.cat([perturb(out[:, :count], values, count, noise), out[:, count:]], 1)
     if noise == "dropout":
         return out * values
-    return out + values * torch.linalg.vector_norm(out, dim=-1, keepdim=True) / math.sqrt(out.shape[-1])
+    rms = torch.linalg.vector_norm(out, dim=-1, keepdim=True, dtype=values.dtype) / math.sqrt(out.shape[-1])
+    return out + values * rms

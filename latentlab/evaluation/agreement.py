@@ -7,7 +7,6 @@ AUROC       the chance that a right majority has a larger agreement than a wrong
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from latentlab.evaluation.accuracy import Evaluation, evaluate
 from latentlab.masks import MaskSpec
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem, answers_match, extract_answer
+from latentlab.reward import majority_vote
 
 
 def majority_row(
@@ -36,30 +36,25 @@ def majority_row(
     """
     begun, size = time.process_time(), max(1, batch_size // k)
     found = evaluate(model, problems, batch_size=size, num_generations=k, mask=mask, temperature=temperature)
-    row: dict[str, Any] = {
-        "n": len(problems),
-        "k": k,
-        "mean": found.accuracy,
-        "majority": float(found.majority().mean()),
-    }
+    shares, right = agreement(found)
+    row: dict[str, Any] = {"n": len(problems), "k": k, "mean": found.accuracy, "majority": float(right.mean())}
     row["cpu_seconds"] = round(time.process_time() - begun, 2)
     if k > 1:
-        shares, right = agreement(found)
         row |= {"auroc": auroc(shares, right), "reliability": reliability(shares, right)}
     return row
 
 
 def agreement(found: Evaluation) -> tuple[np.ndarray, np.ndarray]:
-    """Of each problem: the share of its answers that equal the commonest one, and is that one right: [n], [n].
+    """Of each problem: the share of its answers that equal the majority's, and is that one right: [n], [n].
 
-    Unparsable answers count as answers that equal no other.
+    Unparsable answers do not vote, but count among all.
     """
     shares, right = [], []
     for problem, texts in found.groups():
-        answers = [answer for answer in map(extract_answer, texts) if answer is not None]
-        commonest, times = Counter(answers).most_common(1)[0] if answers else (None, 0)
-        shares.append(times / len(texts))
-        right.append(answers_match(commonest, problem.answer))
+        winner = majority_vote(texts)
+        votes = [answers_match(extract_answer(text), winner) for text in texts] if winner is not None else [False]
+        shares.append(float(np.mean(votes)))
+        right.append(answers_match(winner, problem.answer))
     return np.array(shares), np.array(right, dtype=bool)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem
-from latentlab.rollouts import rollout
+from latentlab.rollouts import Rollouts, first_tokens, rollout
 
 _greedy = functools.partial(rollout, num_generations=1, masks=None, temperature=0.0, run_seed=0, step=0)
 
@@ -37,3 +38,22 @@ def swap_thoughts(model: LatentReasoner, problems: list[Problem]) -> dict:
         "follows_donor": float(np.mean(after == donor)),
         "same_by_chance": float(np.mean(before == donor)),
     }
+
+
+@torch.no_grad()
+def decode(model: LatentReasoner, out: Rollouts) -> list[tuple[str, ...]]:
+    """The most probable token of each thought under the head, [R][L]."""
+    tokens = model.head(out.thoughts).argmax(-1).tolist() if out.thoughts.numel() else [[]] * len(out.text)
+    return [tuple(model.tokenizer.decode([token]).strip() for token in row) for row in tokens]
+
+
+def right_thoughts(model: LatentReasoner, thoughts: Sequence[str], results: Sequence[str]) -> tuple[bool | None, ...]:
+    """Is each decoded thought the first token of the result of the step that it completes?
+
+    results: those of the steps, in order. None where no step ends with a thought, or none is known.
+    """
+    if not results or len(thoughts) % len(results):
+        return (None,) * len(thoughts)
+    each, tokens = len(thoughts) // len(results), first_tokens(model.tokenizer, results)
+    first = [model.tokenizer.decode([tokens[result]]).strip() for result in results]
+    return tuple(z == first[i // each] if (i + 1) % each == 0 else None for i, z in enumerate(thoughts))

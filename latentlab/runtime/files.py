@@ -37,6 +37,11 @@ def write_atomically(path: Path, content: bytes | Callable[[Path], object]) -> P
     return path
 
 
+def write_json(path: Path, content: object) -> Path:
+    """Write `content` as indented JSON, atomically."""
+    return write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
 def remove(path: Path) -> None:
     """Remove a file or folder, if it exists."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

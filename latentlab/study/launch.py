@@ -95,7 +95,7 @@ class Process:
 
     def __call__(self) -> int:
         with open(self.target.with_name(f"{self.target.name}.log"), "a") as log:
-            while not _locked(log):  # a process of a killed sweep still works on this run
+            while not locked(log):  # a process of a killed sweep still works on this run
                 if self.told_to_stop:
                     return STOPPED
                 time.sleep(1)
@@ -295,7 +295,7 @@ def _gpus() -> list[str]:
     return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
 
 
-def _locked(log) -> bool:
+def locked(log) -> bool:
     """Lock the log until this process and its child exit; False if another process holds it."""
     if os.name == "nt":  # no such locks: two sweeps in one folder are not told apart
         return True

@@ -15,10 +15,10 @@ from latentlab.config import changed_words
 from latentlab.runtime import environment
 from latentlab.runtime.files import write_atomically
 from latentlab.study.figures import draw_arms, estimate
-from latentlab.study.noise.figures import draw_forest, draw_long, draw_map, draw_reliability
+from latentlab.study.noise.figures import draw
 from latentlab.study.results import leaves, load_result, published_folder, reports_folder
 
-DRAW = {"arms": draw_arms, "bases": draw_forest, "map": draw_map, "long": draw_long, "readings": draw_reliability}
+DRAW = {"arms": draw_arms, **dict.fromkeys(("bases", "map", "long", "readings"), draw)}
 PRESET_ORDER = ("tiny", "smol-cpu", "smol-cuda", "paper-cuda")
 BLOCKS = re.compile(
     r"(<!-- (notebooks|results|cost|bench|intervals|lora|memory|noise):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL

@@ -178,7 +178,7 @@ class Study(Verb):
 class Sweep(Verb):
     """Arms x seeds as independent runs, one process each; with --plan the study of a settings file."""
 
-    out: str = ""  # folder of the runs; default runs/<preset>/sweep, or runs/<preset>/noise with a plan
+    out: str = ""  # folder of the runs; default runs/<preset>/sweep, or runs/<preset>/<plan>
     plan: str = ""  # TOML file of a study of many bases, or "noise", which asks when a mask helps
     stages: tuple[Stage, ...] = ()  # of the plan; default all
     unit: str = ""  # one unit of the plan in this process, STAGE/BASE/SEED; what a plan's processes run
@@ -206,13 +206,13 @@ class Sweep(Verb):
             raise ValueError(
                 "sweep: got a preset or a field with --plan, expected neither; put the change into its file"
             )
-        out = Path(self.out or f"runs/{plan.load_plan(self.plan).preset}/noise")
+        out = Path(self.out or f"runs/{plan.load_plan(self.plan).preset}/{Path(self.plan).stem}")
         files.expect_writable(out)
         if self.unit:
             print(json.dumps(stages.run_unit(self.plan, out, self.unit)))
             return
         files.expect_writable(results.reports_folder())
-        for path in stages.run_plan(self.plan, out, self.stages, launcher, self.config.sweep.workers):
+        for path in stages.run_plan(self.plan, out, self.stages, launcher):
             print("wrote", path)
 
 

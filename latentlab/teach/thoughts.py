@@ -11,14 +11,13 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass
 
-import torch
-
 from latentlab.advantage import group_advantages
+from latentlab.evaluation.thoughts import decode, right_thoughts
 from latentlab.masks import MaskSpec
 from latentlab.model import LatentReasoner
 from latentlab.problems import Problem, extract_answer, step_result
 from latentlab.reward import exact_answer
-from latentlab.rollouts import Rollouts, first_tokens, rollout
+from latentlab.rollouts import rollout
 
 RIGHT, WRONG = "#007a5a", "#b34700"  # dark variants of Okabe-Ito's green and vermillion: legible on white
 
@@ -105,7 +104,7 @@ def show_thoughts(
     names = ["no mask", *(f"mask {i + 1}" if rate else f"sample {i + 1}" for i in range(k))]
     decoded, answers = [*decode(model, clean), *decode(model, noisy)], [*clean.text, *noisy.text]
     trains = [
-        Train(name, z, _right(model, z, results), extract_answer(text) or text.strip(), reward, advantage)
+        Train(name, z, right_thoughts(model, z, results), extract_answer(text) or text.strip(), reward, advantage)
         for name, z, text, reward, advantage in zip(names, decoded, answers, rewards, [None, *advantages], strict=True)
     ]
     setting = (
@@ -124,22 +123,6 @@ def ask(model: LatentReasoner, question: str, *, rate: float = 0.1, k: int = 8, 
         got = f"the words {', '.join(dict.fromkeys(unknown))}, which this model does not know" if unknown else "no text"
         raise ValueError(f"question: got {got}, expected words of its training; `latentlab data` prints examples")
     return show_thoughts(model, question, rate=rate, k=k, seed=seed)
-
-
-@torch.no_grad()
-def decode(model: LatentReasoner, out: Rollouts) -> list[tuple[str, ...]]:
-    """The most probable token of each thought, [R][L]."""
-    tokens = model.head(out.thoughts).argmax(-1).tolist() if out.thoughts.numel() else [[]] * len(out.text)
-    return [tuple(model.tokenizer.decode([token]).strip() for token in row) for row in tokens]
-
-
-def _right(model: LatentReasoner, thoughts: tuple[str, ...], results: tuple[str, ...]) -> tuple[bool | None, ...]:
-    """Does each thought decode to the first token of its step's result? None where no step ends with it."""
-    if not results or model.num_thoughts % len(results):
-        return (None,) * len(thoughts)
-    each, tokens = model.num_thoughts // len(results), first_tokens(model.tokenizer, results)
-    first = [model.tokenizer.decode([tokens[result]]).strip() for result in results]
-    return tuple(z == first[i // each] if (i + 1) % each == 0 else None for i, z in enumerate(thoughts))
 
 
 def _sign(right: bool | None) -> str:

@@ -20,6 +20,10 @@ def test_agreement_is_the_share_of_the_commonest_answer():
     shares, right = agreement(evaluation([7, 7, 7, 7], [7, 3, 3, 3], [None, None, None, 7], [None] * 4))
     assert shares.tolist() == [1.0, 0.75, 0.25, 0.0]
     assert right.tolist() == [True, False, True, False]
+    texts = tuple(f"### {a}" for a in ("12", "12.0", "13", "13", "$12", "none", "none", "foo", "bar", "7"))
+    mixed = Evaluation((Problem("a", "?", (), "12", "t"), Problem("b", "?", (), "7", "t")), np.zeros((2, 5)), texts)
+    shares, right = agreement(mixed)
+    assert shares.tolist() == [0.6, 0.2] and right.tolist() == [True, True] == mixed.majority().astype(bool).tolist()
 
 
 def test_auroc_is_the_chance_that_a_right_one_scores_higher():

@@ -10,11 +10,14 @@ import pytest
 from latentlab.cli import main
 from latentlab.config import from_dict, read_toml, to_dict
 from latentlab.evaluation.statistics import arm_comparison
+from latentlab.pretrained.loading import load_model
+from latentlab.problems import Problem
 from latentlab.study import launch, results
 from latentlab.study.noise import findings, pilot
 from latentlab.study.noise.findings import Rows, write_findings
-from latentlab.study.noise.plan import PLANS, Plan, Rule, arm_changes, load_plan
+from latentlab.study.noise.plan import PLANS, STAGES, Plan, Rule, arm_changes, load_plan
 from latentlab.study.noise.stages import run_plan, run_unit
+from latentlab.study.noise.unit import is_made
 
 MINI = str(Path(__file__).with_name("noise_mini.toml"))
 UNITS = ("pilot/plain/0", "pilot/plain/1", "main/plain/0", "main/plain/1", "map/plain/0", "map/memorised_8/0")
@@ -62,7 +65,15 @@ def test_a_label_names_an_arm_and_its_strength():
     }
     for label, expected in changes.items():
         assert arm_changes(label, config, seconds) == expected
-    for label in ("shared", "shared x", "none 1", "temperature 1 2", "dropout 0.1", "supervised 3"):
+    for label in (
+        "shared",
+        "shared x",
+        "none 1",
+        "shared 0.1 seconds",
+        "temperature 1 2",
+        "dropout 0.1",
+        "supervised 3",
+    ):
         with pytest.raises(ValueError, match=f"^plan: got the label '{label}', expected an arm and its strength"):
             arm_changes(label, config, seconds)
 
@@ -70,8 +81,22 @@ def test_a_label_names_an_arm_and_its_strength():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"grids": {"shared": [0.1]}}, "^plan: got no temperature, expected"),
-        ({"main": {"arms": ["shared *"]}}, "^plan: got no temperature, expected"),
+        ({"grids": {"shared": [0.1]}}, "^plan: got grids without 'temperature'"),
+        ({"main": {"arms": ["shared *"]}}, "^plan: got main.arms without 'temperature \\*'"),
+        ({"map": {"arms": ["shared 0.1"]}}, "^plan: got map.arms without 'temperature 1'"),
+        (
+            {"others": {"arms": ["gaussian *"]}, "grids": {"shared": [0.1], "temperature": [1.0]}},
+            "as no pilot tunes it",
+        ),
+        ({"map": {"probes": ["temperature 1", "shared *"]}}, "as no pilot tunes it"),
+        ({"map": {"probes": ["temperature 1", "shared 2"]}}, "mask rate: got 2.0"),
+        (
+            {"others": {"arms": ["antithetic 0.1"]}, "settings": {"grpo": {"num_generations": 3}}},
+            "got 3 with arm antithetic",
+        ),
+        ({"map": {"bases": {"a/b": {}}}}, "map.bases: got the name 'a/b'"),
+        ({"map": {"bases": {"a": {"memorise": 3.5}}}}, "memorise: got 3.5"),
+        ({"rule": {"pilot": 1}}, "^rule: got pilot 1, least 3, most 3"),
         ({"settings": {"grpo": {"stepz": 3}}}, "stepz: got 3, expected no such field"),
         ({"rule": {"pilot": 0}}, "pilot: got 0, expected at least 1"),
         ({"map": {"bases": {"odd": {"curriculum": {"stop_accuracy": "x"}}}}}, "stop_accuracy: got 'x'"),
@@ -94,10 +119,13 @@ def test_wrong_use_of_a_plan_is_one_line_before_any_compute(tmp_path, capfd):
         (["--plan", "noise", "--grpo.steps", "3"], "sweep: got a preset or a field with --plan"),
         (["--plan", MINI, "--unit", "main/plain/0", "--out", str(tmp_path / "new")], "got an unfinished pilot"),
         (["--plan", MINI, "--unit", "dance"], "unit: got 'dance', expected STAGE/BASE/SEED"),
+        (["--plan", MINI, "--unit", "pilot/plain/0/x"], "unit: got 'pilot/plain/0/x', expected"),
+        (["--plan", MINI, "--stages", "long", "--out", str(tmp_path / "new")], "got an unfinished pilot"),
         (["--plan", MINI, "--unit", "map/plane/0"], "unit: got 'map/plane/0', expected"),
     ):
         code, (_, error) = main(["sweep", *words]), capfd.readouterr()
         assert (code, message in error, error.count("\n")) == (2, True, 1), error
+    assert not list(tmp_path.rglob("config.json"))
 
 
 def test_the_number_of_bases_follows_from_the_spread_of_the_pilot():
@@ -117,7 +145,7 @@ def test_every_arm_has_a_row_with_command_interval_rollouts_and_cpu_seconds(stud
     plan = load_plan(MINI)
     rows = Rows(study, "main").found
     labels = {row["label"] for row in rows if row["seed"] == 0}
-    others = pilot.chosen_labels(plan, study, [*plan.main.arms, *plan.others.arms])
+    others = pilot.decide(plan, study).labels([*plan.main.arms, *plan.others.arms])
     assert labels == {"start", *pilot.labels(plan), *others}
     assert [row["number"] for row in rows] == list(range(1, len(rows) + 1))
     for row in rows:
@@ -149,25 +177,30 @@ def test_a_finished_unit_does_nothing_and_an_interrupted_one_makes_what_is_missi
 def test_a_row_of_another_plan_is_refused(study, tmp_path):
     text = Path(MINI).read_text().replace("learning_rate = 1.0e-4", "learning_rate = 2.0e-4")
     (tmp_path / "other.toml").write_text(text)
-    with pytest.raises(ValueError, match=r"^sweep: .*json was made by `.*`, expected `.*--grpo.learning-rate 0.0002"):
+    with pytest.raises(
+        ValueError, match=r"^sweep: got .*json made for 'latentlab.*', expected '.*--grpo.learning-rate 0.0002"
+    ):
         run_unit(str(tmp_path / "other.toml"), study, "pilot/plain/0")
 
 
 def test_a_base_memorises_its_own_problems(study):
     row = json.loads((study / "memorised_8-s0/map/start.json").read_text())
     assert row["own"] >= row["correct"] / row["n"]
+    steps = 200 * 8 // 128
     config = json.loads((study / "memorised_8-s0/base/config.json").read_text())
-    assert config["grpo"]["arm"] == "supervised" and config["grpo"]["steps"] == 75 * 8 // 128
+    assert config["grpo"]["arm"] == "supervised" and config["grpo"]["steps"] == steps
+    best = json.loads((study / "memorised_8-s0/base/best/validation.json").read_text())
+    assert best["step"] in (-1, steps - 1)  # the last weights, unless they know less than the first
 
 
 def test_a_stage_is_one_process_per_base(study, tmp_path, processes, monkeypatch):
     monkeypatch.setenv("LATENTLAB_REPORTS", str(tmp_path / "reports"))
-    written = run_plan(MINI, study, ("pilot", "map"), launch.Launcher(), 2)
+    written = run_plan(MINI, study, ("pilot", "map"), launch.Launcher())
     units = [words[words.index("--unit") + 1] for _, words in processes.commands]
     assert sorted(units) == ["map/memorised_8/0", "map/plain/0", "pilot/plain/0", "pilot/plain/1"]
     assert all(words[:3] == ["sweep", "--plan", MINI] for _, words in processes.commands)
     assert {path.stem for path in written} == {"bases", "map", "long", "readings"}
-    run_plan(MINI, study, ("pilot",), launch.Launcher(), 2)
+    run_plan(MINI, study, ("pilot",), launch.Launcher())
     assert len(processes.commands) == 4  # finished units are not run again
     for path in study.glob("*/done.json"):
         shutil.rmtree(path.parent)
@@ -186,14 +219,14 @@ def test_contrasts_are_those_of_the_outcomes(study, found):
         assert equal[key] == expected[key]
     assert equal["arm"].startswith("shared") and equal["other"].startswith("temperature")
     assert metrics["contrasts"]["equal_seconds"]["other"] == f"{equal['other']} seconds"
-    assert metrics["rule"]["bases_there_are"] == 2 and metrics["replay_gap"] < 1e-5
+    assert metrics["pilot"]["bases"] == 3 and metrics["replay_gap"] < 1e-5
     best = max(("shared 0.05", "shared 0.1"), key=lambda x: metrics["tuning"][x]["validation_accuracy"])
-    assert f"shared {metrics['chosen']['shared']:g}" == best
+    assert f"shared {metrics['pilot']['chosen']['shared']:g}" == best and metrics["tuning"][best]["chosen"]
     assert found["bases"]["headline"] == metrics["sentence"] == findings.sentence(metrics["contrasts"])
 
 
 CONTRAST = {"seeds": 18, "n": 20000, "arm": "shared 0.05", "other": "temperature 1", "difference": 0.5}
-CONTRAST |= {"arm_rollouts": 100, "other_rollouts": 350}
+CONTRAST |= {"arm_rollouts": 100, "other_rollouts": 350, "arm_cpu_seconds": 56.0, "other_cpu_seconds": 55.0}
 
 
 def test_the_sentence_says_what_the_intervals_say():
@@ -204,8 +237,8 @@ def test_the_sentence_says_what_the_intervals_say():
     ):
         main = {**CONTRAST, "low": low, "high": high}
         text = findings.sentence({"equal_rollouts": main, "equal_seconds": {**main, "low": -3.0, "high": -1.0}})
-        assert words in text and f"[{low:+.2f}, {high:+.2f}]" in text and "Over 18 Coconut bases" in text
-        assert "3.5 times the rollouts without a mask, it loses to them: +0.50 [-3.00, -1.00]" in text
+        assert words in text and f"[{low:+.2f}, {high:+.2f}]" in text and "Over 18 small Coconut bases" in text
+        assert "3.5 times the rollouts without a mask), over 18 bases, it loses to them: +0.50 [-3.00, -1.00]" in text
     assert "CPU seconds" not in findings.sentence({"equal_rollouts": main})
 
 
@@ -228,9 +261,9 @@ def test_noise_is_compared_at_the_temperature_of_equal_mean_accuracy():
     def row(label, mean, mixed):
         return {"label": label, "fresh": {"mean": mean, "mixed": mixed}}
 
-    probes = [row("temperature 2", 0.4, 0.8), row("temperature 1", 0.6, 0.4), row("shared 0.1", 0.55, 0.3)]
-    rows = findings.at_equal_mean([*probes, row("gaussian 0.1", 0.7, 0.2)], "fresh")
-    assert rows[0]["temperature_mixed"] == pytest.approx(0.5)
+    probes = [row("temperature 1", 0.6, 0.4), row("temperature 0.5", 0.58, 0.1), row("temperature 2", 0.4, 0.8)]
+    rows = findings.at_equal_mean([*probes, row("shared 0.1", 0.55, 0.3), row("gaussian 0.1", 0.7, 0.2)], "fresh")
+    assert rows[0]["temperature_mixed"] == pytest.approx(0.5)  # between 2 and 1, neighbours, not between 2 and 0.5
     assert rows[1]["temperature_mixed"] is None
 
 
@@ -244,7 +277,6 @@ def test_the_map_has_gains_probes_and_the_claims(found):
         for side in ("fresh", "own"):
             for probe in row["probes"]:
                 assert probe[side]["mixed"] + probe[side]["solved"] + probe[side]["failed"] == pytest.approx(1)
-                assert probe[side]["pass@k"] == pytest.approx(1 - probe[side]["failed"])
     assert len(metrics["claims"]) == 3
 
 
@@ -293,8 +325,28 @@ def test_masks_on_one_site_leave_the_others_alone(gpt2, problems, monkeypatch):
 def test_the_first_wrong_thought_is_counted():
     from latentlab.study.noise.readings import _first_wrong
 
-    rows = [["1", "2"], ["1", "9"], ["9", "2"], [" 1", "2"]]
-    assert _first_wrong(rows, [["1", "2"]] * 4) == {"1": 0.25, "2": 0.25, "none": 0.5}
+    problem = Problem("p", "?", ("<<1+0=1>>", "<<1+1=2>>"), "2", "t")
+    rows = [("1", "2"), ("1", "9"), ("9", "2"), ("1", "2")]
+    assert _first_wrong(load_model("tiny"), [(problem, z) for z in rows]) == {"1": 0.25, "2": 0.25, "none": 0.5}
+
+
+def test_a_file_made_for_something_else_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    assert not is_made(path, 3)
+    path.write_text('{"made_for": 3}')
+    assert is_made(path, 3)
+    with pytest.raises(ValueError, match="made for 3, expected 4; delete it, or use another --out"):
+        is_made(path, 4)
+
+
+def test_a_unit_of_a_changed_plan_runs_again(study, tmp_path):
+    plan = load_plan(MINI)
+    values = to_dict(plan)
+    values["others"]["arms"].append("shared 0.2")
+    changed = from_dict(values, Plan)
+    assert changed.digest("others") != plan.digest("others") and changed.digest("map") == plan.digest("map")
+    values["settings"]["grpo"]["steps"] = 9
+    assert all(from_dict(values, Plan).digest(stage) != plan.digest(stage) for stage in STAGES)
 
 
 def test_the_published_plan_is_the_one_of_the_results():

@@ -9,7 +9,8 @@ from latentlab.study.figures import plot_curves, save_figure
 FOREST = {  # what the forest shows of the contrasts of bases.json, in this order
     "equal_rollouts": "equal rollouts",
     "equal_seconds": "equal CPU seconds",
-    "untuned_temperature": "equal rollouts",
+    "equal_rollouts_fresh": "equal rollouts, bases that chose nothing",
+    "equal_seconds_fresh": "equal CPU seconds, bases that chose nothing",
     "per_step_shared": "equal rollouts",
     "antithetic_shared": "equal rollouts",
     "shared_greedy_shared": "equal rollouts",
@@ -20,42 +21,24 @@ FOREST = {  # what the forest shows of the contrasts of bases.json, in this orde
 }
 
 
-def draw_forest(result: dict, folder: Path) -> Path:
-    """Draw the contrasts of bases.json next to it, in the result folder `folder`."""
+def draw(result: dict, folder: Path) -> Path:
+    """Draw the figure of bases.json, map.json, long.json or readings.json next to it, in the result folder `folder`."""
     from matplotlib.figure import Figure  # no pyplot: drawing changes no global state
 
-    contrasts = result["metrics"]["contrasts"]
-    figure = Figure(figsize=(8, 0.8 + 0.45 * sum(key in contrasts for key in FOREST)))
-    plot_forest(figure.subplots(), contrasts)
-    return save_figure(figure, result["name"], result["preset"], folder)
-
-
-def draw_map(result: dict, folder: Path) -> Path:
-    """Draw the gains of map.json next to it."""
-    from matplotlib.figure import Figure
-
-    bases = result["metrics"]["bases"]
-    figure = Figure(figsize=(1.8 + 0.9 * len(bases[0]["gains"]), 1.6 + 0.55 * len(bases)))
-    plot_map(figure.subplots(), bases)
-    return save_figure(figure, result["name"], result["preset"], folder)
-
-
-def draw_long(result: dict, folder: Path) -> Path:
-    """Draw the curves of long.json next to it, against rollouts and against CPU seconds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    plot_long(figure.subplots(1, 2, sharey=True), result["metrics"]["curves"])
-    return save_figure(figure, result["name"], result["preset"], folder)
-
-
-def draw_reliability(result: dict, folder: Path) -> Path:
-    """Draw the reliability diagram of readings.json next to it: the base, 16 answers."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5, 4), layout="constrained")
-    plot_reliability(figure.subplots(), result["metrics"]["start"]["test_time"])
-    return save_figure(figure, result["name"], result["preset"], folder)
+    m, name = result["metrics"], result["name"]
+    if name == "bases":
+        figure = Figure(figsize=(8, 0.8 + 0.45 * sum(key in m["contrasts"] for key in FOREST)))
+        plot_forest(figure.subplots(), m["contrasts"])
+    elif name == "map":
+        figure = Figure(figsize=(1.8 + 0.9 * len(m["bases"][0]["gains"]), 1.6 + 0.55 * len(m["bases"])))
+        plot_map(figure.subplots(), m["bases"])
+    elif name == "long":
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        plot_long(figure.subplots(1, 2, sharey=True), m["curves"])
+    else:
+        figure = Figure(figsize=(4.5, 4), layout="constrained")
+        plot_reliability(figure.subplots(), m["start"]["test_time"])
+    return save_figure(figure, name, result["preset"], folder)
 
 
 def plot_forest(ax, contrasts: dict[str, dict]) -> None:
@@ -74,11 +57,13 @@ def plot_forest(ax, contrasts: dict[str, dict]) -> None:
 def plot_map(ax, bases: list[dict]) -> None:
     """What training under each noise adds on fresh problems, points: bases from uncertain to confident × noise.
 
-    Darker is more. The best of a row is framed.
+    Darker is more; the best of a row is bold.
     """
     labels = list(bases[0]["gains"])
     gains = [[row["gains"][label]["difference"] for label in labels] for row in bases]
-    ax.imshow(gains, cmap="Greys", aspect="auto", vmin=min(0.0, *map(min, gains)), vmax=2 * max(map(max, gains)))
+    ax.imshow(
+        gains, cmap="Greys", aspect="auto", vmin=min(0.0, *map(min, gains)), vmax=max(1.0, 2 * max(map(max, gains)))
+    )
     for y, row in enumerate(gains):
         for x, gain in enumerate(row):
             ax.text(

@@ -10,9 +10,10 @@ Each is written from the rows that there are, so a study that is not finished ha
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,15 @@ class Rows:
         """{(seed, run seed): row} of an arm on a kind of base; the start has the same row for every run seed."""
         return {(r["seed"], r["run_seed"]): r for r in self.found if (r["label"], r["base"]) == (label, base)}
 
-    def contrast(self, label: str, other: str, base: str = PLAIN) -> dict[str, Any] | None:
-        """Arm `label` minus arm `other` over all bases and run seeds that have both; None without any.
+    def contrast(self, label: str, other: str, base: str = PLAIN, first: int = 0) -> dict[str, Any] | None:
+        """Arm `label` minus arm `other` over all bases from `first` on, and run seeds, that have both; None without.
 
         Points, with its 95 % interval; accuracies in 0..1; CPU seconds and rollouts of a run.
         """
         ours, theirs = self.of(label, base), self.of(other, base)
         if other == "start":
             theirs = {key: theirs[key[0], 0] for key in ours if (key[0], 0) in theirs}
-        keys = sorted(ours.keys() & theirs.keys())
+        keys = sorted(key for key in ours.keys() & theirs.keys() if key[0] >= first)
         if not keys:
             return None
         pairs = [(self.outcomes[_name(ours[key])], self.outcomes[_name(theirs[key])]) for key in keys]
@@ -90,7 +91,7 @@ def write_findings(plan: Plan, folder: Path) -> list[Path]:
     for name, find in {"bases": bases, "map": confidence_map, "long": long_runs, "readings": readings}.items():
         metrics, headline, outcomes = find(plan, folder)
         if metrics:
-            spent = sum(row.get("cpu_seconds", 0.0) for row in metrics.get("rows", []))
+            spent = sum(row["cpu_seconds"] for row in metrics.get("rows", []))  # of all runs
             about: dict[str, Any] = {"parameters": to_dict(plan), "environment": environment(device="cpu")}
             about |= {"started": time.time(), "seconds": spent, "question": QUESTION, "headline": headline}
             if outcomes:
@@ -104,40 +105,31 @@ def bases(plan: Plan, folder: Path) -> tuple[dict, str, dict]:
     """(metrics, headline, outcomes) of all arms on the plain bases; nothing before the pilot is finished."""
     if not pilot.is_finished(plan, folder):
         return {}, "", {}
-    found, scores = Rows(folder, "main"), pilot.tuning(plan, folder)
-    temperature, shared = pilot.chosen_labels(plan, folder, ("temperature *", "shared *"))
+    found, decision = Rows(folder, "main"), pilot.decide(plan, folder)
+    temperature, shared = decision.labels(("temperature *", "shared *"))
     longer = f"{temperature} seconds"
     pairs = {"equal_rollouts": (shared, temperature), "equal_seconds": (shared, longer)}
-    pairs |= {"untuned_temperature": (shared, "temperature 1")} if temperature != "temperature 1" else {}
-    pairs |= {
-        "gain_shared": (shared, "start"),
-        "gain_temperature": (temperature, "start"),
-        "gain_longer": (longer, "start"),
-    }
-    for label in pilot.chosen_labels(plan, folder, plan.others.arms):
+    pairs |= {f"gain_{x.split()[0]}": (x, "start") for x in (shared, temperature)} | {"gain_longer": (longer, "start")}
+    for label in decision.labels(plan.others.arms):
         name = label.split()[0] if label[-1].isdigit() else label.replace(" ", "_")
-        pairs[f"{name}_shared"] = (label, shared)
-        pairs[f"{name}_temperature"] = (label, temperature)
+        pairs |= {f"{name}_shared": (label, shared), f"{name}_temperature": (label, temperature)}
     contrasts = {key: row for key, pair in pairs.items() if (row := found.contrast(*pair))}
-    main = contrasts["equal_rollouts"]
+    for key in ("equal_rollouts", "equal_seconds"):  # of bases that chose nothing
+        if fresh := found.contrast(*pairs[key], first=plan.rule.pilot):
+            contrasts[f"{key}_fresh"] = fresh
+    main, validated = contrasts["equal_rollouts"], plan.rule.pilot * plan.config.data.validation_size
     metrics = {
         "sentence": sentence(contrasts),
         "tuning": {
             label: {
-                "validation_accuracy": score,
-                "by_base": [row["validation_accuracy"] for row in pilot.rows(plan, folder)[label]],
+                "validation_accuracy": right / validated,
+                "chosen": label in decision.labels([f"{family} *" for family in plan.grids]),
+                "against_temperature": found.contrast(label, temperature) if label != temperature else None,
             }
-            for label, score in scores.items()
+            for label, right in decision.validation_correct.items()
         },
-        "chosen": pilot.chosen(plan, folder),
-        "chosen_labels": pilot.chosen_labels(plan, folder, [f"{family} *" for family in plan.grids]),
-        "iteration_seconds": pilot.iteration_seconds(plan, folder),
-        "rule": {
-            "pilot_differences": main["by_seed"][: plan.rule.pilot],
-            "bases_asked_for": pilot.number_of_bases(plan, folder),
-            "bases_there_are": main["seeds"],
-            "half_width": (main["high"] - main["low"]) / 2,
-        },
+        "pilot": asdict(decision),
+        "half_width": (main["high"] - main["low"]) / 2,
         "contrasts": contrasts,
         "replay_gap": max(row["replay_gap"] for row in found.found if "replay_gap" in row),
         "rows": found.found,
@@ -149,13 +141,16 @@ def sentence(contrasts: dict[str, dict]) -> str:
     """What may be quoted of the main contrast, with its conditions, from `contrasts` of `bases`."""
     main, equal = contrasts["equal_rollouts"], contrasts.get("equal_seconds")
     parts = [
-        f"Over {main['seeds']} Coconut bases of 0.2 M weights, {main['n']:,} test problems each, GRPO with one mask",
+        f"Over {main['seeds']} small Coconut bases, {main['n']:,} test problems each, GRPO with one mask",
         f"per rollout ({main['arm']}) {verb(main)} answers sampled without a mask ({main['other']}) at equal rollouts:",
         f"{main['difference']:+.2f} points {interval(main)}.",
     ]
     if equal:
         more = f"{equal['other_rollouts'] / equal['arm_rollouts']:.1f} times the rollouts without a mask"
-        parts += [f"At equal CPU seconds, {more}, it {verb(equal)} them: {equal['difference']:+.2f} {interval(equal)}."]
+        parts += [
+            f"At equal CPU seconds ({equal['arm_cpu_seconds']:.0f} and {equal['other_cpu_seconds']:.0f}, {more}),",
+            f"over {equal['seeds']} bases, it {verb(equal)} them: {equal['difference']:+.2f} {interval(equal)}.",
+        ]
     parts += ["Strengths were tuned on validation; the bases were stopped early and the problems are synthetic."]
     return " ".join(parts)
 
@@ -175,16 +170,19 @@ def confidence_map(plan: Plan, folder: Path) -> tuple[dict, str, dict]:
     """(metrics, headline, outcomes) of bases of different confidence, the most uncertain first."""
     found, places = Rows(folder, "map"), []
     for base in plan.map.bases:
-        start = found.of("start", base).get((0, 0))
-        gains = {label: gain for label in plan.map.arms if (gain := found.contrast(label, "start", base))}
-        if not start or not gains:
-            continue
-        row: dict[str, Any] = {"base": base, **{key: start[key] for key in ("entropy", "own_entropy", "own")}}
-        row |= {"accuracy": start["correct"] / start["n"], "gains": gains}
-        row["own_gains"] = {x: _mean(r["own"] for r in found.of(x, base).values()) - start["own"] for x in gains}
-        row |= _contrasts(plan, found, base, list(gains))
         probes = folder / f"{base}-s0" / "map" / "probes.json"
-        row["probes"] = json.loads(probes.read_bytes())
+        if any(len(found.of(label, base)) < plan.map.seeds for label in plan.map.arms) or not probes.exists():
+            continue  # not finished
+        start = found.of("start", base)[0, 0]
+        gains: dict[str, Any] = {label: found.contrast(label, "start", base) for label in plan.map.arms}
+        names = ("entropy", "wrong_entropy", "own_entropy", "own")
+        row: dict[str, Any] = {"base": base, **{name: start[name] for name in names}, "gains": gains}
+        row["accuracy"] = start["correct"] / start["n"]
+        row["own_gains"] = {x: _mean(r["own"] for r in found.of(x, base).values()) - start["own"] for x in gains}
+        row["untuned"] = found.contrast("shared 0.1", "temperature 1", base)
+        mask, temperature = _best(plan, found, base)
+        row["tuned"] = found.contrast(mask, temperature, base)
+        row["probes"] = read_json(probes, "the probes of a base", "found")["found"]
         row["mixed_at_equal_mean"] = {side: at_equal_mean(row["probes"], side) for side in ("fresh", "own")}
         places.append(row)
     if not places:
@@ -195,29 +193,29 @@ def confidence_map(plan: Plan, folder: Path) -> tuple[dict, str, dict]:
     return {"claims": claims, "bases": places, "rows": found.found}, headline, found.outcomes
 
 
-def _contrasts(plan: Plan, found: Rows, base: str, labels: list[str]) -> dict[str, dict]:
-    """The best mask against temperature 1, and against the best temperature; best: by validation, over all seeds."""
-    score = {x: _mean(row["validation_accuracy"] for row in found.of(x, base).values()) for x in labels}
-    masks = [x for x in labels if x.split()[0] == "shared"]
-    temperatures = [x for x in labels if x.split()[0] == "temperature"]
-    best = [max(kind, key=score.__getitem__) for kind in (masks, temperatures)]
-    pairs = {"untuned": (best[0], "temperature 1"), "tuned": (best[0], best[1])}
-    return {key: row for key, pair in pairs.items() if (row := found.contrast(*pair, base))}
+def _best(plan: Plan, found: Rows, base: str) -> list[str]:
+    """The shared mask and the temperature with the highest validation accuracy, over all training seeds."""
+    score = {x: _mean(row["validation_accuracy"] for row in found.of(x, base).values()) for x in plan.map.arms}
+    return [max((x for x in score if x.split()[0] == arm), key=lambda x: score[x]) for arm in ("shared", "temperature")]
 
 
 def at_equal_mean(probes: list[dict], side: str) -> list[dict]:
     """Each noise but temperature: its share of mixed groups, and that of the temperature of equal mean accuracy.
 
-    Temperatures are interpolated linearly between those that were probed; None outside of them.
+    Temperatures are interpolated linearly between neighbours, from the hottest on; None where no two
+    neighbours have the mean between them.
     """
-    curve = sorted((row[side]["mean"], row[side]["mixed"]) for row in probes if row["label"].startswith("temperature"))
-    means, mixed = zip(*curve, strict=True)
+    heat = {row["label"]: float(row["label"].split()[1]) for row in probes if row["label"].startswith("temperature")}
+    curve = [
+        row[side] for row in sorted((row for row in probes if row["label"] in heat), key=lambda r: -heat[r["label"]])
+    ]
     rows = []
     for row in probes:
-        if not row["label"].startswith("temperature"):
-            mean = row[side]["mean"]
-            inside = means[0] <= mean <= means[-1]
-            other = float(np.interp(mean, means, mixed)) if inside else None
+        if row["label"] not in heat:
+            mean, other = row[side]["mean"], None
+            for hot, cold in pairwise(curve):
+                if other is None and hot["mean"] <= mean <= cold["mean"]:
+                    other = float(np.interp(mean, [hot["mean"], cold["mean"]], [hot["mixed"], cold["mixed"]]))
             rows.append({"label": row["label"], "mean": mean, "mixed": row[side]["mixed"], "temperature_mixed": other})
     return rows
 
@@ -227,11 +225,13 @@ def judged(places: list[dict]) -> dict[str, str]:
     confident = [row for row in places if row["entropy"] < CONFIDENT]
     uncertain = [row for row in places if row["entropy"] >= CONFIDENT]
     return {
-        f"a mask beats temperature 1 on bases below {CONFIDENT} nats": _judge([row["untuned"] for row in confident], 1),
-        f"temperature 1 beats a mask on bases above {CONFIDENT} nats": _judge(
+        f"a shared mask beats temperature 1 on bases below {CONFIDENT} nats": _judge(
+            [row["untuned"] for row in confident], 1
+        ),
+        f"temperature 1 beats a shared mask on bases above {CONFIDENT} nats": _judge(
             [row["untuned"] for row in uncertain], -1
         ),
-        "no mask beats a tuned temperature": _never([row["tuned"] for row in places]),
+        "no tuned shared mask beats a tuned temperature": _never([row["tuned"] for row in places]),
     }
 
 
@@ -254,12 +254,10 @@ def _never(found: list[dict]) -> str:
 # ---------------------------------------------------------------- long runs, readings
 def long_runs(plan: Plan, folder: Path) -> tuple[dict, str, dict]:
     """(metrics, headline, outcomes) of the long runs: final contrast, curves averaged over bases."""
-    found = Rows(folder, "long")
-    labels = list(dict.fromkeys(row["label"] for row in found.found))
-    shared = [label for label in labels if label.startswith("shared")]
-    final = (
-        found.contrast(shared[0], next(x for x in labels if x not in shared)) if len(labels) > 1 and shared else None
-    )
+    if not pilot.is_finished(plan, folder):
+        return {}, "", {}
+    found, labels = Rows(folder, "long"), pilot.decide(plan, folder).labels(("shared *", "temperature *"))
+    final = found.contrast(labels[0], labels[1])
     if not final:
         return {}, "", {}
     curves = {}

@@ -1,15 +1,37 @@
-"""What the pilot decides: the strength of each kind of noise, by validation, and the number of bases."""
+"""What the pilot decides, once, for all later stages: strengths, seconds, the number of bases.
+
+Strengths are chosen on validation problems alone; of equal ones the first of the grid, which is the
+weaker noise. Test answers of the pilot bases decide the number of bases and nothing else.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 from scipy.stats import t as student
 
-from latentlab.runtime.files import read_json
-from latentlab.study.noise.plan import FAMILY, PLAIN, Plan, Rule
+from latentlab.runtime.files import read_json, write_json
+from latentlab.study.noise.plan import FAMILY, PLAIN, Plan, Rule, run_name
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The contents of pilot.json."""
+
+    chosen: dict[str, float]  # family: strength
+    validation_correct: dict[str, int]  # label: right validation answers, over the pilot bases
+    iteration_seconds: dict[str, float]  # CPU seconds of the chosen temperature and shared arm
+    differences: list[float]  # shared - temperature on each pilot base, points
+    bases: int  # that the rule asks for
+
+    def labels(self, given: Sequence[str]) -> list[str]:
+        """Labels with the chosen strength in place of "*"."""
+        families = [FAMILY.get(label.split()[0], label.split()[0]) for label in given]
+        return [x.replace("*", f"{self.chosen.get(family, 0):g}") for x, family in zip(given, families, strict=True)]
 
 
 def labels(plan: Plan) -> list[str]:
@@ -17,69 +39,45 @@ def labels(plan: Plan) -> list[str]:
     return [f"{family} {strength:g}" for family, grid in plan.grids.items() for strength in grid]
 
 
-def row_path(folder: Path, seed: int, label: str) -> Path:
-    """The row of an arm on the base of this seed."""
-    return folder / f"{PLAIN}-s{seed}" / "main" / f"{label.replace(' ', '_')}-r0.json"
-
-
 def is_finished(plan: Plan, folder: Path) -> bool:
     """Whether every pilot base has the rows of every strength."""
-    return all(row_path(folder, s, label).exists() for s in range(plan.rule.pilot) for label in labels(plan))
+    return all(path.exists() for label in labels(plan) for path in _paths(plan, folder, label))
 
 
-def rows(plan: Plan, folder: Path) -> dict[str, list[dict]]:
-    """{label: rows, one per pilot base}. Raises ValueError if the pilot is not finished."""
-    if not is_finished(plan, folder):
-        raise ValueError(
-            f"sweep: got an unfinished pilot in {folder}, expected all its rows; run the stage pilot first"
-        )
-    seeds = range(plan.rule.pilot)
-    return {x: [read_json(row_path(folder, s, x), "a row of the study", "label") for s in seeds] for x in labels(plan)}
+def decide(plan: Plan, folder: Path) -> Decision:
+    """Read pilot.json; written here when the pilot is finished. Raises ValueError, one line, before that."""
+    path = folder / "pilot.json"
+    if not path.exists():
+        if not is_finished(plan, folder):
+            got = f"got an unfinished pilot in {folder}"
+            raise ValueError(f"sweep: {got}, expected all its rows; run the stage pilot first, of this plan")
+        write_json(path, asdict(_decision(plan, folder)))
+    return TypeAdapter(Decision).validate_python(read_json(path, "what the pilot decided", "chosen"))
 
 
-def tuning(plan: Plan, folder: Path) -> dict[str, float]:
-    """{label: validation accuracy, averaged over the pilot bases}."""
-    found = rows(plan, folder).items()
-    return {label: float(np.mean([row["validation_accuracy"] for row in arm])) for label, arm in found}
+def _paths(plan: Plan, folder: Path, label: str) -> list[Path]:
+    return [folder / f"{PLAIN}-s{s}" / "main" / f"{run_name(label)}.json" for s in range(plan.rule.pilot)]
 
 
-def chosen(plan: Plan, folder: Path) -> dict[str, float]:
-    """The strength of each family whose validation accuracy, averaged over the pilot bases, is highest."""
-    scores = tuning(plan, folder)
-    return {
-        family: max(grid, key=lambda strength: scores[f"{family} {strength:g}"]) for family, grid in plan.grids.items()
+def _decision(plan: Plan, folder: Path) -> Decision:
+    rows = {x: [read_json(p, "a row of the study", "label") for p in _paths(plan, folder, x)] for x in labels(plan)}
+    size = plan.config.data.validation_size
+    right = {x: sum(round(size * row["validation_accuracy"]) for row in found) for x, found in rows.items()}
+    chosen: dict[str, float] = {
+        family: max(grid, key=lambda x: right[f"{family} {x:g}"]) for family, grid in plan.grids.items()
     }
-
-
-def chosen_labels(plan: Plan, folder: Path, given: Sequence[str]) -> list[str]:
-    """Labels with the chosen strength in place of "*"."""
-    strengths = chosen(plan, folder)
-    family = {label: FAMILY.get(label.split()[0], label.split()[0]) for label in given}
-    return [label.replace("*", f"{strengths[family[label]]:g}") if "*" in label else label for label in given]
-
-
-def iteration_seconds(plan: Plan, folder: Path) -> dict[str, float]:
-    """CPU seconds of an iteration of the chosen temperature and shared arm, over the pilot bases."""
-    found = rows(plan, folder)
-    arms = chosen_labels(plan, folder, ("temperature *", "shared *"))
-    return {
-        label.split()[0]: float(np.mean([row["cpu_seconds"] / row["iterations"] for row in found[label]]))
-        for label in arms
-    }
-
-
-def number_of_bases(plan: Plan, folder: Path) -> int:
-    """What the rule asks for, from the differences shared - temperature of the pilot bases."""
-    found, arms = rows(plan, folder), chosen_labels(plan, folder, ("shared *", "temperature *"))
-    ours, theirs = (np.array([row["correct"] / row["n"] for row in found[label]]) for label in arms)
-    return bases_needed(100 * (ours - theirs), plan.rule)
+    arms = {family: rows[f"{family} {chosen[family]:g}"] for family in ("temperature", "shared")}
+    seconds = {x: float(np.mean([row["cpu_seconds"] / row["iterations"] for row in arms[x]])) for x in arms}
+    shares = {x: np.array([row["correct"] / row["n"] for row in arms[x]]) for x in arms}
+    differences = 100 * (shares["shared"] - shares["temperature"])
+    return Decision(chosen, right, seconds, differences.round(4).tolist(), bases_needed(differences, plan.rule))
 
 
 def bases_needed(differences: np.ndarray, rule: Rule) -> int:
     """The smallest number of bases, `least` to `most`, whose 95 % interval is at most +-half_width.
 
-    differences: points, of the pilot bases. Student's interval of a mean, whose standard deviation
-    is that of the pilot. `most`, if even that is not enough.
+    differences: points, of the pilot bases. Student's interval of a mean, whose standard deviation is
+    that of the pilot, itself an estimate. `most`, if even that is not enough.
     """
     spread = float(np.std(differences, ddof=1))
     for n in range(rule.least, rule.most):

@@ -6,21 +6,24 @@ plain-s0/readings/start.json   of the base; and one file per trained arm of the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from latentlab.evaluation.agreement import majority_row
+from latentlab.evaluation.thoughts import decode, right_thoughts
 from latentlab.masks import Masks, MaskSpec, draw_masks, rollout_seeds
 from latentlab.model import LatentReasoner
 from latentlab.pretrained.loading import load_model
 from latentlab.problems import Problem, step_result
 from latentlab.reward import exact_answer
 from latentlab.rollouts import Rollouts, rollout
-from latentlab.study.noise.unit import Base, write_json
+from latentlab.runtime.environment import commit
+from latentlab.runtime.files import write_json
+from latentlab.study.noise.plan import run_name
+from latentlab.study.noise.unit import Base, is_made
 
 KS = (1, 2, 4, 8, 16)
 SAMPLES = 8  # problems whose thoughts are kept, repaired and broken ones
@@ -28,14 +31,13 @@ SAMPLES = 8  # problems whose thoughts are kept, repaired and broken ones
 
 def make(base: Base, labels: Sequence[str]) -> None:
     """Read the base and the trained arms `labels`, unless that is done."""
-    runs = {label: base.place / "main" / f"{label.replace(' ', '_')}-r0" for label in labels}
+    runs = {label: base.place / "main" / run_name(label) for label in labels}
     for label, run in {"start": base.place / "base", **runs}.items():
-        target = base.place / "readings" / f"{label.replace(' ', '_')}.json"
-        if not target.exists():
-            model, r = load_model(run / "best"), base.plan.readings
-            write_json(
-                target, {"base": base.name, "seed": base.seed, "label": label, **read(model, base, r.problems, r.rate)}
-            )
+        target, asked = base.place / "readings" / f"{run_name(label)}.json", asdict(base.plan.readings)
+        if not is_made(target, asked):
+            found = read(load_model(run / "best"), base, asked["problems"], asked["rate"])
+            about = {"base": base.name, "seed": base.seed, "label": label, "commit": commit()}
+            write_json(target, {"made_for": asked, **about, **found})
 
 
 def read(model: LatentReasoner, base: Base, problems: int, rate: float) -> dict:
@@ -101,9 +103,7 @@ def _answers(model, problems: Sequence[Problem], k: int, size: int, spec: MaskSp
 
 def _rows(model: LatentReasoner, out: Rollouts) -> list[dict]:
     right = out.rewards(exact_answer).flatten().tolist()
-    tokens = model.head(out.thoughts).argmax(-1).tolist()  # [R, L]
-    decoded = [[model.tokenizer.decode([token]) for token in row] for row in tokens]
-    rows = zip(right, out.text, decoded, out.seeds.tolist(), strict=True)
+    rows = zip(right, out.text, decode(model, out), out.seeds.tolist(), strict=True)
     return [{"right": bool(r), "text": text, "thoughts": thoughts, "seed": seed} for r, text, thoughts, seed in rows]
 
 
@@ -135,38 +135,31 @@ def _thoughts(model, problems, size: int, clean: list[dict], mask: MaskSpec, k: 
     for kind, (before, after) in kinds.items():
         places = [i for i, row in enumerate(rows) if (clean[i // k]["right"], row["right"]) == (before, after)]
         pairs = [(problems[i // k], clean[i // k], rows[i]) for i in places]
-        steps = [[step_result(step) for step in problem.steps] for problem, *_ in pairs]
-        own, masked = ([p[1]["thoughts"] for p in pairs], [p[2]["thoughts"] for p in pairs])
-        seen = {p[0].id: (p, s) for p, s in reversed(list(zip(pairs, steps, strict=True)))}
+        first = list({problem.id: (problem, a, b) for problem, a, b in reversed(pairs)}.values())[::-1]
         samples = [
             {
                 "id": problem.id,
                 "question": problem.question,
-                "results": results,
+                "results": [step_result(step) for step in problem.steps],
                 "answer": problem.answer,
                 "clean": {"text": a["text"], "thoughts": a["thoughts"]},
                 "masked": {"text": b["text"], "thoughts": b["thoughts"], "seed": b["seed"]},
             }
-            for (problem, a, b), results in list(reversed(seen.values()))[:SAMPLES]
+            for problem, a, b in first[:SAMPLES]
         ]
         found[kind] = {
             "rollouts": len(places),
-            "first_wrong_clean": _first_wrong(own, steps),
-            "first_wrong_masked": _first_wrong(masked, steps),
+            "first_wrong_clean": _first_wrong(model, [(problem, a["thoughts"]) for problem, a, _ in pairs]),
+            "first_wrong_masked": _first_wrong(model, [(problem, b["thoughts"]) for problem, _, b in pairs]),
             "samples": samples,
         }
     return found
 
 
-def _first_wrong(thoughts: list[list[str]], steps: list[list[str]]) -> dict[str, float]:
-    """Shares of rows by their first thought that does not decode to its step's result."""
-    places = [
-        next((str(i) for i, (z, r) in enumerate(zip(row, results, strict=False), 1) if z.strip() != r), "none")
-        for row, results in zip(thoughts, steps, strict=True)
-    ]
+def _first_wrong(model: LatentReasoner, rows: Sequence[tuple[Problem, Sequence[str]]]) -> dict[str, float]:
+    """Shares of rollouts by their first thought that does not decode to its step's result."""
+    places = []
+    for problem, thoughts in rows:
+        right = right_thoughts(model, thoughts, [step_result(step) for step in problem.steps])
+        places.append(str(right.index(False) + 1) if False in right else "none")
     return {place: places.count(place) / len(places) for place in sorted(set(places))}
-
-
-def read_all(folder: Path) -> list[Path]:
-    """The files of all readings of a study, in order."""
-    return sorted(folder.glob("*/readings/*.json"))

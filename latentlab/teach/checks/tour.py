@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from latentlab.data.word_problems import word_problems
+from latentlab.evaluation.thoughts import decode
 from latentlab.masks import MaskSpec, draw_masks, rollout_seeds
 from latentlab.pretrained.loading import load_model
 from latentlab.reward import exact_answer
 from latentlab.rollouts import rollout
 from latentlab.teach.exercise import Exercise
-from latentlab.teach.thoughts import decode
 
 
 @cache
