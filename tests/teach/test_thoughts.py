@@ -15,6 +15,7 @@ from latentlab.problems import Problem
 from latentlab.rollouts import rollout
 from latentlab.teach import playground
 from latentlab.teach.exercise import Exercise
+from latentlab.teach.picture import draw_thoughts
 from latentlab.teach.table import Table
 from latentlab.teach.thoughts import ask, show_thoughts
 
@@ -57,6 +58,15 @@ def test_text_and_html_say_the_same_without_colours(tiny, train):
     assert sorted(plain) == sorted(str(table).split())
     assert "✓" in plain and "✗" in plain
     assert shown.count("<tr>") == 6 and "p = 0.1, K = 4, seed 0, greedy answers" in shown
+
+
+def test_the_picture_has_every_thought_with_its_sign(tiny, train):
+    table = show_thoughts(tiny, train[59], k=4)
+    drawn = [text.get_text() for text in draw_thoughts(table).axes[0].texts]
+    for row in table.trains:
+        for z, right in zip(row.thoughts, row.right, strict=True):
+            assert ("✓ " if right else "✗ ") + z in drawn
+    assert {"mask 4", table.setting, *(f"{row.advantage:+.2f}" for row in table.trains[1:])} <= {*drawn}
 
 
 def test_html_escapes_what_a_model_or_user_says(gpt2):
