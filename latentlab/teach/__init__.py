@@ -1,0 +1,1 @@
+"""Teaching: what the lecture shows, asks and checks."""
