@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from latentlab.data.word_problems import word_problems
-from latentlab.masks import MaskSpec, draw_masks, rollout_seeds, uniforms
+from latentlab.masks import MaskSpec, draw_masks, uniforms
 from latentlab.pretrained.loading import load_model
 from latentlab.reward import exact_answer
 from latentlab.rollouts import rollout

@@ -10,6 +10,7 @@ const LatentPlayground = (() => {
   // -- random bits: splitmix64, as latentlab/masks.py -------------------------------------------
 
   const MASK_STREAM = 1n, SAMPLE_STREAM = 2n;
+  const SIGNS = { "+": "+", "-": "−", "*": "×", "/": "÷" };
   const wrap = (x) => BigInt.asUintN(64, x);
 
   function mix(x) {
@@ -79,7 +80,8 @@ const LatentPlayground = (() => {
   }
 
   // Keys and values of the question, which is run once for all rollouts: one [keys, values] a position.
-  function runQuestion(model, ids) {
+  function readQuestion(model, text) {
+    const { ids } = encode(model, text);
     return ids.slice(0, -1).map((id, position) => {
       const x = norm(model, "ln_1", atPosition(model, embed(model, id), position));
       const both = linear(model, "attn.c_attn", x, model.width);
@@ -140,9 +142,9 @@ const LatentPlayground = (() => {
 
   // One rollout: decoded thoughts, the text of the answer, and the closest call among its tokens:
   // below 1e-4 rounding may decide.
-  function rollout(model, question, { seed = 0n, rate = 0, temperature = 0 } = {}) {
+  function rollout(model, read, { seed = 0n, rate = 0, temperature = 0 } = {}) {
     const mask = rate > 0 ? drawMask(seed, rate, 2 * model.width) : null;
-    const cache = question.cache.slice(), thoughts = [], tokens = [], margins = [];
+    const cache = read.slice(), thoughts = [], tokens = [], margins = [];
     let input = embed(model, model.ids.get("<|start-latent|>"));
     for (let i = 0; i < model.thoughts; i++) {
       input = forward(model, cache, input, mask);
@@ -163,28 +165,152 @@ const LatentPlayground = (() => {
     return { thoughts, text, margin: Math.min(...margins) };
   }
 
-  function readQuestion(model, text) {
-    const { ids, unknown } = encode(model, text);
-    const fits = !unknown.length && ids.length + model.thoughts + model.maxNewTokens <= model.positions;
-    return { unknown, fits, cache: fits ? runQuestion(model, ids) : [] };
-  }
-
   // The one number after the last "###", or null; what is graded.
   function finalAnswer(text) {
     const numbers = text.includes("###") && text.split("###").pop().trim().split("\n")[0].match(/\d+/g);
     return numbers && numbers.length === 1 ? numbers[0] : null;
   }
 
+  // The chain of a question in the words of the synthetic problems: [{ step: "15 − 8", result: 7 }, ...].
+  // Throws an Error, one line for the reader, for a question that the model cannot be asked.
+  function solve(data, model, question) {
+    const { ids, unknown } = encode(model, question);
+    if (unknown.length) throw new Error(`Words the model does not know: ${unknown.join(", ")}`);
+    if (ids.length + model.thoughts + model.maxNewTokens > model.positions)
+      throw new Error(`Got a question of ${ids.length} words, which is too long; the model was trained on 4 steps`);
+    const start = question.match(/\bhas (\d+)/);
+    const verbs = new RegExp(`\\b(${Object.keys(data.verbs).join("|")}) (\\d+)`, "g");
+    const moves = [...question.matchAll(verbs)];
+    if (!start || moves.length !== model.thoughts)
+      throw new Error(`Got ${start ? moves.length : "no start and no"} steps, expected “has” with a number and ` +
+        `${model.thoughts} sentences with ${Object.keys(data.verbs).join(", ")} and a number`);
+    let value = Number(start[1]);
+    return moves.map(([, verb, operand], i) => {
+      const sign = data.verbs[verb], n = Number(operand), step = `${value} ${SIGNS[sign]} ${n}`;
+      value = { "+": value + n, "-": value - n, "*": value * n, "/": Math.floor(value / n) }[sign];
+      if (!model.ids.has(String(value))) throw new Error(`Step ${i + 1}, ${step}, gives ${value}; the model knows 0 to 29`);
+      return { step, result: String(value) };
+    });
+  }
+
   // A group of rollouts, one per seed: with rewards, advantages (reward - mean) and the clean answer.
-  function group(model, question, answer, seeds, settings) {
-    const rows = seeds.map((seed) => rollout(model, question, { ...settings, seed }));
+  function group(model, read, answer, seeds, settings) {
+    const rows = seeds.map((seed) => rollout(model, read, { ...settings, seed }));
     for (const row of rows) row.reward = Number(finalAnswer(row.text) === answer);
     const mean = rows.reduce((sum, row) => sum + row.reward, 0) / rows.length;
     for (const row of rows) row.advantage = row.reward - mean;
-    return { rows, mean, collapsed: mean === 0 || mean === 1, clean: rollout(model, question) };
+    return { rows, mean, collapsed: mean === 0 || mean === 1, clean: rollout(model, read) };
   }
 
-  return { loadModel, drawMask, uniform, encode, readQuestion, rollout, group, finalAnswer, bytes };
+  return { bytes, drawMask, uniform, loadModel, readQuestion, rollout, finalAnswer, solve, group };
 })();
 
+// -- the page -------------------------------------------------------------------------------------
+
+function startPlayground(root) {
+  const { bytes, loadModel, readQuestion, group, solve, finalAnswer } = LatentPlayground;
+  const part = (name) => root.querySelector(`.llp-${name}`);
+  const data = JSON.parse(part("data").textContent), model = loadModel(data);
+  const seeds = new BigInt64Array(bytes(data.seeds)); // [problems, then own questions][run seed][rollout]
+  const own = data.problems.length;
+  const problem = part("problem"), question = part("question");
+  const [rate, seed, count, temperature] = ["rate", "seed", "count", "temperature"].map(part);
+
+  function element(tag, name, ...children) {
+    const made = document.createElement(tag);
+    if (name) made.className = name;
+    made.append(...children);
+    return made;
+  }
+
+  // A thought or answer, marked right or wrong; ringed where a mask made it differ from the clean one.
+  function mark(found, wanted, clean) {
+    const right = found === wanted, shown = found === null ? "none" : found.replace("\n", "⏎");
+    const pill = element("span", `llp-pill llp-${right ? "right" : "wrong"}`, right ? "✓ " : "✗ ", shown);
+    if (found !== clean) pill.classList.add("llp-changed");
+    return element("td", "", pill);
+  }
+
+  function tableRow(name, row, chain, clean) {
+    const wanted = chain.map((step) => step.result);
+    const line = element("tr", row === clean ? "llp-clean" : "", element("th", "", name));
+    line.firstChild.scope = "row";
+    row.thoughts.forEach((thought, i) => line.append(mark(thought, wanted[i], clean.thoughts[i])));
+    line.append(mark(finalAnswer(row.text), wanted.at(-1), finalAnswer(clean.text)));
+    if (row === clean) return line.append(element("td", "", ""), element("td", "", "")), line;
+    const bar = element("span", "llp-bar"), sign = row.advantage > 0 ? "+" : row.advantage < 0 ? "−" : "";
+    bar.style.setProperty("--from", `${50 + Math.min(0, row.advantage) * 50}%`);
+    bar.style.setProperty("--to", `${50 + Math.max(0, row.advantage) * 50}%`);
+    const advantage = element("td", "llp-advantage", bar, sign + Math.abs(row.advantage).toFixed(2));
+    line.append(element("td", "", String(row.reward)), advantage);
+    return line;
+  }
+
+  function stepsRow(chain) {
+    const line = element("tr", "llp-steps", element("th", "", "right steps"));
+    line.firstChild.scope = "row";
+    for (const { step, result } of chain) line.append(element("td", "", element("small", "", `${step} =`), ` ${result}`));
+    line.append(element("td", "", chain.at(-1).result), element("td", "", ""), element("td", "", ""));
+    return line;
+  }
+
+  function verdict({ rows, mean, collapsed }) {
+    const right = rows.filter((row) => row.reward).length;
+    const reading = collapsed
+      ? `all ${rows.length} rewards are equal, every advantage is 0: no signal`
+      : `${right} right ${right === 1 ? "rollout is" : "rollouts are"} pushed up, ` +
+        `${rows.length - right} wrong ${rows.length - right === 1 ? "one" : "ones"} down`;
+    const kind = element("strong", `llp-badge ${collapsed ? "llp-collapsed" : "llp-mixed"}`, collapsed ? "collapsed" : "mixed");
+    return [`Mean reward ${mean.toFixed(2)} `, kind, ` ${reading}.`];
+  }
+
+  function show() {
+    for (const slider of [rate, seed, count, temperature]) {
+      const value = slider === rate ? rate.valueAsNumber.toFixed(2) : slider.value;
+      slider.previousElementSibling.lastElementChild.textContent = slider === temperature && value === "0" ? "0, greedy" : value;
+    }
+    let chain;
+    try {
+      chain = solve(data, model, question.value);
+    } catch (error) {
+      part("scroll").hidden = true;
+      part("verdict").replaceChildren(element("strong", "llp-badge llp-collapsed", "not asked"), ` ${error.message}.`);
+      return;
+    }
+    const first = (Number(problem.value) * data.runSeeds + seed.valueAsNumber) * data.mostRollouts;
+    const chosen = Array.from(seeds.subarray(first, first + count.valueAsNumber));
+    const settings = { rate: rate.valueAsNumber, temperature: temperature.valueAsNumber };
+    const found = group(model, readQuestion(model, question.value), chain.at(-1).result, chosen, settings);
+    const lines = found.rows.map((row, k) => tableRow(String(k + 1), row, chain, found.clean));
+    part("rows").replaceChildren(stepsRow(chain), tableRow("no mask", found.clean, chain, found.clean), ...lines);
+    part("scroll").hidden = false;
+    part("verdict").replaceChildren(...verdict(found));
+  }
+
+  let waiting = false;
+  function showSoon() {
+    if (!waiting) requestAnimationFrame(() => ((waiting = false), show()));
+    waiting = true;
+  }
+
+  data.problems.forEach((text, i) => {
+    const moves = solve(data, model, text).map(({ step }) => step.replace(/^\d+ /, "").replace(" ", " "));
+    problem.append(new Option(`${text.split(".")[0]}: ${moves.join(", ")}`, i));
+  });
+  problem.append(new Option("My own question", own));
+  problem.addEventListener("change", () => {
+    if (Number(problem.value) !== own) question.value = data.problems[problem.value];
+    else question.focus();
+    showSoon();
+  });
+  question.addEventListener("input", () => {
+    problem.value = own;
+    showSoon();
+  });
+  for (const slider of [rate, seed, count, temperature]) slider.addEventListener("input", showSoon);
+  question.value = data.problems[0];
+  show();
+}
+
 if (typeof module === "object") module.exports = LatentPlayground;
+else startPlayground(document.querySelector(".llp"));

@@ -12,21 +12,36 @@ question of one's own is `ASK`.
 import base64
 import json
 from pathlib import Path
+from string import Template
 
 import numpy as np
 from transformers import GPT2LMHeadModel
 
-from latentlab.data.word_problems import word_problems
+from latentlab.data.word_problems import PHRASES, word_problems
 from latentlab.masks import rollout_seeds
 from latentlab.model import LatentReasoner
-from latentlab.problems import step_result
 
 ASK = "ask"
 RUN_SEEDS, MOST_ROLLOUTS = 32, 16  # the ranges of the sliders
 PROBLEMS = 12
-VERBS = {"finds": "+", "buys": "+", "gives": "-", "loses": "-", "gets": "*", "grows": "*", "splits": "/", "shares": "/"}
 
 HERE = Path(__file__).parent
+
+
+def playground_html(model: LatentReasoner) -> str:
+    """The playground as one HTML fragment: style, script, weights and seeds included. Errors as `playground_data`."""
+    return Template(_read("playground.html")).substitute(
+        style=_read("playground.css"),
+        script=_read("playground.js"),
+        data=json.dumps(playground_data(model)).replace("<", "\\u003c"),  # no tag inside a script
+        last_seed=RUN_SEEDS - 1,
+        most_rollouts=MOST_ROLLOUTS,
+    )
+
+
+def playground_page(model: LatentReasoner) -> str:
+    """The playground as a whole page. Errors as `playground_data`."""
+    return Template(_read("page.html")).substitute(playground=playground_html(model))
 
 
 def playground_data(model: LatentReasoner) -> dict:
@@ -59,16 +74,13 @@ def playground_data(model: LatentReasoner) -> dict:
         "seeds": _base64(np.array(seeds, dtype="<i8")),  # [problems + 1, RUN_SEEDS, MOST_ROLLOUTS]
         "runSeeds": RUN_SEEDS,
         "mostRollouts": MOST_ROLLOUTS,
-        "verbs": VERBS,
-        "problems": [
-            {
-                "question": p.question,
-                "steps": [step.strip("<>") for step in p.steps],
-                "results": list(map(step_result, p.steps)),
-            }
-            for p in problems
-        ],
+        "verbs": {phrase.split()[0]: sign for sign, phrases in PHRASES.items() for phrase in phrases},
+        "problems": [problem.question for problem in problems],
     }
+
+
+def _read(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
 
 
 def _base64(array: np.ndarray) -> str:
