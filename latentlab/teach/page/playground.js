@@ -42,7 +42,7 @@ const LatentPlayground = (() => {
   function loadModel(data) {
     const floats = new Float32Array(bytes(data.weights)), weights = {};
     let start = 0;
-    for (const [name, size] of data.tensors) weights[name] = Float64Array.from(floats.subarray(start, (start += size)));
+    for (const [name, size] of data.tensors) weights[name] = floats.subarray(start, (start += size));
     const ids = new Map(data.vocab.map((word, id) => [word, id]));
     return { ...data.shape, vocab: data.vocab, weights, ids };
   }
@@ -57,9 +57,12 @@ const LatentPlayground = (() => {
   // x [rows] times the columns first ... first + count of a matrix [rows, columns], plus bias.
   function linear(model, name, x, first = 0, count = model.weights[`${name}.bias`].length - first) {
     const weight = model.weights[`${name}.weight`], bias = model.weights[`${name}.bias`];
-    const y = bias.slice(first, first + count), columns = bias.length;
-    for (let i = 0; i < x.length; i++)
-      for (let j = 0, at = i * columns + first; j < count; j++, at++) y[j] += x[i] * weight[at];
+    const y = Float64Array.from(bias.subarray(first, first + count)), columns = bias.length;
+    for (let i = 0; i < x.length; i += 4) { // four rows at a time: twice as fast
+      const [a, b, c, d] = x.subarray(i, i + 4);
+      for (let j = 0, at = i * columns + first; j < count; j++, at++)
+        y[j] += a * weight[at] + b * weight[at + columns] + c * weight[at + 2 * columns] + d * weight[at + 3 * columns];
+    }
     return y;
   }
 
@@ -73,7 +76,8 @@ const LatentPlayground = (() => {
   const gelu = (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)));
   const argmax = (x) => x.reduce((best, v, i) => (v > x[best] ? i : best), 0);
 
-  const embed = (model, id) => model.weights["wte.weight"].subarray(id * model.width, (id + 1) * model.width);
+  const embed = (model, id) =>
+    Float64Array.from(model.weights["wte.weight"].subarray(id * model.width, (id + 1) * model.width));
 
   function atPosition(model, input, position) {
     return input.map((v, i) => v + model.weights["wpe.weight"][position * model.width + i]);
@@ -182,8 +186,8 @@ const LatentPlayground = (() => {
     const verbs = new RegExp(`\\b(${Object.keys(data.verbs).join("|")}) (\\d+)`, "g");
     const moves = [...question.matchAll(verbs)];
     if (!start || moves.length !== model.thoughts)
-      throw new Error(`Got ${start ? moves.length : "no start and no"} steps, expected “has” with a number and ` +
-        `${model.thoughts} sentences with ${Object.keys(data.verbs).join(", ")} and a number`);
+      throw new Error(`Got ${moves.length} steps${start ? "" : " and no start"}, expected “has” with a number, then ` +
+        `${model.thoughts} times one of ${Object.keys(data.verbs).join(", ")} with a number`);
     let value = Number(start[1]);
     return moves.map(([, verb, operand], i) => {
       const sign = data.verbs[verb], n = Number(operand), step = `${value} ${SIGNS[sign]} ${n}`;
@@ -223,21 +227,29 @@ function startPlayground(root) {
     return made;
   }
 
-  // A thought or answer, marked right or wrong; ringed where a mask made it differ from the clean one.
-  function mark(found, wanted, clean) {
-    const right = found === wanted, shown = found === null ? "none" : found.replace("\n", "⏎");
-    const pill = element("span", `llp-pill llp-${right ? "right" : "wrong"}`, right ? "✓ " : "✗ ", shown);
-    if (found !== clean) pill.classList.add("llp-changed");
+  // A thought or answer, marked right or wrong; ringed where it differs from the row without a mask.
+  function mark(text, right, clean) {
+    const pill = element("span", `llp-pill llp-${right ? "right" : "wrong"}`, right ? "✓ " : "✗ ", text || "–");
+    if (text !== clean) pill.classList.add("llp-changed");
     return element("td", "", pill);
+  }
+
+  const answer = (row) => row.text.replace(/^### ?/, "");
+
+  // No reward and no advantage.
+  function blank() {
+    const cell = element("td", "");
+    cell.colSpan = 2;
+    return cell;
   }
 
   function tableRow(name, row, chain, clean) {
     const wanted = chain.map((step) => step.result);
     const line = element("tr", row === clean ? "llp-clean" : "", element("th", "", name));
     line.firstChild.scope = "row";
-    row.thoughts.forEach((thought, i) => line.append(mark(thought, wanted[i], clean.thoughts[i])));
-    line.append(mark(finalAnswer(row.text), wanted.at(-1), finalAnswer(clean.text)));
-    if (row === clean) return line.append(element("td", "", ""), element("td", "", "")), line;
+    row.thoughts.forEach((thought, i) => line.append(mark(thought, thought === wanted[i], clean.thoughts[i])));
+    line.append(mark(answer(row), finalAnswer(row.text) === wanted.at(-1), answer(clean)));
+    if (row === clean) return line.append(blank()), line;
     const bar = element("span", "llp-bar"), sign = row.advantage > 0 ? "+" : row.advantage < 0 ? "−" : "";
     bar.style.setProperty("--from", `${50 + Math.min(0, row.advantage) * 50}%`);
     bar.style.setProperty("--to", `${50 + Math.max(0, row.advantage) * 50}%`);
@@ -250,7 +262,7 @@ function startPlayground(root) {
     const line = element("tr", "llp-steps", element("th", "", "right steps"));
     line.firstChild.scope = "row";
     for (const { step, result } of chain) line.append(element("td", "", element("small", "", `${step} =`), ` ${result}`));
-    line.append(element("td", "", chain.at(-1).result), element("td", "", ""), element("td", "", ""));
+    line.append(element("td", "", chain.at(-1).result), blank());
     return line;
   }
 
@@ -266,24 +278,24 @@ function startPlayground(root) {
 
   function show() {
     for (const slider of [rate, seed, count, temperature]) {
-      const value = slider === rate ? rate.valueAsNumber.toFixed(2) : slider.value;
-      slider.previousElementSibling.lastElementChild.textContent = slider === temperature && value === "0" ? "0, greedy" : value;
+      const value = slider === temperature && slider.value === "0" ? "greedy" : slider.value;
+      slider.previousElementSibling.lastElementChild.textContent = value;
     }
-    let chain;
+    let chain, refusal = "";
     try {
       chain = solve(data, model, question.value);
     } catch (error) {
-      part("scroll").hidden = true;
-      part("verdict").replaceChildren(element("strong", "llp-badge llp-collapsed", "not asked"), ` ${error.message}.`);
-      return;
+      refusal = `${error.message}.`;
     }
+    part("refusal").textContent = refusal;
+    part("result").inert = question.ariaInvalid = Boolean(refusal);
+    if (refusal) return;
     const first = (Number(problem.value) * data.runSeeds + seed.valueAsNumber) * data.mostRollouts;
     const chosen = Array.from(seeds.subarray(first, first + count.valueAsNumber));
     const settings = { rate: rate.valueAsNumber, temperature: temperature.valueAsNumber };
     const found = group(model, readQuestion(model, question.value), chain.at(-1).result, chosen, settings);
     const lines = found.rows.map((row, k) => tableRow(String(k + 1), row, chain, found.clean));
     part("rows").replaceChildren(stepsRow(chain), tableRow("no mask", found.clean, chain, found.clean), ...lines);
-    part("scroll").hidden = false;
     part("verdict").replaceChildren(...verdict(found));
   }
 
@@ -294,7 +306,7 @@ function startPlayground(root) {
   }
 
   data.problems.forEach((text, i) => {
-    const moves = solve(data, model, text).map(({ step }) => step.replace(/^\d+ /, "").replace(" ", " "));
+    const moves = solve(data, model, text).map(({ step }) => step.replace(/^\d+ /, ""));
     problem.append(new Option(`${text.split(".")[0]}: ${moves.join(", ")}`, i));
   });
   problem.append(new Option("My own question", own));
