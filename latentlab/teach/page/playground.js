@@ -1,8 +1,8 @@
 // The playground of the book: the shipped model and its masks, in plain JavaScript.
 //
-// The first half computes: tokenizer, masks, forward pass, answers. It has no page and no state, and
-// is compared with Python in tests/teach/test_page.py. The second half is the page.
-// Weights are float32, arithmetic is in doubles; names follow latentlab/masks.py and rollouts.py.
+// Tokenizer, masks, forward pass, answers, rewards; form.js is what the reader sees of it. Weights are
+// float32, arithmetic is in doubles. tests/teach/test_page.py compares it with Python, whose names it
+// has: latentlab/masks.py, rollouts.py, advantage.py.
 
 "use strict";
 
@@ -10,7 +10,6 @@ const LatentPlayground = (() => {
   // -- random bits: splitmix64, as latentlab/masks.py -------------------------------------------
 
   const MASK_STREAM = 1n, SAMPLE_STREAM = 2n;
-  const SIGNS = { "+": "+", "-": "−", "*": "×", "/": "÷" };
   const wrap = (x) => BigInt.asUintN(64, x);
 
   function mix(x) {
@@ -175,6 +174,8 @@ const LatentPlayground = (() => {
     return numbers && numbers.length === 1 ? numbers[0] : null;
   }
 
+  const SIGNS = { "+": "+", "-": "−", "*": "×", "/": "÷" };
+
   // The chain of a question in the words of the synthetic problems: [{ step: "15 − 8", result: 7 }, ...].
   // Throws an Error, one line for the reader, for a question that the model cannot be asked.
   function solve(data, model, question) {
@@ -209,120 +210,4 @@ const LatentPlayground = (() => {
   return { bytes, drawMask, uniform, loadModel, readQuestion, rollout, finalAnswer, solve, group };
 })();
 
-// -- the page -------------------------------------------------------------------------------------
-
-function startPlayground(root) {
-  const { bytes, loadModel, readQuestion, group, solve, finalAnswer } = LatentPlayground;
-  const part = (name) => root.querySelector(`.llp-${name}`);
-  const data = JSON.parse(part("data").textContent), model = loadModel(data);
-  const seeds = new BigInt64Array(bytes(data.seeds)); // [problems, then own questions][run seed][rollout]
-  const own = data.problems.length;
-  const problem = part("problem"), question = part("question");
-  const [rate, seed, count, temperature] = ["rate", "seed", "count", "temperature"].map(part);
-
-  function element(tag, name, ...children) {
-    const made = document.createElement(tag);
-    if (name) made.className = name;
-    made.append(...children);
-    return made;
-  }
-
-  // A thought or answer, marked right or wrong; ringed where it differs from the row without a mask.
-  function mark(text, right, clean) {
-    const pill = element("span", `llp-pill llp-${right ? "right" : "wrong"}`, right ? "✓ " : "✗ ", text || "–");
-    if (text !== clean) pill.classList.add("llp-changed");
-    return element("td", "", pill);
-  }
-
-  const answer = (row) => row.text.replace(/^### ?/, "");
-
-  // No reward and no advantage.
-  function blank() {
-    const cell = element("td", "");
-    cell.colSpan = 2;
-    return cell;
-  }
-
-  function tableRow(name, row, chain, clean) {
-    const wanted = chain.map((step) => step.result);
-    const line = element("tr", row === clean ? "llp-clean" : "", element("th", "", name));
-    line.firstChild.scope = "row";
-    row.thoughts.forEach((thought, i) => line.append(mark(thought, thought === wanted[i], clean.thoughts[i])));
-    line.append(mark(answer(row), finalAnswer(row.text) === wanted.at(-1), answer(clean)));
-    if (row === clean) return line.append(blank()), line;
-    const bar = element("span", "llp-bar"), sign = row.advantage > 0 ? "+" : row.advantage < 0 ? "−" : "";
-    bar.style.setProperty("--from", `${50 + Math.min(0, row.advantage) * 50}%`);
-    bar.style.setProperty("--to", `${50 + Math.max(0, row.advantage) * 50}%`);
-    const advantage = element("td", "llp-advantage", bar, sign + Math.abs(row.advantage).toFixed(2));
-    line.append(element("td", "", String(row.reward)), advantage);
-    return line;
-  }
-
-  function stepsRow(chain) {
-    const line = element("tr", "llp-steps", element("th", "", "right steps"));
-    line.firstChild.scope = "row";
-    for (const { step, result } of chain) line.append(element("td", "", element("small", "", `${step} =`), ` ${result}`));
-    line.append(element("td", "", chain.at(-1).result), blank());
-    return line;
-  }
-
-  function verdict({ rows, mean, collapsed }) {
-    const right = rows.filter((row) => row.reward).length;
-    const reading = collapsed
-      ? `all ${rows.length} rewards are equal, every advantage is 0: no signal`
-      : `${right} right ${right === 1 ? "rollout is" : "rollouts are"} pushed up, ` +
-        `${rows.length - right} wrong ${rows.length - right === 1 ? "one" : "ones"} down`;
-    const kind = element("strong", `llp-badge ${collapsed ? "llp-collapsed" : "llp-mixed"}`, collapsed ? "collapsed" : "mixed");
-    return [`Mean reward ${mean.toFixed(2)} `, kind, ` ${reading}.`];
-  }
-
-  function show() {
-    for (const slider of [rate, seed, count, temperature]) {
-      const value = slider === temperature && slider.value === "0" ? "greedy" : slider.value;
-      slider.previousElementSibling.lastElementChild.textContent = value;
-    }
-    let chain, refusal = "";
-    try {
-      chain = solve(data, model, question.value);
-    } catch (error) {
-      refusal = `${error.message}.`;
-    }
-    part("refusal").textContent = refusal;
-    part("result").inert = question.ariaInvalid = Boolean(refusal);
-    if (refusal) return;
-    const first = (Number(problem.value) * data.runSeeds + seed.valueAsNumber) * data.mostRollouts;
-    const chosen = Array.from(seeds.subarray(first, first + count.valueAsNumber));
-    const settings = { rate: rate.valueAsNumber, temperature: temperature.valueAsNumber };
-    const found = group(model, readQuestion(model, question.value), chain.at(-1).result, chosen, settings);
-    const lines = found.rows.map((row, k) => tableRow(String(k + 1), row, chain, found.clean));
-    part("rows").replaceChildren(stepsRow(chain), tableRow("no mask", found.clean, chain, found.clean), ...lines);
-    part("verdict").replaceChildren(...verdict(found));
-  }
-
-  let waiting = false;
-  function showSoon() {
-    if (!waiting) requestAnimationFrame(() => ((waiting = false), show()));
-    waiting = true;
-  }
-
-  data.problems.forEach((text, i) => {
-    const moves = solve(data, model, text).map(({ step }) => step.replace(/^\d+ /, ""));
-    problem.append(new Option(`${text.split(".")[0]}: ${moves.join(", ")}`, i));
-  });
-  problem.append(new Option("My own question", own));
-  problem.addEventListener("change", () => {
-    if (Number(problem.value) !== own) question.value = data.problems[problem.value];
-    else question.focus();
-    showSoon();
-  });
-  question.addEventListener("input", () => {
-    problem.value = own;
-    showSoon();
-  });
-  for (const slider of [rate, seed, count, temperature]) slider.addEventListener("input", showSoon);
-  question.value = data.problems[0];
-  show();
-}
-
 if (typeof module === "object") module.exports = LatentPlayground;
-else startPlayground(document.querySelector(".llp"));
