@@ -50,18 +50,19 @@ function startPlayground(root) {
   function stepsRow(chain) {
     const line = element("tr", "llp-steps", element("th", "", "right steps"));
     line.firstChild.scope = "row";
-    for (const { step, result } of chain) line.append(element("td", "", element("small", "", `${step} =`), ` ${result}`));
+    for (const { step, result } of chain)
+      line.append(element("td", "", element("small", "", `${step} =`), ` ${result}`));
     line.append(element("td", "", chain.at(-1).result), blank());
     return line;
   }
 
   function verdict({ rows, mean, collapsed }) {
     const right = rows.filter((row) => row.reward).length;
-    const kind = element("strong", collapsed ? "llp-badge llp-collapsed" : "llp-badge", collapsed ? "collapsed" : "mixed");
-    const reading = collapsed
-      ? "all rewards are equal, every advantage is 0: no signal."
-      : "right answers are pushed up, wrong ones down.";
-    return [`Mean reward ${mean.toFixed(2)} `, kind, ` ${right} of ${rows.length} right: ${reading}`];
+    const [kind, reading] = collapsed
+      ? ["collapsed", "all rewards are equal, every advantage is 0: no signal."]
+      : ["mixed", "right answers are pushed up, wrong ones down."];
+    const badge = element("strong", `llp-badge llp-${kind}`, kind);
+    return [`Mean reward ${mean.toFixed(2)} `, badge, ` ${right} of ${rows.length} right: ${reading}`];
   }
 
   function show() {

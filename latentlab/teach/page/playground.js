@@ -118,13 +118,8 @@ const LatentPlayground = (() => {
     return norm(model, "ln_f", middle.map((v, i) => v + mlp[i]));
   }
 
-  function head(model, hidden) {
-    return Float64Array.from(model.vocab, (_, id) => {
-      let logit = 0;
-      for (let i = 0, at = id * model.width; i < model.width; i++, at++) logit += hidden[i] * model.weights["wte.weight"][at];
-      return logit;
-    });
-  }
+  const head = (model, hidden) =>
+    Float64Array.from(model.vocab, (_, id) => embed(model, id).reduce((sum, v, i) => sum + v * hidden[i], 0));
 
   // -- rollouts ---------------------------------------------------------------------------------
 
@@ -179,21 +174,21 @@ const LatentPlayground = (() => {
   // The chain of a question in the words of the synthetic problems: [{ step: "15 − 8", result: 7 }, ...].
   // Throws an Error, one line for the reader, for a question that the model cannot be asked.
   function solve(data, model, question) {
-    const { ids, unknown } = encode(model, question);
-    if (unknown.length) throw new Error(`Words the model does not know: ${unknown.join(", ")}`);
-    if (ids.length + model.thoughts + model.maxNewTokens > model.positions)
-      throw new Error(`Got a question of ${ids.length} words, which is too long; the model was trained on 4 steps`);
+    const { ids, unknown } = encode(model, question), verbs = Object.keys(data.verbs).join(", ");
+    if (unknown.length) throw new Error(`Words: got ${unknown.join(", ")}, expected those of the examples and 0 to 29`);
+    const most = model.positions - model.thoughts - model.maxNewTokens;
+    if (ids.length > most) throw new Error(`Length: got ${ids.length} words and marks, expected at most ${most}`);
     const start = question.match(/\bhas (\d+)/);
-    const verbs = new RegExp(`\\b(${Object.keys(data.verbs).join("|")}) (\\d+)`, "g");
-    const moves = [...question.matchAll(verbs)];
+    const moves = [...question.matchAll(new RegExp(`\\b(${verbs.replaceAll(", ", "|")}) (\\d+)`, "g"))];
     if (!start || moves.length !== model.thoughts)
-      throw new Error(`Got ${moves.length} steps${start ? "" : " and no start"}, expected “has” with a number, then ` +
-        `${model.thoughts} times one of ${Object.keys(data.verbs).join(", ")} with a number`);
+      throw new Error(`Steps: got ${start ? moves.length : "no “has” with a number"}, expected “has” with a ` +
+        `number, then ${model.thoughts} sentences with a number after one of ${verbs}`);
     let value = Number(start[1]);
     return moves.map(([, verb, operand], i) => {
       const sign = data.verbs[verb], n = Number(operand), step = `${value} ${SIGNS[sign]} ${n}`;
       value = { "+": value + n, "-": value - n, "*": value * n, "/": Math.floor(value / n) }[sign];
-      if (!model.ids.has(String(value))) throw new Error(`Step ${i + 1}, ${step}, gives ${value}; the model knows 0 to 29`);
+      if (!model.ids.has(String(value)))
+        throw new Error(`Step ${i + 1}: got ${step} = ${value}, expected 0 to 29; change a number`);
       return { step, result: String(value) };
     });
   }

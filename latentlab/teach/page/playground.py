@@ -3,10 +3,10 @@
     playground_html(model) -> str    a fragment for a raw block of the book
     playground_page(model) -> str    a whole page, which opens from a folder as well
 
-playground.js runs the model, draws the masks of latentlab/masks.py and grades, form.js shows it; this module embeds
-the weights, a dozen problems and the seeds of their rollouts. Row k under seed s of a question has
-the seed `rollout_seeds(s, 0, [id], K)[k]`, so that Python repeats each row of the page; the id of a
-question of one's own is `ASK`.
+playground.js runs the model, draws the masks of latentlab/masks.py and grades; form.js shows it. This
+module embeds the weights, a dozen problems and the seeds of their rollouts: row k under seed s of a
+question has `rollout_seeds(s, 0, [id], K)[k]`, so that Python repeats each row of the page. The id of
+a question of one's own is `ASK`.
 """
 
 import base64
@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 
 
 def playground_html(model: LatentReasoner) -> str:
-    """The playground as one HTML fragment: style, script, weights and seeds included. Errors as `playground_data`."""
+    """The playground as one HTML fragment, style, script and weights included. Errors as `playground_data`."""
     return Template(_read("playground.html")).substitute(
         style=_read("playground.css"),
         script=_read("playground.js") + _read("form.js"),
