@@ -53,10 +53,16 @@ const LatentPlayground = (() => {
     return { ids, unknown: [...new Set(words.filter((word) => !model.ids.has(word)))] };
   }
 
+  function dot(x, first, y, second, count) {
+    let sum = 0;
+    for (let i = 0; i < count; i++) sum += x[first + i] * y[second + i];
+    return sum;
+  }
+
   // x [rows] times the columns first ... first + count of a matrix [rows, columns], plus bias.
   function linear(model, name, x, first = 0, count = model.weights[`${name}.bias`].length - first) {
     const weight = model.weights[`${name}.weight`], bias = model.weights[`${name}.bias`];
-    const y = Float64Array.from(bias.subarray(first, first + count)), columns = bias.length;
+    const y = new Float64Array(bias.subarray(first, first + count)), columns = bias.length;
     for (let i = 0; i < x.length; i += 4) { // four rows at a time: twice as fast
       const [a, b, c, d] = x.subarray(i, i + 4);
       for (let j = 0, at = i * columns + first; j < count; j++, at++)
@@ -76,7 +82,7 @@ const LatentPlayground = (() => {
   const argmax = (x) => x.reduce((best, v, i) => (v > x[best] ? i : best), 0);
 
   const embed = (model, id) =>
-    Float64Array.from(model.weights["wte.weight"].subarray(id * model.width, (id + 1) * model.width));
+    new Float64Array(model.weights["wte.weight"].subarray(id * model.width, (id + 1) * model.width));
 
   function atPosition(model, input, position) {
     return input.map((v, i) => v + model.weights["wpe.weight"][position * model.width + i]);
@@ -100,11 +106,7 @@ const LatentPlayground = (() => {
     cache.push([qkv.subarray(width, 2 * width), qkv.subarray(2 * width)]);
     const mixed = new Float64Array(width);
     for (let start = 0; start < width; start += size) {
-      const scores = cache.map(([keys]) => {
-        let score = 0;
-        for (let i = start; i < start + size; i++) score += qkv[i] * keys[i];
-        return score / Math.sqrt(size);
-      });
+      const scores = cache.map(([keys]) => dot(qkv, start, keys, start, size) / Math.sqrt(size));
       const largest = Math.max(...scores), powers = scores.map((score) => Math.exp(score - largest));
       const total = powers.reduce((a, b) => a + b);
       cache.forEach(([, values], s) => {
@@ -118,8 +120,10 @@ const LatentPlayground = (() => {
     return norm(model, "ln_f", middle.map((v, i) => v + mlp[i]));
   }
 
-  const head = (model, hidden) =>
-    Float64Array.from(model.vocab, (_, id) => embed(model, id).reduce((sum, v, i) => sum + v * hidden[i], 0));
+  function head(model, hidden) {
+    const width = model.width, table = model.weights["wte.weight"];
+    return Float64Array.from(model.vocab, (_, id) => dot(hidden, 0, table, id * width, width));
+  }
 
   // -- rollouts ---------------------------------------------------------------------------------
 
