@@ -23,13 +23,13 @@ _LARGEST = 29  # every value is a whole number 0..29, so each number is one toke
 _OPERANDS = range(2, 10)
 _NAMES = ("Leo", "Mia", "Sam", "Ana", "Tom", "Zoe", "Ben", "Eva")  # he, she, he, …
 _OBJECTS = ("apples", "books", "cards", "coins", "marbles", "pens", "shells", "stamps")
-_PHRASES = {
+PHRASES = {
     "+": ("finds {n} more {objects}", "buys {n} more {objects}"),
     "-": ("gives {n} {objects} away", "loses {n} {objects} today"),
     "*": ("gets {n} for each", "grows {n} from each"),
     "/": ("splits {n} ways evenly", "shares {n} ways evenly"),
 }
-_PHRASE_WORDS = sorted({w for both in _PHRASES.values() for phrase in both for w in phrase.split() if "{" not in w})
+_PHRASE_WORDS = sorted({w for both in PHRASES.values() for phrase in both for w in phrase.split() if "{" not in w})
 
 _MARKS = (".", "?", ",", "+", "-", "*", "/", "=", "<<", ">>", "###", "\n")
 _FIXED_WORDS = ("He", "She", "has", "How", "many", "remain")
@@ -111,7 +111,7 @@ def _tell(rng: random.Random, id: str, split: str, start: int, moves: list[tuple
     objects = _OBJECTS[int(rng.random() * len(_OBJECTS))]
     sentences, steps, value = [f"{_NAMES[person]} has {start} {objects}."], [], start
     for move, result in moves:
-        phrase = _PHRASES[move[0]][rng.random() < 0.5].format(n=move[1:], objects=objects)
+        phrase = PHRASES[move[0]][rng.random() < 0.5].format(n=move[1:], objects=objects)
         sentences.append(f"{('He', 'She')[person % 2]} {phrase}.")
         steps.append(f"<<{value}{move}={result}>>")
         value = result

@@ -1,0 +1,1 @@
+"""The playground of the book: the shipped model, run by the reader's browser."""
