@@ -219,7 +219,7 @@ def test_contrasts_are_those_of_the_outcomes(study, found):
         assert equal[key] == expected[key]
     assert equal["arm"].startswith("shared") and equal["other"].startswith("temperature")
     assert metrics["contrasts"]["equal_seconds"]["other"] == f"{equal['other']} seconds"
-    assert metrics["pilot"]["bases"] == 3 and metrics["replay_gap"] < 1e-5
+    assert metrics["pilot"]["bases"] == 3 and max(metrics["replay_gap"].values()) < 1e-5
     best = max(("shared 0.05", "shared 0.1"), key=lambda x: metrics["tuning"][x]["validation_accuracy"])
     assert f"shared {metrics['pilot']['chosen']['shared']:g}" == best and metrics["tuning"][best]["chosen"]
     assert found["bases"]["headline"] == metrics["sentence"] == findings.sentence(metrics["contrasts"])

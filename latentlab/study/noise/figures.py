@@ -9,8 +9,8 @@ from latentlab.study.figures import plot_curves, save_figure
 FOREST = {  # what the forest shows of the contrasts of bases.json, in this order
     "equal_rollouts": "equal rollouts",
     "equal_seconds": "equal CPU seconds",
-    "equal_rollouts_fresh": "equal rollouts, bases that chose nothing",
-    "equal_seconds_fresh": "equal CPU seconds, bases that chose nothing",
+    "equal_rollouts_fresh": "equal rollouts, not in the pilot",
+    "equal_seconds_fresh": "equal CPU seconds, not in the pilot",
     "per_step_shared": "equal rollouts",
     "antithetic_shared": "equal rollouts",
     "shared_greedy_shared": "equal rollouts",
@@ -49,7 +49,8 @@ def plot_forest(ax, contrasts: dict[str, dict]) -> None:
         ax.plot([row["low"], row["high"]], [y, y], color="black")
         ax.plot(row["difference"], y, "o", color="black")
     ax.axvline(0, color="0.6", linewidth=0.8)
-    ax.set_yticks(range(len(rows)), [f"{r['arm']} − {r['other']}, {FOREST[k]}, {r['seeds']} bases" for k, r in rows])
+    names = [f"{r['arm']} − {r['other']}\n{FOREST[k]}, {r['seeds']} bases" for k, r in rows]
+    ax.set_yticks(range(len(rows)), names, fontsize=9)
     ax.invert_yaxis()
     ax.set_xlabel("difference of test pass@1, points; 95 % interval over bases and problems")
 

@@ -131,10 +131,20 @@ def bases(plan: Plan, folder: Path) -> tuple[dict, str, dict]:
         "pilot": asdict(decision),
         "half_width": (main["high"] - main["low"]) / 2,
         "contrasts": contrasts,
-        "replay_gap": max(row["replay_gap"] for row in found.found if "replay_gap" in row),
+        "replay_gap": _replay_gaps(found.found),
         "rows": found.found,
     }
     return metrics, metrics["sentence"], found.outcomes
+
+
+def _replay_gaps(rows: list[dict]) -> dict[str, float]:
+    """The largest replay gap of each arm, over all its runs and steps, nats."""
+    gaps: dict[str, float] = {}
+    for row in rows:
+        if "replay_gap" in row:
+            arm = row["label"].split()[0]
+            gaps[arm] = max(gaps.get(arm, 0.0), row["replay_gap"])
+    return gaps
 
 
 def sentence(contrasts: dict[str, dict]) -> str:
