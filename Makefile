@@ -1,5 +1,5 @@
 # make study [PRESET=smoke|tiny] · make test · make lab · make lint · make bench · make reliability · make mutants · make backbones
-#   · make notebooks
+#   · make notebooks · make book
 PRESET ?= tiny
 PYTHON ?= python3
 # such as LAB_ARGS="--no-browser --allow-root" in a container
@@ -11,7 +11,7 @@ endif
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: study test lab lint bench reliability mutants backbones notebooks
+.PHONY: study test lab lint bench reliability mutants backbones notebooks book
 
 study: $(READY)
 	@$(BIN)/latentlab study --preset $(PRESET)
@@ -38,6 +38,10 @@ notebooks: $(READY)
 	@TQDM_DISABLE=1 PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 	--log-level=ERROR --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=1200 notebooks/*.ipynb
 	@$(BIN)/latentlab report --publish
+
+# The published notebooks, docs and results as a site for any static host: reports/book.
+book: $(READY)
+	@$(BIN)/python -m latentlab.study.book.build
 
 bench: $(READY)
 	@$(BIN)/latentlab bench --threads 1

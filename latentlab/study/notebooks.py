@@ -1,7 +1,7 @@
-"""The notebooks in order through papermill, one HTML page each, then an index and RESULTS.md.
+"""The notebooks in order through papermill, then RESULTS.md and the book.
 
     notebooks/NN_name.ipynb, notebooks/params/<preset>.yaml
-    → <reports>/<preset>/NN_name.{ipynb,html}, beside the notebook's own NN_name.{json,png}
+    → <reports>/<preset>/NN_name.ipynb, beside the notebook's own NN_name.{json,png}, and book/
 
 A notebook is finished when `.NN_name.done` holds the hash of everything it depends on: its source,
 parameters, this package, pinned versions, shipped checkpoint, data folder and the results it names.
@@ -26,10 +26,10 @@ from jupyter_client import AsyncKernelManager
 from latentlab.runtime import environment, files
 from latentlab.runtime.environment import hub_answers
 from latentlab.study import results, tables
+from latentlab.study.book.build import build_book
 
 PACKAGE = Path(__file__).parents[1]
 NOTEBOOKS = "[0-9][0-9]_*.ipynb"
-SAFE_OUTPUTS = ["image/png", "text/plain"]
 STARTUP_SECONDS = 600  # until a kernel that does not answer counts as dead
 
 
@@ -44,7 +44,7 @@ class StudyUseError(StudyError):
 
 
 def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, reports_dir=None) -> Path:
-    """Run the unfinished notebooks of a preset, in the order of their names; return index.html.
+    """Run the unfinished notebooks of a preset, in the order of their names; return the book's first page.
 
     `only` is the beginning of a file name ("02"). The parameters of all notebooks are checked before
     any runs. Folders default to `notebooks` in the repository and the user's own result folder.
@@ -67,12 +67,10 @@ def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, repor
     folder.mkdir(parents=True, exist_ok=True)
     for i, path in enumerate(chosen, 1):
         _run_unless_finished(path, parameters[path.stem], folder, f"[{i}/{len(chosen)}] {path.stem}")
-    rows = [(n, (folder / f"{n}.html").is_file(), results.load_result(folder / f"{n}.json")) for n in names]
-    page = tables.render("index.html", preset=preset, notebooks=rows)
-    index = files.write_atomically(folder / "index.html", page.encode())
     tables.build_report(reports)
-    print("report:", index)
-    return index
+    page = build_book(folder / "book", [folder, results.published_folder() / "tiny"], notebooks_dir)
+    print("report:", page)
+    return page
 
 
 # ---------------------------------------------------------------- parameters
@@ -160,7 +158,6 @@ def _run_unless_finished(path: Path, parameters: dict, folder: Path, label: str)
     _execute(path, executed, parameters, folder.parent)
     if _identity(result) == before:
         raise StudyError(f"{path.stem}: ran, but wrote no {result}; its last section must call write_result")
-    _write_html(executed)
     skipped = _skipped(result)
     files.write_atomically(marker, (state + _reach(skipped)).encode())  # last: marks a whole run
     print(f"{label}: done in {time.monotonic() - start:.0f} s{skipped}", flush=True)
@@ -227,14 +224,3 @@ def _kernels(reports: Path, log) -> type:
 
 def _one_line(text) -> str:
     return " ".join(str(text).split())[:300]
-
-
-def _write_html(executed: Path) -> None:
-    """Write the executed copy as a page: of outputs, which may quote data, only text and PNG."""
-    from nbconvert import HTMLExporter
-    from traitlets.config import Config
-
-    exporter = HTMLExporter(config=Config({"NbConvertBase": {"display_data_priority": SAFE_OUTPUTS}}))
-    exporter.log.setLevel("ERROR")  # it asks for alternative texts
-    page, _ = exporter.from_filename(str(executed))
-    files.write_atomically(executed.with_suffix(".html"), page.encode())

@@ -59,7 +59,7 @@ def test_a_study_and_a_notebook_run_by_hand_leave_the_repository_as_it_was(repos
     by_hand = python("-m", "nbconvert", *execute, repository / "out" / path.name)  # of preset tiny: no file is shared
     expect_success(python("-m", "latentlab", "study", "--preset", "smoke"), by_hand)
     own = repository / "reports"
-    assert (own / "smoke" / "index.html").is_file()
+    assert (own / "smoke" / "book" / "index.html").is_file()
     assert '"num_generations": 2' in (own / "tiny" / "00_tour.json").read_text()
 
     # Without the suite's conftest: these tests use none of it, and its imports are slow.

@@ -15,6 +15,7 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from latentlab.study import notebooks as study
+from latentlab.study.book.build import build_book
 from latentlab.study.notebooks import StudyError, check_parameters, run_study
 
 FIRST, SECOND = "00_first", "01_second"
@@ -48,6 +49,11 @@ def notebooks(tmp_path):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_book(monkeypatch):
+    monkeypatch.setattr(study, "build_book", lambda out, *_: out / "index.html")  # it takes seconds
+
+
 def run(notebooks, **options):
     """Run the study; return the names of the notebooks that really ran, in order."""
     log = notebooks / "log.txt"
@@ -57,22 +63,25 @@ def run(notebooks, **options):
 
 
 @pytest.mark.slow
-def test_runs_in_order_writes_pages_and_skips_what_is_finished(notebooks, capfd):
+def test_runs_in_order_writes_the_book_and_skips_what_is_finished(notebooks, capfd, monkeypatch):
+    stub = study.build_book
+    monkeypatch.setattr(study, "build_book", build_book)
     evil = "<script>alert(1)</script>"
-    make(notebooks, FIRST, f"from IPython.display import HTML, display\ndisplay(HTML('{evil}'))\nprint('{evil}')")
+    make(notebooks, FIRST, f"print('{evil}')")
     assert run(notebooks) == [FIRST, SECOND]
     folder = notebooks.parent / "reports" / "toy"
     for name in (FIRST, SECOND):
-        assert all((folder / f"{name}{suffix}").is_file() for suffix in (".ipynb", ".html", ".json"))
-    page = (folder / f"{FIRST}.html").read_text()
-    assert '<h1 id="Toy">' in page and "&lt;script&gt;" in page and evil not in page
-    index = (folder / "index.html").read_text()
-    assert "&lt;b&gt;rate" in index and "<b>" not in index
+        assert all((folder / f"{name}{suffix}").is_file() for suffix in (".ipynb", ".json"))
+    page = (folder / "book" / "notebooks" / f"{FIRST}.html").read_text()
+    assert "<h1>Toy" in page and "&lt;script&gt;" in page and evil not in page
+    index = (folder / "book" / "index.html").read_text()
+    assert "&lt;b&gt;rate" in index and "<b>rate" not in index
     assert (folder.parent / "RESULTS.md").is_file()
     out, err = capfd.readouterr()
-    assert out.rstrip().endswith("index.html")
+    assert out.rstrip().endswith("book/index.html")
     assert err == ""  # no kernel, debugger or converter noise reaches a user
 
+    monkeypatch.setattr(study, "build_book", stub)
     assert run(notebooks) == []
     assert capfd.readouterr().out.count("finished before") == 2
 

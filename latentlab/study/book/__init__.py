@@ -1,0 +1,1 @@
+"""The course as a site: notebooks, docs and results behind one first page. Read build.py first."""
