@@ -156,6 +156,7 @@ def _run_unless_finished(path: Path, parameters: dict, folder: Path, label: str)
     before, start = _identity(result), time.monotonic()
     print(f"{label}: running", flush=True)
     _execute(path, executed, parameters, folder.parent)
+    strip_widgets(executed)
     if _identity(result) == before:
         raise StudyError(f"{path.stem}: ran, but wrote no {result}; its last section must call write_result")
     skipped = _skipped(result)
@@ -202,6 +203,19 @@ def _execute(path: Path, executed: Path, parameters: dict, reports: Path) -> Non
         raise StudyError(f"{path.stem}: {got}; run `{kernel}`, or see {log}") from error
     except Exception as error:  # a full disk, a notebook that is none
         raise StudyError(f"{path.stem}: {type(error).__name__}: {_one_line(error)}; see {log}") from error
+
+
+def strip_widgets(path: Path) -> None:
+    """Remove live widgets from an executed notebook, so that their static fallback shows.
+
+    A widget view without its kernel shows as an error, and its state has random ids in every run.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    files.write_atomically(path, nbformat.writes(notebook).encode())
 
 
 def _kernels(reports: Path, log) -> type:

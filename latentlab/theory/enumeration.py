@@ -198,6 +198,18 @@ def one_logit(pass_rate: float) -> Policy:
     return Policy(probs, torch.ones(1).double(), probs.log()[:, None], torch.ones(2, 1, dtype=torch.bool), scores)
 
 
+def two_masks() -> Policy:
+    """Two masks and two answers, for a calculation by hand: π(right|m) = σ(m θ), θ = ln(3) / 2.
+
+    Dropout of rate 1/2 on one feature: m = 2 (kept) or 0 (dropped). Rows: right, wrong under 2, then under 0.
+    """
+    right = torch.tensor([3 / 4, 1 / 2], dtype=torch.float64)  # σ(2 θ), σ(0)
+    given = torch.stack([right, 1 - right], 1)  # π(y | m), [M, Y]
+    scores = torch.tensor([2.0, 0.0]).double()[:, None] * torch.stack([1 - right, -right], 1)  # m (1 - π), -m π
+    one = torch.ones(4, 1, dtype=torch.bool)
+    return Policy(given.flatten() / 2, torch.ones(2).double() / 2, given.log().view(4, 1), one, scores.view(4, 1, 1))
+
+
 def reward_table(policy: Policy, pass_rate: float) -> Tensor:
     """0/1 rewards [Y] whose right answers have about `pass_rate` probability.
 
