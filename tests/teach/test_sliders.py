@@ -2,11 +2,10 @@
 
 import math
 
-import ipywidgets
 import pytest
 from ipywidgets.widgets.widget import _instances
 
-from latentlab.teach import sliders
+from latentlab.teach import playground, sliders
 from latentlab.theory import enumeration, moments
 
 
@@ -28,18 +27,11 @@ def test_the_verdict_turns_at_the_crossover():
 
 def test_a_moved_slider_changes_the_table_and_the_fallback_is_the_default(monkeypatch):
     displayed = []
-    monkeypatch.setattr(sliders, "display", lambda bundle, raw: displayed.append(bundle))
-    control = ipywidgets.IntSlider(8, 2, 64)
-    sliders.show(lambda k: sliders.mixed_table(k, 0.7), [control])
-    bundle = displayed[0]
-    assert "K = 8" in bundle["text/html"] and "K = 8" in bundle["text/plain"]
-    box = _instances[bundle["application/vnd.jupyter.widget-view+json"]["model_id"]]
-    control.value = 16
-    assert "K = 16" in box.children[1].value
-
-
-def test_mixed_groups_shows_two_sliders(monkeypatch):
-    shown = []
-    monkeypatch.setattr(sliders, "show", lambda content, controls: shown.extend([content, *controls]))
+    monkeypatch.setattr(playground, "display", lambda bundle, raw: displayed.append(bundle))
     sliders.mixed_groups(4, 0.2)
-    assert shown[0] is sliders.mixed_table and [control.value for control in shown[1:]] == [4, 0.2]
+    bundle = displayed[0]
+    assert "K = 4, q = 0.20" in bundle["text/html"] and "K = 4, q = 0.20" in bundle["text/plain"]
+    box = _instances[bundle["application/vnd.jupyter.widget-view+json"]["model_id"]]
+    k, rate, shown = box.children
+    k.value, rate.value = 16, 0.5
+    assert "K = 16, q = 0.50" in shown.value

@@ -2,10 +2,10 @@
 
 import html
 import re
-import time
 
 import pytest
 import torch
+from ipywidgets.widgets.widget import _instances
 
 from latentlab.cli import main
 from latentlab.data.word_problems import word_problems
@@ -121,14 +121,9 @@ def test_a_live_output_has_the_default_setting_for_places_without_a_kernel(tiny,
     playground.playground(tiny, train[59:61])
     default = show_thoughts(tiny, train[59])
     assert shown[0]["text/html"] == default._repr_html_() and shown[0]["text/plain"] == str(default)
-    view = shown[0]["application/vnd.jupyter.widget-view+json"]["model_id"]
-    box = playground.widgets.Widget.widgets[view] if hasattr(playground.widgets.Widget, "widgets") else None
-    html_of = box.children[-1] if box else None
-    started = time.process_time()
+    box = _instances[shown[0]["application/vnd.jupyter.widget-view+json"]["model_id"]]
     seen["rate"].value = 0.3
-    assert time.process_time() - started < 5
-    if html_of is not None:
-        assert "p = 0.3" in html_of.value
+    assert "p = 0.3" in box.children[-1].value
 
 
 def test_an_exercise_says_what_a_mistake_does(capsys):
