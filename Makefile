@@ -36,8 +36,8 @@ lint: $(READY)
 # For maintainers: executes the committed notebooks in place, publishes all results, regenerates README and docs.
 notebooks: $(READY)
 	@TQDM_DISABLE=1 PYDEVD_DISABLE_FILE_VALIDATION=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
-	--log-level=ERROR --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=1200 notebooks/*.ipynb
-	@$(BIN)/python -c "import sys, latentlab.study.notebooks as n; [n.strip_widgets(p) for p in sys.argv[1:]]" notebooks/*.ipynb
+	--log-level=ERROR --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=1200 notebooks/*.ipynb notebooks/solutions/*.ipynb
+	@$(BIN)/python -c "import sys, pathlib, latentlab.study.notebooks as n; [n.strip_widgets(pathlib.Path(p)) for p in sys.argv[1:]]" notebooks/*.ipynb notebooks/solutions/*.ipynb
 	@$(BIN)/latentlab report --publish
 
 # The published notebooks, docs and results as a site for any static host: reports/book.

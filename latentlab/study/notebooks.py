@@ -215,7 +215,7 @@ def strip_widgets(path: Path) -> None:
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-    files.write_atomically(path, nbformat.writes(notebook).encode())
+    files.write_atomically(path, (nbformat.writes(notebook) + "\n").encode())
 
 
 def _kernels(reports: Path, log) -> type:
