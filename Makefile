@@ -24,7 +24,7 @@ test: $(READY)
 	--nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
 
 lab: $(READY)
-	@$(BIN)/jupyter lab $(LAB_ARGS) notebooks
+	@$(BIN)/jupyter lab $(LAB_ARGS) notebooks/00_tour.ipynb
 
 # What CI checks before the tests: format, style, types, and which package may import which.
 lint: $(READY)

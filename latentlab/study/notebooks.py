@@ -30,6 +30,7 @@ from latentlab.study.book.build import build_book
 
 PACKAGE = Path(__file__).parents[1]
 NOTEBOOKS = "[0-9][0-9]_*.ipynb"
+GPU_NOTEBOOKS = ("03", "04")  # that presets smol and paper can run
 STARTUP_SECONDS = 600  # until a kernel that does not answer counts as dead
 
 
@@ -60,8 +61,9 @@ def run_study(preset: str, *, only: str | None = None, notebooks_dir=None, repor
     chosen = [path for path in notebooks if path.stem.startswith(only or "")]
     if not chosen:
         raise StudyUseError(f"--only {only}: expected the beginning of one of {', '.join(names)}")
-    if preset in ("smol", "paper") and any(path.stem[:2] < "04" for path in chosen):
-        raise StudyUseError(f"preset {preset}: notebooks 00-03 need smoke or tiny; 04 reads a finished run: --only 04")
+    if preset in ("smol", "paper") and any(path.stem[:2] not in GPU_NOTEBOOKS for path in chosen):
+        need = "03 trains on a GPU, 04 reads the run; the others need smoke or tiny"
+        raise StudyUseError(f"preset {preset}: {need}: --only 03, or --only 04")
     folder = reports / preset
     files.expect_writable(folder, 64 * 2**20)
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,11 +12,14 @@ import jinja2
 from markupsafe import Markup
 
 from latentlab.config import changed_words
+from latentlab.pretrained.loading import load_model
 from latentlab.runtime import environment
 from latentlab.runtime.files import write_atomically
-from latentlab.study.figures import draw_arms, estimate
+from latentlab.study.figures import draw_arms, estimate, save_figure
 from latentlab.study.noise.figures import draw
 from latentlab.study.results import leaves, load_result, published_folder, reports_folder
+from latentlab.teach.picture import draw_thoughts
+from latentlab.teach.thoughts import example
 
 DRAW = {"arms": draw_arms, **dict.fromkeys(("bases", "map", "long", "readings"), draw)}
 PRESET_ORDER = ("tiny", "smol-cpu", "smol-cuda", "paper-cuda")
@@ -45,6 +48,7 @@ def publish() -> Path:
         for path in (own / preset).glob("[!.]*"):
             if path.suffix in (".json", ".npz", ".png"):
                 write_atomically(published / preset / path.name, path.read_bytes())
+    save_figure(draw_thoughts(example(load_model("tiny"))), "thoughts", "tiny", published)
     return refresh_pages(environment.repository_root())
 
 

@@ -12,6 +12,7 @@ import html
 from dataclasses import dataclass
 
 from latentlab.advantage import group_advantages
+from latentlab.data.word_problems import word_problems
 from latentlab.evaluation.thoughts import decode, right_thoughts
 from latentlab.masks import MaskSpec
 from latentlab.model import LatentReasoner
@@ -111,6 +112,11 @@ def show_thoughts(
         f"p = {rate:g}, K = {k}, seed {seed}, {f'temperature {temperature:g}' if temperature else 'greedy answers'}"
     )
     return ThoughtTable(problem.question, results, problem.answer, setting, tuple(trains))
+
+
+def example(model: LatentReasoner) -> ThoughtTable:
+    """The table that README and book show: the shipped model answers wrong, and two of eight masks repair it."""
+    return show_thoughts(model, word_problems("train", 60, seed=0)[59], rate=0.1, k=8, seed=0)
 
 
 def ask(model: LatentReasoner, question: str, *, rate: float = 0.1, k: int = 8, seed: int = 0) -> ThoughtTable:

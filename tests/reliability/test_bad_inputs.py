@@ -160,7 +160,7 @@ class Payload:
         ("Evaluate", "got the verb 'Evaluate', expected one of"),
         ("evaluate a b", "evaluate: Unrecognized options: b"),
         ("study --preset smoke --only", "Missing value for argument '--only'"),
-        ("study --preset smol --only 02", "notebooks 00-03 need smoke or tiny"),
+        ("study --preset smol --only 02", "the others need smoke or tiny"),
         ("evaluate --limit 1.5", "--limit: invalid literal"),
         ("sweep --sweep.seeds 0 0", "sweep.seeds: got (0, 0), expected different ones"),
         ("reproduce --budget-minutes inf", "budget_minutes: got inf"),

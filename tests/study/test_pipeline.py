@@ -279,7 +279,7 @@ def test_unknown_preset_unknown_notebook_and_no_notebooks(notebooks, tmp_path):
     with pytest.raises(StudyError, match="--only 07: expected the beginning of one of 00_first, 01_second"):
         run(notebooks, only="07")
     for preset in ("smol", "paper"):  # they ship no checkpoint
-        with pytest.raises(StudyError, match=f"^preset {preset}: notebooks 00-03 need smoke or tiny; .* --only 04"):
+        with pytest.raises(StudyError, match=f"^preset {preset}: 03 trains on a GPU, 04 reads .* --only 04"):
             run_study(preset, reports_dir=tmp_path / "r")
     assert not (tmp_path / "r").exists()
     with pytest.raises(StudyError, match="no notebooks"):

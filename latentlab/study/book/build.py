@@ -22,12 +22,11 @@ import nbformat
 import sphinx_book_theme  # noqa: F401  # its absence is known before notebooks run, not after
 from markupsafe import Markup
 
-from latentlab.data.word_problems import word_problems
 from latentlab.pretrained import load_model
 from latentlab.runtime import environment, files
 from latentlab.study.results import load_result, published_folder, reports_folder
 from latentlab.teach.page.playground import playground_html
-from latentlab.teach.thoughts import show_thoughts
+from latentlab.teach.thoughts import example
 
 HERE = Path(__file__).parent
 LESSONS = "[0-9][0-9]_*.ipynb"
@@ -145,7 +144,7 @@ def _first_page(parts: dict[str, list[Page]], folders: list[Path], site: Path) -
     finding, folder = next(filter(None, (_find(name, folders) for name in FINDINGS)))
     figure = _figure(finding["name"], folder, site)
     model = load_model("tiny")
-    thoughts = show_thoughts(model, word_problems("train", 60, seed=0)[59])._repr_html_()
+    thoughts = example(model)._repr_html_()
     text = (HERE / "index.md.j2").read_text(encoding="utf-8")
     template = jinja2.Template(text, autoescape=True, trim_blocks=True, finalize=_one_line)
     markup = {"thoughts": Markup(thoughts), "playground": Markup(playground_html(model))}
