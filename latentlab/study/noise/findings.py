@@ -134,7 +134,7 @@ def bases(plan: Plan, folder: Path) -> tuple[dict, str, dict]:
         "replay_gap": _replay_gaps(found.found),
         "rows": found.found,
     }
-    return metrics, metrics["sentence"], found.outcomes
+    return metrics, _headline(contrasts), found.outcomes
 
 
 def _replay_gaps(rows: list[dict]) -> dict[str, float]:
@@ -163,6 +163,14 @@ def sentence(contrasts: dict[str, dict]) -> str:
         ]
     parts += ["Strengths were tuned on validation; the bases were stopped early and the problems are synthetic."]
     return " ".join(parts)
+
+
+def _headline(contrasts: dict[str, dict]) -> str:
+    """The main contrast in one line."""
+    main, equal = contrasts["equal_rollouts"], contrasts.get("equal_seconds")
+    said = f"One mask per rollout against answers sampled without: {main['difference']:+.2f} points {interval(main)}"
+    said += f" at equal rollouts, {main['seeds']} bases"
+    return said + (f"; {equal['difference']:+.2f} {interval(equal)} at equal compute" if equal else "")
 
 
 def verb(found: dict) -> str:
