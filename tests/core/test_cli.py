@@ -58,7 +58,7 @@ def refused(capfd):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("foo", "got the verb 'foo', expected one of curriculum, grpo, evaluate, sweep, reproduce"),
+        ("foo", "got the verb 'foo', expected one of curriculum, grpo, evaluate, ask, plot, sweep, reproduce"),
         ("curriculum --preset huge", "got 'huge', expected one of paper, smoke, smol, tiny"),
         ("curriculum --preset", "Missing value for argument '--preset'. Expected 1 values."),
         ("curriculum --sead 1", "--sead, 1 Perhaps you meant: --seed INT"),
@@ -180,7 +180,12 @@ def test_help_lists_every_field(verb, capsys):
     assert stop.value.code == 0
     listed = set(capsys.readouterr().out.replace("│", " ").replace(",", " ").split())
     wanted = {f"--{name}" for name, _ in fields(to_dict(load_preset("tiny"))) if name != "preset"}
-    options = {field.name for field in dataclasses.fields(getattr(verbs, verb.capitalize()))} - {"config", "checkpoint"}
+    options = {field.name for field in dataclasses.fields(getattr(verbs, verb.capitalize()))} - {
+        "config",
+        "checkpoint",
+        "question",
+        "run",
+    }
     wanted |= {f"--{name.replace('_', '-')}" for name in options}
     assert not wanted - listed
 
@@ -258,7 +263,9 @@ def test_an_automatic_precision_is_said(tmp_path, capsys, monkeypatch, found, na
     monkeypatch.setattr(preflight, "multiplies_bfloat16", lambda device: found)
     save_model(sharpen(tiny_gpt2()), tmp_path / "model")
     assert main(["evaluate", str(tmp_path / "model"), *TOY_WORDS, "--precision", "auto"]) == 0
-    assert capsys.readouterr().err == f"precision auto: {name} products on this cpu\n"
+    said, people = capsys.readouterr().err.splitlines()
+    assert said == f"precision auto: {name} products on this cpu"
+    assert "of 6 problems right" in people and "by greedy answers; of 2 sampled ones" in people
 
 
 @pytest.mark.parametrize("ok", [True, False])
