@@ -3,7 +3,7 @@
     curriculum train a Coconut baseline or a control        --out FOLDER
     grpo       train one GRPO arm                           --out FOLDER --init-from CHECKPOINT
     evaluate   accuracy of a checkpoint on a benchmark      CHECKPOINT --benchmark gsm8k
-    ask        a question of one's own, with the thoughts   "Leo has 16 coins. ..."
+    ask        a question of one's own, with the thoughts   "a question of four steps"
     plot       draw a training run                          RUN
     sweep      arms x seeds, or a study of many bases       --plan noise
     reproduce  GSM8K inside a time budget                   --preset smol --budget-minutes 24

@@ -58,7 +58,7 @@ class ThoughtTable:
         head, *rows = self._cells()
         body = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
         for train, row in zip(self.trains, rows, strict=True):
-            marks = [None, *train.right, None, None, None]
+            marks = [None, *train.right, *[None] * (len(row) - 1 - len(train.right))]
             body.append("".join(_td(cell, mark) for cell, mark in zip(row, marks, strict=True)))
         lines = "\n".join(f"<tr>{line}</tr>" for line in body)
         question, caption = html.escape(self.question), html.escape(self._caption())
@@ -73,7 +73,7 @@ class ThoughtTable:
             reward = "" if train.reward is None else f"{train.reward:g}"
             advantage = "" if train.advantage is None else f"{train.advantage:+.2f}"
             rows.append([train.name, *thoughts, train.answer, reward, advantage])
-        return rows
+        return rows if self.answer else [row[:-2] for row in rows]
 
     def _caption(self) -> str:
         known = f"right: {', '.join(self.results)}; answer {self.answer}. " if self.answer else ""

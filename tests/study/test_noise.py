@@ -241,7 +241,8 @@ def test_the_sentence_says_what_the_intervals_say():
         main = {**CONTRAST, "low": low, "high": high}
         text = findings.sentence({"equal_rollouts": main, "equal_seconds": {**main, "low": -3.0, "high": -1.0}})
         assert words in text and f"[{low:+.2f}, {high:+.2f}]" in text and "Over 18 small Coconut bases" in text
-        assert "3.5 times the rollouts without a mask), over 18 bases, it loses to them: +0.50 [-3.00, -1.00]" in text
+        assert "3.5 times the rollouts without a mask, whose" in text
+        assert "the mask loses to sampling: +0.50 points [-3.00, -1.00] over 18 bases" in text
     assert "CPU seconds" not in findings.sentence({"equal_rollouts": main})
 
 

@@ -46,7 +46,7 @@ def plot_forest(ax, contrasts: dict[str, dict]) -> None:
     rows = [(key, contrasts[key]) for key in FOREST if key in contrasts]
     for y, (_, row) in enumerate(rows):
         ax.plot(row["by_seed"], [y] * len(row["by_seed"]), "|", color="0.7", markersize=9)
-        ax.plot([row["low"], row["high"]], [y, y], color="black")
+        ax.plot([row["low"], row["high"]], [y, y], "-", color="black", marker="")
         ax.plot(row["difference"], y, "o", color="black")
     ax.axvline(0, color="0.6", linewidth=0.8)
     names = [f"{r['arm']} − {r['other']}\n{FOREST[k]}, {r['seeds']} bases" for k, r in rows]

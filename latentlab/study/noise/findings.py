@@ -158,8 +158,9 @@ def sentence(contrasts: dict[str, dict]) -> str:
     if equal:
         more = f"{equal['other_rollouts'] / equal['arm_rollouts']:.1f} times the rollouts without a mask"
         parts += [
-            f"At equal CPU seconds ({equal['arm_cpu_seconds']:.0f} and {equal['other_cpu_seconds']:.0f}, {more}),",
-            f"over {equal['seeds']} bases, it {verb(equal)} them: {equal['difference']:+.2f} {interval(equal)}.",
+            f"At equal CPU seconds ({equal['arm_cpu_seconds']:.0f} and {equal['other_cpu_seconds']:.0f}), which is",
+            f"{more}, whose K equal thoughts are made once, the mask {verb(equal)} sampling:",
+            f"{equal['difference']:+.2f} points {interval(equal)} over {equal['seeds']} bases.",
         ]
     parts += ["Strengths were tuned on validation; the bases were stopped early and the problems are synthetic."]
     return " ".join(parts)
