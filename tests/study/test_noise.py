@@ -13,9 +13,10 @@ from latentlab.evaluation.statistics import arm_comparison
 from latentlab.pretrained.loading import load_model
 from latentlab.problems import Problem
 from latentlab.study import launch, results
-from latentlab.study.noise import findings, pilot
-from latentlab.study.noise.findings import Rows, write_findings
+from latentlab.study.noise import confidence, findings, pilot
+from latentlab.study.noise.findings import write_findings
 from latentlab.study.noise.plan import PLANS, STAGES, Plan, Rule, arm_changes, load_plan
+from latentlab.study.noise.rows import Rows
 from latentlab.study.noise.stages import run_plan, run_unit
 from latentlab.study.noise.unit import is_made
 
@@ -254,11 +255,11 @@ def test_the_hypothesis_is_judged_claim_by_claim():
             "tuned": dict(zip(("low", "high"), tuned, strict=True)),
         }
 
-    says = list(findings.judged([place(2.0, (-2, -1), (-2, 1)), place(0.3, (1, 2), (-1, 1))]).values())
+    says = list(confidence.judged([place(2.0, (-2, -1), (-2, 1)), place(0.3, (1, 2), (-1, 1))]).values())
     assert [word.split(" (")[0] for word in says] == ["supported", "supported", "not contradicted"]
-    says = list(findings.judged([place(2.0, (1, 2), (1, 2)), place(0.3, (-1, 2), (-1, 1))]).values())
+    says = list(confidence.judged([place(2.0, (1, 2), (1, 2)), place(0.3, (-1, 2), (-1, 1))]).values())
     assert [word.split(" (")[0] for word in says] == ["not resolved", "contradicted", "contradicted"]
-    assert list(findings.judged([place(2.0, (1, 2), (1, 2))]).values())[0].startswith("not tested")
+    assert list(confidence.judged([place(2.0, (1, 2), (1, 2))]).values())[0].startswith("not tested")
 
 
 def test_noise_is_compared_at_the_temperature_of_equal_mean_accuracy():
@@ -266,7 +267,7 @@ def test_noise_is_compared_at_the_temperature_of_equal_mean_accuracy():
         return {"label": label, "fresh": {"mean": mean, "mixed": mixed}}
 
     probes = [row("temperature 1", 0.6, 0.4), row("temperature 0.5", 0.58, 0.1), row("temperature 2", 0.4, 0.8)]
-    rows = findings.at_equal_mean([*probes, row("shared 0.1", 0.55, 0.3), row("gaussian 0.1", 0.7, 0.2)], "fresh")
+    rows = confidence.at_equal_mean([*probes, row("shared 0.1", 0.55, 0.3), row("gaussian 0.1", 0.7, 0.2)], "fresh")
     assert rows[0]["temperature_mixed"] == pytest.approx(0.5)  # between 2 and 1, neighbours, not between 2 and 0.5
     assert rows[1]["temperature_mixed"] is None
 

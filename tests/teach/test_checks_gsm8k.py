@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import binomtest
 
 from latentlab.teach.checks import gsm8k
+from tests.teach.judging import expect_solved, expect_told_apart
 
 
 def interval(a, b, scale=100, width=1.96, root=True, paired=True):
@@ -49,12 +50,9 @@ WRONG = {
 
 @pytest.mark.parametrize("check", RIGHT, ids=lambda check: check.name)
 def test_solutions_pass_and_stubs_are_not_tried(check):
-    assert check(RIGHT[check]) is True
-    assert check(lambda *_: None) is None
+    expect_solved(check, RIGHT[check])
 
 
 @pytest.mark.parametrize("check", WRONG, ids=lambda check: check.name)
 def test_each_mistake_has_a_message_of_its_own(check, capsys):
-    assert [check(answer) for answer in WRONG[check]] == [False] * len(WRONG[check])
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == len(set(said)) == len(WRONG[check])
+    expect_told_apart(check, WRONG[check], capsys)
